@@ -1,0 +1,36 @@
+# Everything a person types: make setup, make demo, make test, make bench.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCE ?=
+CAPTIONS ?=
+
+.PHONY: setup demo test bench lint clean
+
+setup: .venv/installed
+
+# The stamp holds what it was made of, so a changed pyproject.toml or constraints.txt installs again.
+.venv/installed: pyproject.toml constraints.txt
+	@echo "setup      installing into .venv (some minutes, once)"
+	@$(PYTHON) -m venv .venv || { echo "error: $(PYTHON) cannot make an environment; install its venv module, or name another Python: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(BIN)/python -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))" || { echo "error: $(PYTHON) is no Python 3.11 or 3.12; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; rm -rf .venv; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' 2>&1 | { grep -v "^WARNING: Location" || true; }
+	@$(BIN)/python -c "import torch, diffusers, ray, prefect, icechunk, pytest" || { echo "error: the installation is not whole; the lines above say why"; exit 1; }
+	@touch $@
+
+demo: setup
+	@$(BIN)/vlfm demo $(if $(SOURCE),--source '$(SOURCE)') $(if $(CAPTIONS),--captions '$(CAPTIONS)')
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy model storage pipeline flows
+	@$(BIN)/lint-imports
+
+test: lint
+	@$(BIN)/python -m pytest
+
+bench: setup
+	@$(BIN)/python -m tests.bench
+
+clean:
+	rm -rf .venv demo build *.egg-info
