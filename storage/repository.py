@@ -1,0 +1,150 @@
+"""The Icechunk repository under the arrays: opened, read at a snapshot, kept to one committer, swept.
+
+Icechunk's own warning on local disks ("not safe for concurrent commits") goes to stdout; it is silenced here, and
+answered by a lock. Its errors are raised as one line each, a full disk as `DiskFull`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from storage.layout import DiskFull, Lake, LakeError, free_bytes, locked, naming_full_disk
+from storage.version import latest, list_versions, load
+
+if TYPE_CHECKING:
+    import icechunk
+
+MEND = "restore the lake from a copy, or ingest the films into a new one"
+
+
+@contextlib.contextmanager
+def committing(lake: Lake) -> Iterator[None]:
+    """Hold the arrays for one commit; others wait. The lock goes with its process."""
+    with locked(lake.root / ".arrays.lock", wait=True):
+        yield
+
+
+def open_repository(lake: Lake, create: bool = False) -> icechunk.Repository:
+    """The lake's repository, made where `create` says so and there is none.
+
+    Raises:
+        LakeError: there is none.
+    """
+    import icechunk
+
+    icechunk.set_logs_filter("error")
+    if not lake.arrays.is_dir():
+        if not create:
+            raise LakeError(f"{lake.arrays} is missing; {MEND}")
+        lake.arrays.mkdir()
+    storage = icechunk.local_filesystem_storage(str(lake.arrays))
+    if icechunk.Repository.exists(storage):
+        return icechunk.Repository.open(storage)
+    if not create:
+        raise LakeError(f"{lake.arrays} is no Icechunk repository; {MEND}")
+    return icechunk.Repository.create(storage)
+
+
+def at_snapshot(lake: Lake, snapshot: str) -> icechunk.Session:
+    """A session that reads the repository as of `snapshot`, whatever came after.
+
+    Raises:
+        LakeError: no such snapshot.
+    """
+    import icechunk
+
+    repository = open_repository(lake)
+    try:
+        return repository.readonly_session(snapshot_id=snapshot)
+    except icechunk.IcechunkError as error:
+        raise LakeError(f"{lake.arrays} has no snapshot {snapshot} ({first_line(error)}); {MEND}") from error
+
+
+def writable_from(lake: Lake, repository: icechunk.Repository, parent: str | None) -> icechunk.Session:
+    """A session that continues `parent` (by default the newest version's snapshot, or nothing before the first).
+
+    What is ahead of it belongs to no version: the append of a run that died. It is dropped from the history.
+
+    Raises:
+        LakeError: no such snapshot.
+    """
+    import icechunk
+
+    base = parent or _newest(lake, repository)
+    if repository.lookup_branch("main") != base:
+        try:
+            repository.reset_branch("main", base)
+        except icechunk.IcechunkError as error:
+            raise LakeError(f"{lake.arrays} has no snapshot {base} ({first_line(error)}); {MEND}") from error
+    return repository.writable_session("main")
+
+
+def collect_garbage(lake: Lake) -> int:
+    """Drop from the repository what no version needs: the bytes freed. Call it inside `lake.writing()`.
+
+    Raises:
+        LakeError: a version's snapshot is not in the repository's history; then nothing is dropped.
+    """
+    with committing(lake), storage_errors(lake):
+        repository = open_repository(lake)
+        writable_from(lake, repository, None)
+        return drop_unreachable(lake, repository)
+
+
+def drop_unreachable(lake: Lake, repository: icechunk.Repository) -> int:
+    """Drop what is not in the history of the main branch: the bytes freed. Raises as `collect_garbage` does."""
+    kept = {snapshot.id for snapshot in repository.ancestry(branch="main")}
+    for number in list_versions(lake):
+        if load(lake, number).snapshot not in kept:
+            raise LakeError(f"version {number}'s snapshot is not in the history of {lake.arrays}; nothing is collected")
+    return int(repository.garbage_collect(datetime.datetime.now(datetime.UTC)).bytes_deleted)
+
+
+def force_to_disk(lake: Lake, since: float) -> None:
+    """Force every file of the repository that changed since then (seconds since 1970) to disk: Icechunk does not."""
+    for folder, _, files in os.walk(lake.arrays):
+        paths = [os.path.join(folder, name) for name in files]
+        changed = [path for path in paths if os.stat(path).st_mtime >= since - 2]
+        for path in [*changed, *([folder] if changed else [])]:
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+@contextlib.contextmanager
+def storage_errors(lake: Lake) -> Iterator[None]:
+    """Say in one line what Icechunk says in forty (LakeError); a full disk is a DiskFull."""
+    import icechunk
+
+    try:
+        with naming_full_disk(lake.arrays):
+            yield
+    except ValueError as error:
+        if "checksum" in str(error):  # of a chunk, in Zarr's words
+            raise LakeError(f"{lake.arrays}: a chunk is damaged ({first_line(error)}); {MEND}") from error
+        raise
+    except icechunk.IcechunkError as error:
+        if is_disk_full(error):
+            raise DiskFull(lake.arrays, free_bytes(lake.arrays)) from error
+        raise LakeError(f"{lake.arrays}: {first_line(error)}; {MEND}") from error
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error of Icechunk's (which has text only) means a full disk or a used-up quota."""
+    return "No space left on device" in str(error) or "os error 122" in str(error)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something."""
+    return next((line.strip(" x|") for line in str(error).splitlines() if line.strip(" x|")), type(error).__name__)
+
+
+def _newest(lake: Lake, repository: icechunk.Repository) -> str:
+    version = latest(lake)
+    return version.snapshot if version is not None else list(repository.ancestry(branch="main"))[-1].id

@@ -1,0 +1,381 @@
+"""Shards: plain tar files in WebDataset's layout, with an index beside them that makes every sample one seek away.
+
+A sample is a few members `<clip_id>.<name>`: arrays as `.npy`, one `clip.json`. The same samples give the same bytes.
+The index says where each member's bytes are, so that a reader maps the file and copies nothing. WebDataset itself reads
+the same tar; its own decoder runs code it finds in a tar and is never used here: `.npy` without pickle and JSON only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import mmap
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+import numpy as np
+
+from storage.fingerprint import canonical_json, file_digest, finite_json
+from storage.layout import LakeError, atomic_file, version_naming, write_atomic
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+Sample: TypeAlias = Mapping[str, Any]
+"""`__key__`: the clip's id; `<name>.npy`: an array; `<name>.json`: a JSON mapping."""
+
+INDEX_FORMAT = 1
+_BLOCK = tarfile.BLOCKSIZE
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.tar")
+_MEND = "restore it from a copy, or ingest the films into a new lake"
+
+
+class DamagedShard(Exception):
+    """A shard or its index is missing, torn or altered. The message names the file and says the mend."""
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What a version says of a shard."""
+
+    name: str
+    """File name within shards/, `<block_id>.tar`."""
+    bytes: int
+    """Size of the tar."""
+    sha256: str
+    """Of the tar's bytes."""
+    clips: int
+    """Number of samples."""
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"shard name {self.name!r}: use letters, digits, '-' and '_', and end it with .tar")
+
+
+def index_path(path: Path) -> Path:
+    """Where the index of the shard `path` is: `<block_id>.index.json` beside `<block_id>.tar`."""
+    return path.with_name(path.name.removesuffix(".tar") + ".index.json")
+
+
+def write_shard(path: str | Path, samples: Iterable[Sample]) -> ShardInfo:
+    """Write a shard and its index, each whole or not at all, the index last.
+
+    The bytes depend on the samples and their order only. A sample's NaN and infinity become None in its JSON.
+
+    Args:
+        path: `shards/<block_id>.tar`. A file that a version names is never altered: writing the same bytes again is
+            fine, other bytes are refused.
+        samples: read once, one at a time.
+
+    Raises:
+        ValueError: no samples, a key twice or with a dot or slash, a member that is neither `.npy` nor `.json`, an
+            array of Python objects.
+        LakeError: a version names the shard, and its bytes are different.
+        DiskFull: no room; nothing stays behind.
+    """
+    path = Path(path)
+    entries: list[dict[str, Any]] = []
+    keys: set[str] = set()
+    with atomic_file(path) as file, _tar(file) as (writer, counter):
+        for sample in samples:
+            key = str(sample.get("__key__", ""))
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", key):
+                raise ValueError(f"{path.name}: sample key {key!r}: use letters, digits, '-' and '_' only")
+            if key in keys:
+                raise ValueError(f"{path.name}: two samples have the key {key!r}")
+            members = {name: _encode(key, name, value) for name, value in sample.items() if name != "__key__"}
+            if not members:
+                raise ValueError(f"{path.name}: sample {key!r} has no members")
+            keys.add(key)
+            places = {}
+            for name in sorted(members):
+                # One member at a time: the tar's position after it tells where its bytes are, however long its head.
+                writer.write({"__key__": key, name: members[name]})
+                size = len(members[name])
+                places[name] = [writer.tarstream.offset - -(-size // _BLOCK) * _BLOCK, size]
+            entries.append({"key": key, "members": places, "sha256": _sample_digest(members)})
+        if not entries:
+            raise ValueError(f"{path.name}: a shard needs at least one sample")
+        writer.close()
+        info = ShardInfo(path.name, counter.bytes, counter.digest.hexdigest(), len(entries))
+        if path.exists() and file_digest(path) != info.sha256 and (number := version_naming(path)) is not None:
+            raise LakeError(f"{path} belongs to version {number} and never changes; give the new block another id")
+    write_atomic(index_path(path), _index_bytes(info, entries))
+    return info
+
+
+def rebuild_index(path: str | Path) -> ShardInfo:
+    """Write the index of a whole shard anew, from the tar alone. The mend where only the index is lost.
+
+    Raises:
+        DamagedShard: the tar itself is torn or holds what we do not write.
+    """
+    path = Path(path)
+    entries = _scan(path)
+    info = ShardInfo(path.name, path.stat().st_size, file_digest(path), len(entries))
+    write_atomic(index_path(path), _index_bytes(info, entries))
+    return info
+
+
+class ShardReader:
+    """Random access to the samples of one shard.
+
+    `reader[i]` is a dictionary of members: arrays are read-only views of the mapped file (nothing is copied or read
+    before it is used; they keep the map alive), JSON members are dictionaries. Checksums are compared by `verify`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Open `shards/<block_id>.tar` and its index.
+
+        Raises:
+            DamagedShard: the tar or the index is missing, is of another size or cannot be read.
+        """
+        self.path = Path(path)
+        index = _read_index(self.path)
+        try:
+            with open(self.path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != index["bytes"]:
+                    what = "truncated" if size < index["bytes"] else "longer than written"
+                    raise DamagedShard(f"{self.path} is {what} ({size} of {index['bytes']} bytes); {_MEND}")
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            raise DamagedShard(f"{self.path} is missing; {_MEND}") from None
+        self._view = memoryview(self._map)
+        self._entries: list[dict[str, Any]] = index["samples"]
+        self._headers: dict[bytes, _Header] = {}
+        self.info = ShardInfo(self.path.name, index["bytes"], index["sha256"], len(self._entries))
+
+    @property
+    def keys(self) -> list[str]:
+        """The samples' keys (clip ids), in the shard's order."""
+        return [entry["key"] for entry in self._entries]
+
+    @property
+    def digests(self) -> list[str]:
+        """The samples' sha256 as the index has them, in the shard's order."""
+        return [entry["sha256"] for entry in self._entries]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return self.read(row)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self.read(row) for row in range(len(self)))
+
+    def __reduce__(self) -> tuple[type[ShardReader], tuple[Path]]:
+        # A copy in another process maps the file itself.
+        return ShardReader, (self.path,)
+
+    def read(self, row: int, names: Iterable[str] | None = None) -> dict[str, Any]:
+        """The members of sample `row` called `names` (all of them by default), and `__key__`.
+
+        Raises:
+            IndexError: no such row.
+            KeyError: no such member; the message lists those there are.
+            DamagedShard: a member's bytes are no array without pickle, or no JSON.
+        """
+        entry = self._entries[row]
+        members = entry["members"]
+        sample: dict[str, Any] = {"__key__": entry["key"]}
+        for name in members if names is None else names:
+            if name not in members:
+                raise KeyError(
+                    f"{self.path.name}, clip {entry['key']}: no member {name!r}, there are {sorted(members)}"
+                )
+            offset, size = members[name]
+            try:
+                sample[name] = self._decode(name, offset, size)
+            except (ValueError, TypeError, EOFError) as error:
+                raise DamagedShard(f"{self.path}, clip {entry['key']}, {name}: {error}; {_MEND}") from error
+        return sample
+
+    def verify(self) -> list[str]:
+        """Compare every byte with the index, and the index with the tar: the problems found, each naming the file.
+
+        An empty list means that the shard is as it was written.
+        """
+        problems = []
+        damaged = []
+        for entry in self._entries:
+            members = {name: self._bytes(*place) for name, place in entry["members"].items()}
+            if _sample_digest(members) != entry["sha256"]:
+                damaged.append(entry["key"])
+        if damaged:
+            problems.append(f"{self.path}: clips {', '.join(damaged)} are damaged (wrong checksum); {_MEND}")
+        if file_digest(self.path) != self.info.sha256:
+            problems.append(f"{self.path}: wrong checksum; {_MEND}")
+        try:
+            found = [(entry["key"], entry["members"]) for entry in _scan(self.path)]
+        except DamagedShard as error:
+            return [*problems, str(error)]
+        if found != [(entry["key"], entry["members"]) for entry in self._entries]:
+            problems.append(f"{index_path(self.path)} does not match the tar; {_rebuild(self.path)}")
+        return problems
+
+    def close(self) -> None:
+        """Unmap the file, unless arrays that were read still use it (then it goes with the last of them)."""
+        self._view.release()
+        with contextlib.suppress(BufferError):
+            self._map.close()
+
+    def _bytes(self, offset: int, size: int) -> memoryview:
+        return self._view[offset : offset + size]
+
+    def _decode(self, name: str, offset: int, size: int) -> Any:
+        if name.endswith(".json"):
+            return json.loads(bytes(self._bytes(offset, size)))
+        # Samples of a shard are alike: their headers are parsed once (numpy reads a header as a Python literal).
+        start = bytes(self._bytes(offset, min(size, 10)))
+        length = 10 + int.from_bytes(start[8:10], "little")
+        raw = bytes(self._bytes(offset, min(size, length)))
+        header = self._headers.get(raw)
+        if header is None:
+            header = self._headers[raw] = _header(raw)
+        if size != length + header.bytes:
+            raise ValueError(f"the array has {size - length} bytes of data, its header says {header.bytes}")
+        if header.bytes == 0:
+            return np.zeros(header.shape, header.dtype)
+        flat: Array = np.frombuffer(self._map, header.dtype, header.bytes // header.dtype.itemsize, offset + length)
+        return flat.reshape(header.shape, order="F" if header.fortran else "C")
+
+
+@dataclass(frozen=True)
+class _Header:
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype[Any]
+
+    @property
+    def bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class _Counter:
+    """What a tar is written to: counts and digests the bytes on their way into the file."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file: BinaryIO | None = file
+        self.bytes = 0
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        # After an error tarfile still writes its end when it is collected; that must go nowhere.
+        if self.file is not None:
+            self.file.write(data)
+            self.digest.update(data)
+            self.bytes += len(data)
+        return len(data)
+
+
+@contextlib.contextmanager
+def _tar(file: BinaryIO) -> Iterator[tuple[Any, _Counter]]:
+    # WebDataset reads this when it is imported: without it a tar's members and URLs can run code.
+    os.environ["WDS_SECURE"] = "1"
+    from webdataset.writer import TarWriter
+
+    counter = _Counter(file)
+    writer = TarWriter(counter, user="vlfm", group="vlfm", mode=0o444, mtime=0, encoder=False)
+    try:
+        yield writer, counter
+    finally:
+        counter.file = None
+        writer.close()
+
+
+def _encode(key: str, name: str, value: Any) -> bytes:
+    if not re.fullmatch(r"[a-z][a-z0-9_]*\.(npy|json)", name):
+        raise ValueError(
+            f"clip {key}: member {name!r} is neither <name>.npy nor <name>.json, and only those are stored"
+        )
+    if name.endswith(".json"):
+        return canonical_json(finite_json(value)).encode("ascii")
+    # One order in memory, or equal arrays could give different bytes.
+    array = np.asarray(value, order="C")
+    if array.dtype.hasobject:
+        raise ValueError(f"clip {key}: {name} holds Python objects, which only pickle can store; give numbers")
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _header(raw: bytes) -> _Header:
+    stream = io.BytesIO(raw)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("an .npy file of a version that we do not write")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    if dtype.hasobject:
+        raise ValueError("an array of Python objects needs pickle, which can run any code: refused")
+    return _Header(shape, fortran, dtype)
+
+
+def _sample_digest(members: Mapping[str, bytes | memoryview]) -> str:
+    """A sample's digest: over its members' names, sizes and bytes, whatever tar they are in."""
+    digest = hashlib.sha256()
+    for name in sorted(members):
+        digest.update(f"{name}\0{len(members[name])}\0".encode("ascii"))
+        digest.update(members[name])
+    return digest.hexdigest()
+
+
+def _index_bytes(info: ShardInfo, entries: list[dict[str, Any]]) -> bytes:
+    head = {"format": INDEX_FORMAT, "shard": info.name, "bytes": info.bytes, "sha256": info.sha256}
+    return canonical_json({**head, "samples": entries}).encode("ascii")
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    place = index_path(path)
+    try:
+        index = json.loads(place.read_bytes())
+        number = index["format"]
+        good = index["shard"] == path.name and all(
+            isinstance(entry["key"], str) and isinstance(entry["sha256"], str) and isinstance(entry["members"], dict)
+            for entry in index["samples"]
+        )
+        good = good and isinstance(index["bytes"], int) and isinstance(index["sha256"], str)
+    except FileNotFoundError:
+        if not path.exists():
+            raise DamagedShard(f"{path} is missing, and its index too; {_MEND}") from None
+        raise DamagedShard(f"{place} is missing; {_rebuild(path)}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedShard(f"{place} is no index ({type(error).__name__}: {error}); {_rebuild(path)}") from error
+    if number > INDEX_FORMAT:
+        raise DamagedShard(f"{place} has format {number}, this program reads {INDEX_FORMAT}; install a newer vlfm")
+    if not good:
+        raise DamagedShard(f"{place} is not the index of {path.name}; {_rebuild(path)}")
+    return dict(index)
+
+
+def _rebuild(path: Path) -> str:
+    return f"make it anew: python -c \"from storage.shards import rebuild_index; rebuild_index('{path}')\""
+
+
+def _scan(path: Path) -> list[dict[str, Any]]:
+    """The entries of an index, from the tar's own headers and bytes."""
+    entries: list[dict[str, Any]] = []
+    digests: dict[str, bytes | memoryview] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                key, _, name = member.name.partition(".")
+                if not member.isreg() or not name.endswith((".npy", ".json")):
+                    raise DamagedShard(f"{path} holds {member.name!r}, which we do not write; {_MEND}")
+                if not entries or entries[-1]["key"] != key:
+                    entries.append({"key": key, "members": {}, "sha256": ""})
+                    digests = {}
+                file = tar.extractfile(member)
+                digests[name] = file.read() if file is not None else b""
+                entries[-1]["members"][name] = [member.offset_data, member.size]
+                entries[-1]["sha256"] = _sample_digest(digests)
+    except FileNotFoundError:
+        raise DamagedShard(f"{path} is missing; {_MEND}") from None
+    except (tarfile.TarError, EOFError) as error:
+        raise DamagedShard(f"{path} is no whole tar ({error}); {_MEND}") from error
+    return entries

@@ -1,0 +1,337 @@
+"""Versions: one immutable file each, which names everything that belongs to the dataset at that point.
+
+The order of a publication, each step safe to repeat:
+
+    1. staging/<block_id>.npz          staging.write_block         while the run goes on
+    2. shards/<block_id>.tar + index   shards.write_shard
+    3. arrays/ (one Icechunk commit)   arrays.append_clips         builds on the newest version's snapshot
+    4. manifests/<n>-*.parquet         version.write_manifest      the full tables, not a difference
+    5. versions/<n>.json               version.publish             exclusive creation: the only commit point
+    6. staging files removed           staging.remove_block
+
+Before step 5 nothing of it exists for a reader; what a dead run left behind is overwritten or ignored by the next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from storage.fingerprint import bytes_digest, canonical_json, file_digest, fingerprint, merkle_root
+from storage.layout import Lake, LakeError, create_exclusive, version_naming, write_atomic
+from storage.schema import CLIP_SCHEMA, FILM_SCHEMA, check_format, table_of
+from storage.shards import DamagedShard, ShardInfo, ShardReader
+
+FORMAT = 1
+"""Number of the version file's format. A reader refuses a higher one; fields are only ever added."""
+
+TABLES = {"clips": CLIP_SCHEMA, "films": FILM_SCHEMA}
+_MEND = "restore it from a copy, or ingest the films into a new lake"
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of a dataset: all that a trainer needs to know, and where the rest is."""
+
+    number: int
+    """From 1, without gaps."""
+    created: str
+    """UTC, ISO 8601."""
+    recipe: dict[str, Any]
+    """The data recipe, whole."""
+    recipe_fingerprint: str
+    """sha256 of the recipe's canonical JSON."""
+    codec: dict[str, Any]
+    """id, channels, factor, scale, spec (enough to build the codec again)."""
+    text: dict[str, Any]
+    """id, dim, length (most tokens), spec, empty (the empty caption's embedding, as write_empty_text returns it)."""
+    clip: dict[str, Any]
+    """duration (s), rate (frames/s), frames_max, frames_observed_max, order, method, latent_shape, frame_shape."""
+    snapshot: str
+    """Icechunk's id of the snapshot with exactly this version's rows."""
+    group: str
+    """Group of the arrays: the first 16 digits of the recipe's fingerprint."""
+    shards: tuple[ShardInfo, ...]
+    """All shards of the dataset, in order."""
+    manifest: dict[str, Any]
+    """clips and films, each {path, sha256, rows}, as write_manifest returns them."""
+    merkle_root: str
+    """Over clip ids and samples' digests, see samples_root."""
+    counts: dict[str, Any]
+    """Films and clips by status and by reason."""
+    parent: int | None = None
+    """Number of the version this one continues."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Fields that a newer program wrote and this one does not know."""
+
+
+def publish(lake: Lake, version: Version) -> bool:
+    """Create versions/<number>.json: True, or False where that number is taken (nothing is changed then).
+
+    Raises:
+        LakeError: the number leaves a gap, or a file that the version names is not there as it says.
+        DiskFull: no room; nothing stays behind.
+    """
+    path = _path(lake, version.number)
+    if path.exists():
+        return False
+    newest = max(list_versions(lake), default=0)
+    if version.number != newest + 1:
+        raise LakeError(f"version {version.number} cannot follow version {newest}; publish {newest + 1} next")
+    for what, expected in _named_files(version).items():
+        place = lake.root / what
+        if not place.is_file():
+            raise LakeError(f"version {version.number} names {what}, which is not there; write it before publishing")
+        if isinstance(expected, int):
+            good = place.stat().st_size == expected
+        else:
+            good = file_digest(place) == expected
+        if not good:
+            raise LakeError(f"version {version.number} names {what}, which is not as it says; write it again")
+    body = dataclasses.asdict(version)
+    body = {**body.pop("extra"), **body, "format": FORMAT}
+    return create_exclusive(path, canonical_json({**body, "checksum": fingerprint(body)}).encode("ascii"))
+
+
+def list_versions(lake: Lake) -> list[int]:
+    """Numbers of the published versions, ascending."""
+    return sorted(int(file.stem) for file in lake.versions.glob("*.json") if file.stem.isdigit())
+
+
+def latest(lake: Lake) -> Version | None:
+    """The newest version, or None where nothing is published yet. Raises as `load` does."""
+    numbers = list_versions(lake)
+    return load(lake, numbers[-1]) if numbers else None
+
+
+def load(lake: Lake, number: int | None = None) -> Version:
+    """Version `number`, the newest by default, its checksum compared.
+
+    Raises:
+        LakeError: there is no such version, its file is damaged, or of a newer format. The message says the mend.
+    """
+    numbers = list_versions(lake)
+    if not numbers:
+        raise LakeError(f"{lake.root} has no version yet; make one with: vlfm ingest SOURCE --lake {lake.root}")
+    number = numbers[-1] if number is None else number
+    if number not in numbers:
+        raise LakeError(f"{lake.root} has no version {number}; there are: {', '.join(map(str, numbers))}")
+    path = _path(lake, number)
+    try:
+        body = json.loads(path.read_bytes())
+        checksum = body.pop("checksum")
+        if fingerprint(body) != checksum:
+            raise ValueError("wrong checksum")
+        if body.pop("format") > FORMAT:
+            raise LakeError(f"{path} has a newer format than this program reads ({FORMAT}); install a newer vlfm")
+        known = {item.name for item in dataclasses.fields(Version)} - {"extra"}
+        extra = {key: value for key, value in body.items() if key not in known}
+        named = {key: value for key, value in body.items() if key in known}
+        named["shards"] = tuple(ShardInfo(**item) for item in named["shards"])
+        return Version(**named, extra=extra)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LakeError(f"{path} is damaged ({error}); restore it from a copy") from error
+
+
+def write_manifest(
+    lake: Lake, number: int, clips: Iterable[Mapping[str, Any]] | Any, films: Iterable[Mapping[str, Any]] | Any
+) -> dict[str, Any]:
+    """Write the full tables of version `number`: what `Version.manifest` holds.
+
+    Args:
+        lake: where.
+        number: the version that will name them.
+        clips: rows or a pyarrow table, columns of CLIP_SCHEMA.
+        films: rows or a pyarrow table, columns of FILM_SCHEMA.
+
+    Raises:
+        ValueError: a row does not fit its schema.
+        LakeError: the version is published already.
+        DiskFull: no room.
+    """
+    import pyarrow.parquet as pq
+
+    manifest = {}
+    for name, rows in (("clips", clips), ("films", films)):
+        table = table_of(rows, TABLES[name])
+        path = lake.manifests / f"{number}-{name}.parquet"
+        if (published := version_naming(path)) is not None:
+            raise LakeError(f"{path} belongs to version {published} and never changes; take the next number")
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        data = buffer.getvalue()
+        write_atomic(path, data)
+        manifest[name] = {
+            "path": f"{lake.manifests.name}/{path.name}",
+            "sha256": bytes_digest(data),
+            "rows": table.num_rows,
+        }
+    return manifest
+
+
+def read_manifest(lake: Lake, version: Version, table: str = "clips") -> Any:
+    """The version's table of `clips` or `films` (a pyarrow.Table), its checksum compared.
+
+    Raises:
+        LakeError: the file is missing or altered; the message says the mend.
+        ValueError: no such table, or a newer format.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if table not in TABLES:
+        raise ValueError(f"no table {table!r}; there are: {', '.join(TABLES)}")
+    entry = version.manifest[table]
+    data = _checked_bytes(lake, entry)
+    found = pq.ParquetFile(pa.BufferReader(data)).read()
+    check_format(found.schema, table, lake.root / entry["path"])
+    return found
+
+
+def write_empty_text(lake: Lake, text_id: str, embedding: np.ndarray[Any, Any]) -> dict[str, str]:
+    """Keep the empty caption's embedding, (length, D) float16, for trainers: the `empty` entry of `Version.text`.
+
+    Raises:
+        ValueError: not two axes of float16.
+        LakeError: a version names the file with other contents.
+        DiskFull: no room.
+    """
+    if embedding.ndim != 2 or embedding.dtype != np.float16:
+        raise ValueError(f"the empty caption's embedding: {embedding.dtype} {embedding.shape}, not float16 (length, D)")
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(embedding), version=(1, 0), allow_pickle=False)
+    data = buffer.getvalue()
+    path = lake.texts / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', text_id).strip('.-')}-empty.npy"
+    if not path.exists() or path.read_bytes() != data:
+        if (number := version_naming(path)) is not None:
+            raise LakeError(
+                f"{path} belongs to version {number} and holds another embedding; give the encoder a new id"
+            )
+        write_atomic(path, data)
+    return {"path": f"{lake.texts.name}/{path.name}", "sha256": bytes_digest(data)}
+
+
+def read_empty_text(lake: Lake, version: Version) -> np.ndarray[Any, Any]:
+    """The empty caption's embedding, (length, D) float16. Raises LakeError where the file is missing or altered."""
+    data = _checked_bytes(lake, version.text["empty"])
+    embedding: np.ndarray[Any, Any] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    return embedding
+
+
+def samples_root(samples: Iterable[tuple[str, str]]) -> str:
+    """The Merkle root over (clip_id, sample's sha256) pairs, in the order of the clip ids.
+
+    It depends on the clips and their contents only, not on how they are packed into shards.
+    """
+    return merkle_root([f"{clip_id}:{digest}" for clip_id, digest in sorted(samples)])
+
+
+def shards_root(lake: Lake, shards: Iterable[ShardInfo]) -> str:
+    """`samples_root` over all samples of `shards`, from their indexes: what `Version.merkle_root` holds.
+
+    Raises:
+        DamagedShard: a shard or an index is missing or torn.
+    """
+    samples: list[tuple[str, str]] = []
+    for info in shards:
+        reader = ShardReader(lake.shards / info.name)
+        samples += zip(reader.keys, reader.digests, strict=True)
+        reader.close()
+    return samples_root(samples)
+
+
+def verify(lake: Lake, version: Version, arrays: bool = True) -> list[str]:
+    """Read everything the version names and compare it: the problems found, each naming the file and the mend.
+
+    Checksums of tables, shards and samples; each index against its tar; the Merkle root; the table of clips against
+    the shards, row by row; and with `arrays`, the shards against the Zarr arrays (clip ids, coefficients, texts).
+
+    Args:
+        lake: where.
+        version: which.
+        arrays: False leaves out the arrays, where zarr and icechunk are not installed (the trainer's image).
+    """
+    problems: list[str] = []
+    for entry in (*version.manifest.values(), *([version.text["empty"]] if "empty" in version.text else [])):
+        try:
+            _checked_bytes(lake, entry)
+        except LakeError as error:
+            problems.append(str(error))
+    readers: dict[str, ShardReader] = {}
+    for info in version.shards:
+        try:
+            reader = ShardReader(lake.shards / info.name)
+        except DamagedShard as error:
+            problems.append(str(error))
+            continue
+        readers[info.name] = reader
+        problems += reader.verify()
+        if reader.info != info:
+            problems.append(f"{reader.path} is not the shard that version {version.number} names; {_MEND}")
+    if len(readers) == len(version.shards):
+        root = samples_root(pair for r in readers.values() for pair in zip(r.keys, r.digests, strict=True))
+        if root != version.merkle_root:
+            problems.append(f"version {version.number}: the shards' samples do not give its Merkle root; {_MEND}")
+    try:
+        rows = read_manifest(lake, version, "clips").to_pylist()
+    except (LakeError, ValueError):
+        return problems  # reported above
+    problems += _compare_table(version, rows, readers)
+    if arrays:
+        from storage.crosscheck import compare_with_shards
+
+        problems += compare_with_shards(lake, version.snapshot, version.group, rows, readers)
+    for reader in readers.values():
+        reader.close()
+    return problems
+
+
+def _compare_table(version: Version, rows: list[dict[str, Any]], readers: Mapping[str, ShardReader]) -> list[str]:
+    problems = []
+    path = version.manifest["clips"]["path"]
+    keys = {name: reader.keys for name, reader in readers.items()}
+    names = {info.name for info in version.shards}
+    for row in rows:
+        clip, shard, place = row["clip_id"], row["shard"], row["shard_row"]
+        if shard not in names:
+            problems.append(f"{path}: clip {clip} is in {shard}, which version {version.number} does not name; {_MEND}")
+        elif shard in keys and not (0 <= place < len(keys[shard]) and keys[shard][place] == clip):
+            problems.append(f"{path}: clip {clip} is not row {place} of {shard}; {_MEND}")
+    listed = {row["clip_id"] for row in rows}
+    if len(listed) != len(rows):
+        problems.append(f"{path}: a clip id occurs twice; {_MEND}")
+    for name in sorted(keys):
+        problems += [f"{path} lacks clip {key} of {name}; {_MEND}" for key in keys[name] if key not in listed]
+    return problems
+
+
+def _named_files(version: Version) -> dict[str, str | int]:
+    """Every file the version names, with its sha256, or its size where hashing would read gigabytes."""
+    files: dict[str, str | int] = {f"shards/{info.name}": info.bytes for info in version.shards}
+    files |= {entry["path"]: entry["sha256"] for entry in version.manifest.values()}
+    if "empty" in version.text:
+        files[version.text["empty"]["path"]] = version.text["empty"]["sha256"]
+    return files
+
+
+def _checked_bytes(lake: Lake, entry: Mapping[str, Any]) -> bytes:
+    path = lake.root / entry["path"]
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise LakeError(f"{path} is missing; {_MEND}") from None
+    if bytes_digest(data) != entry["sha256"]:
+        raise LakeError(f"{path}: wrong checksum; {_MEND}")
+    return data
+
+
+def _path(lake: Lake, number: int) -> Path:
+    return lake.versions / f"{number}.json"

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from storage.layout import DiskFull, Lake
+from storage.staging import block_path, has_block, read_block, remove_block, write_block
+
+ARRAYS = {
+    "coefficients": np.arange(24, dtype=np.float16).reshape(2, 3, 4),
+    "observed": np.array([True, False]),
+    "clip_ids": np.array(["a" * 16, "b" * 16]),
+    "nothing": np.zeros((0, 3)),
+}
+
+
+def test_a_block_comes_back_as_it_was(lake: Lake) -> None:
+    write_block(lake, "block", ARRAYS, {"clips": [{"film": "é.mp4", "psnr": float("nan")}]})
+    arrays, meta = read_block(lake, "block")
+    assert meta == {"clips": [{"film": "é.mp4", "psnr": None}]}
+    assert arrays.keys() == ARRAYS.keys()
+    for name, array in ARRAYS.items():
+        np.testing.assert_array_equal(arrays[name], array)
+        assert arrays[name].dtype == array.dtype
+
+
+def test_the_same_block_has_the_same_bytes_and_numpy_reads_it(lake: Lake) -> None:
+    first = write_block(lake, "block", ARRAYS, {}).read_bytes()
+    path = write_block(lake, "block", ARRAYS, {})
+    assert path.read_bytes() == first
+    with np.load(path, allow_pickle=False) as loaded:
+        np.testing.assert_array_equal(loaded["coefficients"], ARRAYS["coefficients"])
+
+
+def test_absent_until_written_and_after_removal(lake: Lake) -> None:
+    assert not has_block(lake, "block")
+    with pytest.raises(FileNotFoundError, match="no staged block block"):
+        read_block(lake, "block")
+    write_block(lake, "block", ARRAYS, {})
+    assert has_block(lake, "block")
+    remove_block(lake, "block")
+    remove_block(lake, "block")
+    assert not has_block(lake, "block")
+
+
+def test_any_damage_makes_it_absent(lake: Lake) -> None:
+    path = write_block(lake, "block", ARRAYS, {"a": 1})
+    whole = path.read_bytes()
+    place = whole.index(ARRAYS["coefficients"].tobytes())
+    for damaged in (whole[:-10], whole[: len(whole) // 2], b"", whole[: place + 5] + b"\xff" + whole[place + 6 :]):
+        path.write_bytes(damaged)
+        assert not has_block(lake, "block")
+        with pytest.raises(ValueError, match=r"block\.npz is damaged .*; delete it and run the ingest again"):
+            read_block(lake, "block")
+    path.write_bytes(whole)
+    assert has_block(lake, "block")
+
+
+def test_a_block_under_another_name_does_not_count(lake: Lake) -> None:
+    write_block(lake, "block", ARRAYS, {}).rename(block_path(lake, "other"))
+    assert not has_block(lake, "other")
+    with pytest.raises(ValueError, match="holds block 'block'"):
+        read_block(lake, "other")
+
+
+def test_no_pickle_goes_in_or_out(lake: Lake) -> None:
+    with pytest.raises(ValueError, match="'x' holds Python objects"):
+        write_block(lake, "block", {"x": np.array([{}], dtype=object)}, {})
+    path = block_path(lake, "block")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("meta.json", json.dumps({"block_id": "block", "meta": {}}))
+        with archive.open("x.npy", "w") as member:
+            np.lib.format.write_array(member, np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"Object arrays cannot be loaded"):
+        read_block(lake, "block")
+
+
+def test_names_stay_in_their_folder(lake: Lake) -> None:
+    for wrong in ("../x", "a/b", "", "a.npz"):
+        with pytest.raises(ValueError, match="use letters, digits"):
+            write_block(lake, wrong, ARRAYS, {})
+
+
+def test_a_full_disk(small_disk: Path) -> None:
+    lake = Lake.create(small_disk / "lake")
+    with pytest.raises(DiskFull, match="bytes free") as caught:
+        write_block(lake, "block", {"x": np.zeros(4 << 20, np.uint8)}, {})
+    assert caught.value.filename == str(block_path(lake, "block"))
+    assert list(lake.staging.iterdir()) == []
+    assert not has_block(lake, "block")
