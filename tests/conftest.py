@@ -1,0 +1,37 @@
+"""What every test shares: one thread for torch, no network for the hub, and the real films where they are at hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before any test imports them: hubs are never asked, telemetry is off, shards cannot run code.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("WDS_SECURE", "1")
+# Two threads of a matrix product that fight for a busy core are many times slower than one.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_torch_thread() -> None:
+    """Tiny models are several times faster on one thread, and repeatable."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def real_films() -> Path:
+    """The folder of seven real films with captions.csv; a test that asks for it is skipped where it is not."""
+    folder = Path(os.environ.get("VLFM_REAL_FILMS", ROOT.parent / "shared" / "videos"))
+    if not (folder / "captions.csv").is_file():
+        pytest.skip(f"no real films: {folder} is not there (set VLFM_REAL_FILMS to a folder with captions.csv)")
+    return folder
