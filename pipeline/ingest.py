@@ -1,0 +1,265 @@
+"""Films and captions to the next version of a dataset, in stages that a flow can run one by one.
+
+    plan = plan_ingest(lake, sources, captions, recipe)      what is new; no Ray
+    texts = embed_captions(plan)                             each caption once
+    results = run_blocks(plan, plan.blocks, runner)          decode > invert > project on Ray, staged block by block
+    report = commit(plan, texts, results)                    shards > arrays > manifest > version
+
+`ingest` chains them. Whatever interrupts it, running it again goes on: a staged block is never made twice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.block import Block, BlockWorker, merge_parts
+from pipeline.embed import Texts, embed
+from pipeline.pack import Packed, pack, publish_version
+from pipeline.plan import PARTIAL, FilmState, IngestPlan, Progress, plan_ingest
+from pipeline.recipes import DataRecipe
+from pipeline.report import Account, IngestReport
+from pipeline.rows import failure_row
+from pipeline.runner import Runner, Task, Worker
+from pipeline.stage import ClipPlan
+from storage.failures import write_failures
+from storage.layout import Lake
+from storage.version import read_manifest
+
+__all__ = ["IngestPlan", "IngestReport", "commit", "embed_captions", "ingest", "plan_ingest", "run_blocks"]
+
+BlockResult = dict[str, Any]
+"""block_id, done (clip ids), failures (rows of facts), seconds by stage, codec facts."""
+
+QUALITY = ("psnr_codec", "psnr_projection", "heldout_error")
+
+
+def embed_captions(plan: IngestPlan) -> Texts | None:
+    """Embeddings of the captions of the new clips; None where there are none, and no encoder is loaded."""
+    if not plan.blocks:
+        return None
+    begin = time.perf_counter()
+    texts = embed((clip.caption for clip in plan.clips), plan.recipe.text)
+    plan.seconds["embed"] = time.perf_counter() - begin
+    return texts
+
+
+def run_blocks(
+    plan: IngestPlan,
+    blocks: Sequence[Block],
+    runner: Runner,
+    on_progress: Progress | None = None,
+    worker: Worker | None = None,
+) -> list[BlockResult]:
+    """Makes and stages the blocks that are not staged yet; results of all of them, in their order.
+
+    Args:
+        plan: the plan.
+        blocks: all of the plan's, or some.
+        runner: Ray; not started where everything is staged.
+        on_progress: told ("clips", clips finished or given up, clips of these blocks) after every block.
+        worker: what makes a block, in place of BlockWorker; it stages in the same form.
+
+    Raises:
+        DiskFull: no room; the blocks finished before are kept.
+        RunnerError: Ray or the stages cannot be set up.
+    """
+    by_id = {block.block_id: block for block in blocks}
+    results: dict[str, BlockResult] = {
+        block_id: {"block_id": block_id, **plan.staged[block_id]} for block_id in by_id if block_id in plan.staged
+    }
+    parts: dict[str, list[str]] = {block_id: [] for block_id in by_id}
+    lost: dict[str, list[dict[str, Any]]] = {block_id: [] for block_id in by_id}
+    missing = {block_id: {clip.clip_id for clip in block.clips} for block_id, block in by_id.items()}
+    total = sum(len(block.clips) for block in blocks)
+
+    def tell() -> None:
+        if on_progress:
+            left = sum(len(missing[block_id]) for block_id in by_id if block_id not in results)
+            on_progress("clips", total - left, total)
+
+    def settle(task: Task) -> None:
+        missing[task.parent] -= {clip.clip_id for clip in task.items}
+        if not missing[task.parent]:
+            block = by_id[task.parent]
+            merged = merge_parts(plan.lake, block, parts[task.parent], lost[task.parent], plan.recipe_fingerprint)
+            results[task.parent] = {"block_id": task.parent, **merged}
+        tell()
+
+    def done(task: Task, result: Mapping[str, Any]) -> None:
+        if task.task_id == task.parent:
+            results[task.parent] = {"block_id": task.parent, **result}
+            tell()
+        else:
+            parts[task.parent].append(task.task_id)
+            settle(task)
+
+    def given_up(task: Task, reason: str, detail: str) -> None:
+        clip: ClipPlan = task.items[0]
+        where = {"clip_id": clip.clip_id, "clip_start": clip.window.start, "film": clip.film}
+        lost[task.parent].append({**where, "stage": "worker", "reason": reason, "detail": detail})
+        settle(task)
+
+    tell()
+    work = [(block.block_id, block.clips) for block in blocks if block.block_id not in results]
+    chosen = worker or BlockWorker(plan.lake, plan.recipe, plan.recipe_fingerprint)
+    runner.run(chosen, work, lambda clip: clip.clip_id, done, given_up)
+    return [results[block.block_id] for block in blocks]
+
+
+def commit(plan: IngestPlan, texts: Texts | None, results: Sequence[BlockResult]) -> IngestReport:
+    """Publishes the next version from all blocks' results, or says that there is nothing new.
+
+    Raises:
+        AccountError: films or clips do not add up; nothing is published then.
+        PackError, LakeError, DiskFull: the version cannot be written; staged blocks are kept for the next run.
+    """
+    begin = time.perf_counter()
+    made = {clip for result in results for clip in result["done"]} | {row["clip_id"] for row in plan.revived}
+    faults = {row["clip_id"]: row for result in results for row in result["failures"]}
+    failures = plan.failures + [
+        failure_row(row["film"], row["stage"], row, row["clip_id"], row["clip_start"]) for row in faults.values()
+    ]
+    for state in plan.films:
+        _settle_film(state, made, faults)
+    films, clips = accounts(plan, made, faults)
+    version, packed, superseded = plan.parent, None, set[str]()
+    if made or plan.goes_back:
+        superseded = _superseded(plan, made)
+        with_clips = [block for block in plan.blocks if any(clip.clip_id in made for clip in block.clips)]
+        packed = pack(plan, texts, with_clips, superseded)
+        rows = _all_films(plan, packed)
+        version = publish_version(plan, packed, rows, {"films": films.to_json(), "clips": clips.to_json()})
+    write_failures(plan.lake, plan.run_id, failures)
+    for result in results:
+        for stage, seconds in result["seconds"].items():
+            plan.seconds[stage] = plan.seconds.get(stage, 0.0) + seconds
+    plan.seconds["commit"] = time.perf_counter() - begin
+    return IngestReport(
+        run_id=plan.run_id,
+        lake=str(plan.lake.root),
+        version=version.number if version else None,
+        published=packed is not None,
+        films=films,
+        clips=clips,
+        failures=failures,
+        superseded=len(superseded),
+        bytes=sum(shard.bytes for shard in version.shards) if version else 0,
+        quality=_medians(packed.rows) if packed else {},
+        seconds=dict(plan.seconds),
+        tolerate=plan.recipe.tolerate,
+        faulty_films=sum(film.row["status"] == "failed" or film.row["reason"] == PARTIAL for film in plan.films),
+        notes=[],
+    )
+
+
+def ingest(
+    sources: Sequence[str | Path] | str | Path,
+    lake: Lake | str | Path,
+    captions: str | Path | None = None,
+    recipe: DataRecipe | None = None,
+    limit: int | None = None,
+    runner: Runner | None = None,
+    on_progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> IngestReport:
+    """The whole ingest in one call, in this process and Ray's. Arguments as in the stages; `say` gets the plan's lines.
+
+    Raises:
+        what the stages raise; LakeBusy where another run is writing to the lake.
+    """
+    from pipeline.recipes import demo
+    from pipeline.source import discover
+
+    recipe = recipe or demo()
+    if not isinstance(lake, Lake):
+        discover(sources, captions, recipe.captions_required)  # nothing is made for sources that are not there
+        lake = Lake.create(lake)
+    with lake.writing():
+        plan = plan_ingest(lake, sources, captions, recipe, limit, on_progress=on_progress)
+        if say:
+            for line in plan.lines():
+                say(line)
+        texts = embed_captions(plan)
+        if runner is not None:
+            results = run_blocks(plan, plan.blocks, runner, on_progress)
+        else:
+            with Runner() as own:
+                results = run_blocks(plan, plan.blocks, own, on_progress)
+        return commit(plan, texts, results)
+
+
+def accounts(plan: IngestPlan, made: set[str], faults: Mapping[str, Any]) -> tuple[Account, Account]:
+    """The accounts of films and of clips; the discovered are counted from the plan, the rest from what happened."""
+    films = Account.of("films", len(plan.films), [(film.row["status"], film.row["reason"]) for film in plan.films])
+    planned = [clip.clip_id for clip in plan.clips] + [row["clip_id"] for row in plan.revived]
+    known = [clip for film in plan.films for clip in film.known]
+    narrow = sum(film.filtered for film in plan.films)
+    outcomes = [("done", "") for clip in planned if clip in made]
+    outcomes += [("failed", faults[clip]["reason"]) for clip in planned if clip in faults and clip not in made]
+    outcomes += [("unchanged", "") for _ in known]
+    outcomes += [("filtered", row["reason"]) for row in plan.failures if row["clip_id"]]
+    discovered = sum(len(film.new) + len(film.known) for film in plan.films) + narrow
+    return films, Account.of("clips", discovered, outcomes)
+
+
+def _settle_film(state: FilmState, made: set[str], faults: Mapping[str, Mapping[str, Any]]) -> None:
+    """The film's status from its clips'."""
+    failed = [faults[clip] for clip in state.new if clip in faults]
+    if not state.new:
+        return
+    got = sum(clip in made for clip in state.new)
+    if got or state.known:
+        reason = PARTIAL if failed else ""
+        detail = f"{len(failed)} clips failed ({failed[0]['reason']}); run again to try them again" if failed else ""
+        state.row |= {"status": "done" if got else "unchanged", "reason": reason, "detail": detail}
+    else:
+        first: Mapping[str, Any] = failed[0] if failed else {"reason": "lost", "detail": "no result; run again"}
+        state.row |= {"status": "failed", "reason": first["reason"], "detail": first["detail"]}
+
+
+def _superseded(plan: IngestPlan, made: set[str]) -> set[str]:
+    """Clips of the base that leave: those of films that now give other clips. A film that gave none keeps its own."""
+    current = {clip for film in plan.films for clip in [*film.new, *film.known]}
+    renewed = {film.name for film in plan.films if film.known or any(clip in made for clip in film.new)}
+    return {row["clip_id"] for row in plan.base_clips if row["film"] in renewed and row["clip_id"] not in current}
+
+
+def _all_films(plan: IngestPlan, packed: Packed) -> list[dict[str, Any]]:
+    """Rows of this run's films and of those that other runs brought."""
+    held: dict[str, int] = {}
+    for row in packed.rows:
+        held[row["film"]] = held.get(row["film"], 0) + 1
+    here = {film.name for film in plan.films}
+    others = [{**row, "status": "unchanged"} if row["status"] == "done" else row for row in plan.base_films]
+    rows = [film.row for film in plan.films] + [row for row in others if row["film"] not in here]
+    return [{**row, "clips": held.get(row["film"], 0)} for row in sorted(rows, key=lambda row: row["film"])]
+
+
+def _medians(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    found = {}
+    for name in QUALITY:
+        values = np.array([row[name] for row in rows], dtype=np.float64)
+        if np.isfinite(values).any():
+            found[name] = float(np.nanmedian(values))
+    return found
+
+
+def sample_frames(lake: Lake, number: int | None = None, clips: int = 8) -> list[tuple[str, np.ndarray]]:
+    """(caption, uint8 frames (N, H, W, 3)) of some clips of a version that keep their frames: for a contact sheet."""
+    from storage.shards import ShardReader
+    from storage.version import load
+
+    version = load(lake, number)
+    rows = [row for row in read_manifest(lake, version, "clips").to_pylist() if row["preview"]]
+    chosen = rows[:: max(1, len(rows) // clips)][:clips]
+    found = []
+    for row in chosen:
+        reader = ShardReader(lake.shards / row["shard"])
+        found.append((row["caption"], np.array(reader.read(row["shard_row"], ["preview.npy"])["preview.npy"])))
+        reader.close()
+    return found

@@ -1,0 +1,391 @@
+"""The plan of an ingest: what is new, what is not, what cannot be used, and the blocks of work. Nothing is decoded.
+
+Films that are as the newest version knows them (name, size, time of change, caption) are neither opened nor hashed.
+Blocks are cut from the sorted new clips before any work starts, so the order in which workers finish changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.block import Block, summary
+from pipeline.decode import Probe, ffmpeg_binary, probe, select_frames, window_starts
+from pipeline.faults import DecodeError
+from pipeline.recipes import DataRecipe
+from pipeline.rows import caption_id, failure_row, film_row, observed_frames, split_of
+from pipeline.source import FilmEntry, FilmFailure, discover
+from pipeline.stage import ClipPlan
+from storage.fingerprint import file_digest, fingerprint, short_id
+from storage.layout import Lake
+from storage.staging import read_block
+from storage.version import Version, latest, list_versions, load, read_manifest
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, how many are done, and how many there are."""
+
+LASTING = frozenset(
+    [
+        "empty_file",
+        "not_a_video",
+        "no_video_stream",
+        "truncated",
+        "corrupt",
+        "shorter_than_window",
+        "too_few_frames",
+        "duplicate",
+    ]
+)
+"""Faults of the film itself: not looked at again before the file changes."""
+
+PARTIAL = "clips_failed"
+"""Reason of a film that gave some clips and lost others; the next run tries those again."""
+
+
+@dataclass
+class FilmState:
+    """A film of this run: its row of the manifest as far as it is known, and what becomes of its windows."""
+
+    row: dict[str, Any]
+    new: list[str] = field(default_factory=list)
+    """Ids of clips to be made."""
+    known: list[str] = field(default_factory=list)
+    """Ids of clips that the dataset has already."""
+    filtered: int = 0
+    """Windows that gave no clip by rule."""
+
+    @property
+    def name(self) -> str:
+        return str(self.row["film"])
+
+
+@dataclass
+class IngestPlan:
+    """All that an ingest is going to do."""
+
+    lake: Lake
+    recipe: DataRecipe
+    recipe_fingerprint: str
+    run_id: str
+    created: str
+    """UTC, ISO 8601."""
+    parent: Version | None
+    """The newest version."""
+    base: Version | None
+    """The newest version of this recipe, whose clips are carried on."""
+    films: list[FilmState]
+    blocks: list[Block]
+    staged: dict[str, dict[str, Any]]
+    """Blocks that an interrupted run finished, with their summaries."""
+    base_clips: list[dict[str, Any]]
+    base_films: list[dict[str, Any]]
+    revived: list[dict[str, Any]]
+    """Rows of older versions for clips that are wanted again; they are copied, not made."""
+    failures: list[dict[str, Any]]
+    """Rows of the failure table for what the plan itself found."""
+    notes: list[str]
+    seconds: dict[str, float]
+
+    @property
+    def clips(self) -> list[ClipPlan]:
+        """The clips to be made."""
+        return [clip for block in self.blocks for clip in block.clips]
+
+    @property
+    def to_do(self) -> list[Block]:
+        """The blocks that are not finished."""
+        return [block for block in self.blocks if block.block_id not in self.staged]
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether the recipe is that of a version before the newest: its clips become the newest version again."""
+        return self.base is not None and self.parent is not None and self.base.number != self.parent.number
+
+    @property
+    def nothing_new(self) -> bool:
+        """Whether the newest version has all there is to have."""
+        return not self.blocks and not self.revived and not self.goes_back
+
+    def lines(self) -> list[str]:
+        """The plan for people."""
+        known = sum(len(film.known) for film in self.films)
+        faulty = [film for film in self.films if film.row["status"] in ("failed", "filtered")]
+        new = f"{len(self.clips)} new clips in {len(self.blocks)} blocks"
+        lines = [*self.notes, f"{len(self.films)} films: {new}, {known} clips unchanged"]
+        if self.staged:
+            lines.append(f"{len(self.staged)} blocks are finished from an interrupted run and are kept")
+        if faulty:
+            lines.append(f"{len(faulty)} films cannot be used:")
+        return lines + [f"  {film.name}: {film.row['reason']}: {film.row['detail']}" for film in faulty]
+
+
+def plan_ingest(
+    lake: Lake | str | Path,
+    sources: Sequence[str | Path] | str | Path,
+    captions: str | Path | None,
+    recipe: DataRecipe,
+    limit: int | None = None,
+    now: float | None = None,
+    on_progress: Progress | None = None,
+) -> IngestPlan:
+    """Plans an ingest of `sources` into `lake` (made if it is not there). Starts no Ray and decodes nothing.
+
+    Args:
+        lake: a lake or its path.
+        sources, captions: as in pipeline.source.discover.
+        recipe: how.
+        limit: this many films only, the first by name.
+        now: seconds since 1970, for the run's name.
+        on_progress: told how many films have been read.
+
+    Raises:
+        SourceError: nothing to ingest.
+        DecodeError: `no_ffmpeg`.
+        LakeError: `lake` is no place for a lake.
+    """
+    begin = time.perf_counter()
+    found = discover(sources, captions, recipe.captions_required).limited(limit)
+    lake = lake if isinstance(lake, Lake) else Lake.create(lake)
+    moment = time.gmtime(time.time() if now is None else now)
+    recipe_fingerprint = fingerprint(recipe.data_fields())
+    parent = latest(lake)
+    base = _base(lake, parent, recipe_fingerprint)
+    notes = list(found.notes)
+    if parent is not None and base is None:
+        notes.append(f"the recipe differs from version {parent.number}'s: its clips are not carried on, all are new")
+    base_clips = read_manifest(lake, base, "clips").to_pylist() if base else []
+    base_films = read_manifest(lake, base, "films").to_pylist() if base else []
+    plan = IngestPlan(
+        lake=lake,
+        recipe=recipe,
+        recipe_fingerprint=recipe_fingerprint,
+        run_id=f"{time.strftime('%Y%m%dT%H%M%SZ', moment)}-{os.urandom(3).hex()}",
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", moment),
+        parent=parent,
+        base=base,
+        films=[_fault(failure) for failure in found.failures],
+        blocks=[],
+        staged={},
+        base_clips=base_clips,
+        base_films=base_films,
+        revived=[],
+        failures=[],
+        notes=notes,
+        seconds={},
+    )
+    _plan_films(plan, found.entries, on_progress or (lambda stage, done, total: None))
+    plan.films.sort(key=lambda film: film.name)
+    plan.failures.extend(
+        failure_row(film.name, "source" if film.row["sha256"] == "" else "plan", film.row)
+        for film in plan.films
+        if film.row["status"] in ("failed", "filtered")
+    )
+    plan.seconds["plan"] = time.perf_counter() - begin
+    return plan
+
+
+def _base(lake: Lake, parent: Version | None, recipe_fingerprint: str) -> Version | None:
+    if parent is None or parent.recipe_fingerprint == recipe_fingerprint:
+        return parent
+    versions = (load(lake, number) for number in reversed(list_versions(lake)))
+    return next((version for version in versions if version.recipe_fingerprint == recipe_fingerprint), None)
+
+
+def _fault(failure: FilmFailure) -> FilmState:
+    row = film_row(failure.film, "", 0, 0)
+    return FilmState({**row, "status": failure.status, "reason": failure.reason, "detail": failure.detail})
+
+
+# --- films ---
+
+
+def _plan_films(plan: IngestPlan, entries: Sequence[FilmEntry], on_progress: Progress) -> None:
+    """Fills in films, blocks, staged and revived."""
+    rows = {row["film"]: row for row in plan.base_films}
+    digests = {(_file(row["film"]), row["bytes"], row["modified_ns"]): row["sha256"] for row in plan.base_films}
+    clips_of: dict[str, list[str]] = {}
+    for clip in plan.base_clips:
+        clips_of.setdefault(f"{clip['film_id']} {clip['caption_id']}", []).append(clip["clip_id"])
+    to_read = []
+    for entry in entries:
+        row = rows.get(entry.film)
+        if row is not None and _as_before(row, entry):
+            state = FilmState({**row, "status": "unchanged"} if row["status"] in ("done", "unchanged") else dict(row))
+            if state.row["status"] == "unchanged":
+                own = clips_of.get(f"{row['film_id']} {caption_id(entry.caption)}", [])
+                state.known = own if row["clips"] == len(own) else _by_name(plan, entry.film)
+            plan.films.append(state)
+        else:
+            to_read.append(entry)
+    if to_read:
+        ffmpeg_binary()
+    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+        known = [digests.get((_file(entry.film), entry.bytes, entry.modified_ns), "") for entry in to_read]
+        read = pool.map(lambda entry, digest: _read_film(entry, digest, plan.recipe), to_read, known)
+        found: list[tuple[FilmState, FilmEntry, Probe | None]] = []
+        for entry, (state, film) in zip(to_read, read, strict=True):
+            found.append((state, entry, film))
+            on_progress("plan", len(found), len(to_read))
+    in_base = {clip["clip_id"] for clip in plan.base_clips}
+    claimed: dict[str, str] = {clip: film.name for film in plan.films for clip in film.known}
+    clips: list[ClipPlan] = []
+    for state, entry, film in found:
+        plan.films.append(state)
+        if film is not None:
+            clips += _plan_clips(plan, state, entry, film, in_base, claimed)
+    older = _older_rows(plan, {clip.clip_id for clip in clips})
+    plan.revived = [older[clip.clip_id] for clip in clips if clip.clip_id in older]
+    clips = [clip for clip in clips if clip.clip_id not in older]
+    clips = _with_previews(plan, sorted(clips, key=lambda clip: (clip.film_id, clip.window.start, clip.clip_id)))
+    _cut_blocks(plan, clips)
+
+
+def _as_before(row: Mapping[str, Any], entry: FilmEntry) -> bool:
+    same = (row["bytes"], row["modified_ns"], row["caption"]) == (entry.bytes, entry.modified_ns, entry.caption)
+    finished = row["status"] in ("done", "unchanged") and row["reason"] != PARTIAL
+    return same and (finished or row["reason"] in LASTING)
+
+
+def _by_name(plan: IngestPlan, film: str) -> list[str]:
+    return [clip["clip_id"] for clip in plan.base_clips if clip["film"] == film]
+
+
+def _file(film: str) -> str:
+    """The file's name of a film, or of a part of one."""
+    return re.sub(r"#[0-9.e+-]+-[0-9.e+-]*$", "", film)
+
+
+def _read_film(entry: FilmEntry, digest: str, recipe: DataRecipe) -> tuple[FilmState, Probe | None]:
+    """Hashes (unless the digest is known) and probes one film."""
+    state = FilmState(film_row(entry.film, entry.caption, entry.bytes, entry.modified_ns))
+    try:
+        film = probe(entry.path, recipe.limits)
+        state.row["sha256"] = digest or file_digest(entry.path)
+    except DecodeError as error:
+        state.row |= {"status": "failed", "reason": error.reason, "detail": error.detail}
+        return state, None
+    except OSError as error:
+        detail = f"it cannot be read ({error.strerror}); check its permissions"
+        state.row |= {"status": "failed", "reason": "unreadable", "detail": detail}
+        return state, None
+    state.row |= {
+        "film_id": short_id(state.row["sha256"]),
+        "seconds": film.seconds,
+        "codec": film.codec,
+        "width": film.width,
+        "height": film.height,
+        "frame_rate": film.frame_rate,
+    }
+    return state, film
+
+
+def _plan_clips(
+    plan: IngestPlan, state: FilmState, entry: FilmEntry, film: Probe, in_base: set[str], claimed: dict[str, str]
+) -> list[ClipPlan]:
+    """The new clips of one film; fills in `state` and the failures of windows."""
+    recipe, digest = plan.recipe, state.row["sha256"]
+    starts = window_starts(film, recipe.duration, entry.start, entry.end)
+    if not starts:
+        length = (min(film.seconds, entry.end) if entry.end is not None else film.seconds) - entry.start
+        detail = (
+            f"{max(length, 0):.3g} s of video, the window takes {recipe.duration:g} s; set duration or leave it out"
+        )
+        state.row |= {"status": "filtered", "reason": "shorter_than_window", "detail": detail}
+        return []
+    clips = []
+    for start in starts:
+        identity = {"film": digest, "caption": entry.caption, "clip_start": start, "recipe": plan.recipe_fingerprint}
+        clip = short_id(fingerprint(identity))
+        if clip in claimed:
+            twin = claimed[clip]
+            state.row |= {"status": "filtered", "reason": "duplicate", "detail": f"the same film and caption as {twin}"}
+            return []
+        window = select_frames(film, start, recipe.duration, recipe.rate)
+        observed = observed_frames(len(window.ticks), recipe.observe, clip)
+        if observed.sum() < recipe.min_observed:
+            state.filtered += 1
+            detail = f"{int(observed.sum())} observed frames, fewer than {recipe.min_observed} (min_observed)"
+            fault = {"status": "filtered", "reason": "too_few_frames", "detail": detail}
+            plan.failures.append(failure_row(entry.film, "plan", fault, clip, start))
+        elif clip in in_base:
+            state.known.append(clip)
+        else:
+            state.new.append(clip)
+            clips.append(
+                ClipPlan(
+                    clip_id=clip,
+                    film_id=state.row["film_id"],
+                    film=entry.film,
+                    path=str(entry.path),
+                    bytes=entry.bytes,
+                    modified_ns=entry.modified_ns,
+                    caption=entry.caption,
+                    caption_id=caption_id(entry.caption),
+                    window=window,
+                    duration=recipe.duration,
+                    observed=tuple(bool(seen) for seen in observed),
+                    split=split_of(state.row["film_id"], recipe.validation_fraction),
+                    preview=False,
+                )
+            )
+    claimed |= dict.fromkeys([*state.new, *state.known], entry.film)
+    if not state.new:
+        detail = f"no window has {recipe.min_observed} observed frames (min_observed)"
+        unusable = {"status": "filtered", "reason": "too_few_frames", "detail": detail}
+        state.row |= {"status": "unchanged"} if state.known else unusable
+    return clips
+
+
+def _older_rows(plan: IngestPlan, wanted: set[str]) -> dict[str, dict[str, Any]]:
+    """Rows of wanted clips in versions before the base: a film that is back as it was is not made again."""
+    rows: dict[str, dict[str, Any]] = {}
+    if plan.base is None or not wanted:
+        return rows
+    for number in list_versions(plan.lake):
+        version = load(plan.lake, number)
+        if number < plan.base.number and version.recipe_fingerprint == plan.recipe_fingerprint:
+            table = read_manifest(plan.lake, version, "clips")
+            if wanted.intersection(table.column("clip_id").to_pylist()):
+                rows |= {row["clip_id"]: row for row in table.to_pylist() if row["clip_id"] in wanted}
+    return rows
+
+
+# --- blocks ---
+
+
+def _with_previews(plan: IngestPlan, clips: Iterable[ClipPlan]) -> list[ClipPlan]:
+    """The clips with `preview` set: all of the validation split, and of training clips a fixed number over all runs."""
+    clips = list(clips)
+    kept = sum(row["preview"] and row["split"] == "train" for row in [*plan.base_clips, *plan.revived])
+    training = sorted(clip.clip_id for clip in clips if clip.split == "train")
+    chosen = set(training[: max(0, plan.recipe.preview_clips - kept)])
+    return [replace(clip, preview=clip.split == "validation" or clip.clip_id in chosen) for clip in clips]
+
+
+def _cut_blocks(plan: IngestPlan, clips: list[ClipPlan]) -> None:
+    """Blocks that are staged already are taken as they are; the other clips are cut in their order."""
+    by_id = {clip.clip_id: clip for clip in clips}
+    for path in sorted(plan.lake.staging.glob("*.npz")):
+        if "-" in path.stem:
+            continue  # a part of a block that did not come to its end
+        try:
+            _, meta = read_block(plan.lake, path.stem)
+            ids = meta["block"]
+        except (ValueError, KeyError, OSError):
+            continue  # damaged: made again
+        if meta["recipe"] == plan.recipe_fingerprint and ids and all(clip in by_id for clip in ids):
+            plan.blocks.append(Block(path.stem, tuple(by_id.pop(clip) for clip in ids)))
+            plan.staged[path.stem] = summary(meta)
+    rest = list(by_id.values())
+    size = plan.recipe.block_clips
+    for first in range(0, len(rest), size):
+        part = tuple(rest[first : first + size])
+        content = {"recipe": plan.recipe_fingerprint, "clips": [[clip.clip_id, clip.preview] for clip in part]}
+        plan.blocks.append(Block(short_id(fingerprint(content)), part))
+    plan.blocks.sort(key=lambda block: (block.clips[0].film_id, block.clips[0].window.start, block.clips[0].clip_id))

@@ -1,0 +1,163 @@
+"""Data recipes: functions that return a frozen dataclass, which owns window, rate, size, observation, order, codec.
+
+What a training recipe needs to know of these it reads from the dataset's version.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.faults import MediaLimits
+
+OBSERVATIONS = ("every_second", "all", "random")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataRecipe:
+    """Everything that turns films and captions into a dataset."""
+
+    name: str
+    """Name of the recipe function that made it."""
+    duration: float = 2.0
+    """T, length of a clip's window in seconds."""
+    rate: float = 16.0
+    """Most frames kept in a second; films are thinned to it and never filled up."""
+    size: tuple[int, int] = (64, 64)
+    """Height and width of the frames in pixels; films are scaled to cover it and cropped at the centre."""
+    observe: str = "every_second"
+    """Which kept frames enter the coefficients: `every_second`, `all` or `random` (half, drawn by the clip's id)."""
+    order: int = 0
+    """s, number of coefficients; 0 means twice the observed frames of a full window."""
+    method: str = "cubic"
+    """Projection method of model.legs; `cubic` falls back to `linear` on clips with very uneven times."""
+    codec: dict[str, Any] = dataclasses.field(
+        default_factory=lambda: {"kind": "linear", "factor": 4, "channels": 12, "scale": 1.0}
+    )
+    """Spec of the codec, as in model.codec.codec_from_spec."""
+    text: dict[str, Any] = dataclasses.field(default_factory=lambda: {"kind": "builtin"})
+    """Spec of the text encoder, as in model.prompts.text_encoder_from_spec."""
+    store_latents: bool = True
+    """Whether a shard's samples hold the latents of all kept frames beside the coefficients (Zarr always does)."""
+    validation_fraction: float = 0.1
+    """Share of the films in the validation split, chosen by a hash of the film."""
+    min_observed: int = 4
+    """Fewest observed frames of a clip; fewer are filtered as `too_few_frames`."""
+    preview_clips: int = 64
+    """How many training clips keep their frames for evaluation, beside the whole validation split."""
+    block_clips: int = 16
+    """Clips in a block: the unit of work, of resume, and of a shard."""
+    captions_required: bool = True
+    """Whether a film without a caption fails; else it gets the empty caption."""
+    tolerate: float = 0.05
+    """Share of the films that may fail before the command's exit status is 3."""
+    max_pixels: int = 8192 * 4320
+    """Largest frame of a film, in pixels."""
+    max_frames: int = 1_000_000
+    """Most frames in a film."""
+    timeout: float = 120.0
+    """Longest wait in seconds for ffmpeg to read a film's times, or the frames of one clip."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that no run could work with; the message names the field."""
+        checks = {
+            "duration": self.duration > 0,
+            "rate": self.rate > 0,
+            "size": len(self.size) == 2 and min(self.size) >= 1,
+            "observe": self.observe in OBSERVATIONS,
+            "order": self.order >= 0,
+            "validation_fraction": 0 <= self.validation_fraction < 1,
+            "min_observed": self.min_observed >= 1,
+            "preview_clips": self.preview_clips >= 0,
+            "block_clips": self.block_clips >= 1,
+            "tolerate": 0 <= self.tolerate <= 1,
+            "timeout": self.timeout > 0,
+            "max_pixels": self.max_pixels >= 1,
+            "max_frames": self.max_frames >= 1,
+        }
+        for field, good in checks.items():
+            if not good:
+                hint = f"; choose one of {', '.join(OBSERVATIONS)}" if field == "observe" else ""
+                raise ValueError(f"recipe {self.name}: {field} = {getattr(self, field)!r} cannot be{hint}")
+
+    @property
+    def frames_max(self) -> int:
+        """Most frames a clip can keep."""
+        return math.ceil(self.duration * self.rate - 1e-9)
+
+    @property
+    def observed_max(self) -> int:
+        """Most frames a clip can have observed."""
+        return (self.frames_max + 1) // 2 if self.observe == "every_second" else self.frames_max
+
+    @property
+    def coefficients(self) -> int:
+        """s, the order that every clip is padded to."""
+        return self.order or 2 * self.observed_max
+
+    @property
+    def limits(self) -> MediaLimits:
+        """What a film may cost."""
+        return MediaLimits(self.max_pixels, self.max_frames, self.timeout)
+
+    def data_fields(self) -> dict[str, Any]:
+        """The fields that change data. Two recipes that agree here give the same clips and share their latents."""
+        fields = dataclasses.asdict(self)
+        for field in _HOUSEKEEPING:
+            del fields[field]
+        # A folder may move; weights are named by the codec's and encoder's own ids once they are loaded.
+        return {**fields, "order": self.coefficients, "size": list(self.size)}
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as JSON, for the version that it makes."""
+        return {**dataclasses.asdict(self), "size": list(self.size), "order": self.coefficients}
+
+
+_HOUSEKEEPING = (
+    "name",
+    "preview_clips",
+    "block_clips",
+    "captions_required",
+    "tolerate",
+    "max_pixels",
+    "max_frames",
+    "timeout",
+)
+
+
+def demo() -> DataRecipe:
+    """Small pictures through the linear codec: no weights are needed and a CPU is enough."""
+    return DataRecipe(name="demo")
+
+
+def stable_diffusion(folder: str | Path = "stable-diffusion-v1-5/stable-diffusion-v1-5") -> DataRecipe:
+    """Latents of a Stable-Diffusion-format model (a local folder or a hub id), inverted by 50 steps of DDIM."""
+    return DataRecipe(
+        name="stable_diffusion",
+        size=(256, 256),
+        codec={"kind": "diffusers", "source": str(folder), "ddim_steps": 50, "inversion_depth": 50, "refinements": 3},
+        text={"kind": "pretrained", "source": str(folder)},
+        preview_clips=16,
+    )
+
+
+def recipe_named(name: str) -> DataRecipe:
+    """The data recipe called `name`: any public function of this module that makes one from its defaults.
+
+    Single fields are replaced with model.recipes.override.
+
+    Raises:
+        ValueError: there is no such recipe; the message lists those there are.
+    """
+    makers: dict[str, Callable[[], DataRecipe]] = {
+        key: value
+        for key, value in vars(sys.modules[__name__]).items()
+        if getattr(value, "__annotations__", {}).get("return") == "DataRecipe" and value is not recipe_named
+    }
+    if name not in makers:
+        raise ValueError(f"data recipe {name!r} is unknown; the recipes are: {', '.join(sorted(makers))}")
+    return makers[name]()

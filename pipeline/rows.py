@@ -1,0 +1,69 @@
+"""Rows of the tables, and what a clip or film is by rule: its split, its observed frames, its caption's id."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from storage.fingerprint import fingerprint, short_id
+
+
+def failure_row(
+    film: str, stage: str, fault: Mapping[str, Any], clip_id: str = "", clip_start: float = np.nan
+) -> dict[str, Any]:
+    """A row of storage.schema.FAILURE_SCHEMA; `fault` has status, reason and detail."""
+    return {
+        "film": film,
+        "clip_id": clip_id,
+        "clip_start": clip_start,
+        "stage": stage,
+        "status": fault.get("status", "failed"),
+        "reason": fault["reason"],
+        "detail": fault["detail"],
+    }
+
+
+def film_row(film: str, caption: str, size: int, modified_ns: int) -> dict[str, Any]:
+    """A row of storage.schema.FILM_SCHEMA for a film that has not been read."""
+    return {
+        "film": film,
+        "film_id": "",
+        "caption": caption,
+        "bytes": size,
+        "modified_ns": modified_ns,
+        "sha256": "",
+        "status": "",
+        "reason": "",
+        "detail": "",
+        "clips": 0,
+        "seconds": float("nan"),
+        "codec": "",
+        "width": 0,
+        "height": 0,
+        "frame_rate": float("nan"),
+    }
+
+
+def caption_id(caption: str) -> str:
+    """16 digits that name a caption's text."""
+    return short_id(fingerprint({"caption": caption}))
+
+
+def split_of(film_id: str, validation_fraction: float) -> str:
+    """`validation` for that share of all films, by a hash of the film: it never changes as others come and go."""
+    return "validation" if int(fingerprint({"split": film_id})[:12], 16) / 16**12 < validation_fraction else "train"
+
+
+def observed_frames(count: int, observe: str, clip_id: str) -> np.ndarray:
+    """(count,) bool: which kept frames the projection sees. `random` draws half by the clip's id, with both ends."""
+    if observe == "all":
+        return np.ones(count, dtype=bool)
+    seen = np.zeros(count, dtype=bool)
+    if observe == "every_second":
+        seen[::2] = True
+    else:
+        seen[:] = np.random.default_rng(int(clip_id, 16)).random(count) < 0.5
+        seen[:1] = seen[-1:] = True
+    return seen

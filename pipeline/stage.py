@@ -1,0 +1,190 @@
+"""The contract of a stage, and what flows through it: one clip at a time, with its failure where it has one.
+
+A stage states what it needs, sets up once, and turns a stream of clips into a stream of clips. It keeps nothing between
+clips that changes a result, so a block can be run again at any time. A clip that fails flows on with its failure; the
+later stages pass it by.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from pipeline.decode import Window
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a stage occupies while it runs."""
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+
+@dataclass(frozen=True)
+class ClipPlan:
+    """A clip to be made: all that is known of it before its film is decoded."""
+
+    clip_id: str
+    film_id: str
+    film: str
+    path: str
+    """Where the film is."""
+    bytes: int
+    """Size of the film when it was planned; a film that changed since is not used."""
+    modified_ns: int
+    """Time of its last change when it was planned."""
+    caption: str
+    caption_id: str
+    window: Window
+    duration: float
+    """T, seconds."""
+    observed: tuple[bool, ...]
+    """Which of the window's frames enter the coefficients."""
+    split: str
+    preview: bool
+    """Whether its frames are kept."""
+
+
+@dataclass(frozen=True)
+class ClipFailure:
+    """Why a clip was not made."""
+
+    stage: str
+    reason: str
+    """A fixed snake_case word."""
+    detail: str
+    """One line that says the mend."""
+
+
+@dataclass
+class ClipWork:
+    """A clip on its way through the stages; each fills in its part."""
+
+    plan: ClipPlan
+    failure: ClipFailure | None = None
+    frames: np.ndarray | None = None
+    """(N, H, W, 3) uint8."""
+    latents: np.ndarray | None = None
+    """(N, C, h, w) float16, as they will be stored."""
+    coefficients: np.ndarray | None = None
+    """(order, C, h, w) float16, zero-padded."""
+    certificate: dict[str, Any] = field(default_factory=dict)
+    """order_used, method_used and the measures of storage.schema.CLIP_SCHEMA."""
+
+
+class Stage(Protocol):
+    """A step of the pipeline."""
+
+    name: str
+    """The word in failure tables and progress lines."""
+    resources: Resources
+
+    def setup(self) -> None:
+        """Loads what it needs; called once in the process that runs it."""
+
+    def process(self, works: Iterable[ClipWork]) -> Iterator[ClipWork]:
+        """Each clip once, in order, with this stage's part filled in or its failure; a clip raises nothing."""
+
+    def teardown(self) -> None:
+        """Frees what setup took."""
+
+
+def fail(work: ClipWork, stage: str, reason: str, detail: str) -> ClipWork:
+    """`work` with its failure and without its arrays."""
+    return dataclasses.replace(
+        work, failure=ClipFailure(stage, reason, detail), frames=None, latents=None, coefficients=None
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """An unexpected error in words for a table."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def run_stages(stages: Sequence[Stage], clips: Sequence[ClipPlan]) -> tuple[list[ClipWork], dict[str, float]]:
+    """All clips through all stages, the first stage one clip ahead in its own thread: (works, seconds by stage).
+
+    Frames of clips that keep no preview are dropped when the last stage is done with them, so that the memory taken is
+    that of the results and a few clips' frames.
+    """
+    clock: dict[str, float] = {}
+    stream: Iterable[ClipWork] = (ClipWork(plan) for plan in clips)
+    for index, stage in enumerate(stages):
+        received = _Timed(stream)
+        stream = _charged(stage, received, clock)
+        if index == 0 and len(stages) > 1:
+            stream = _ahead(stream)
+    works = []
+    for work in stream:
+        works.append(work if work.plan.preview else dataclasses.replace(work, frames=None))
+    return works, clock
+
+
+class _Timed(Iterator[Item]):
+    """An iterator that knows how long it was waited for, in seconds."""
+
+    def __init__(self, source: Iterable[Item]) -> None:
+        self._source = iter(source)
+        self.seconds = 0.0
+
+    def __next__(self) -> Item:
+        begin = time.perf_counter()
+        try:
+            return next(self._source)
+        finally:
+            self.seconds += time.perf_counter() - begin
+
+
+def _charged(stage: Stage, received: _Timed[ClipWork], clock: dict[str, float]) -> Iterator[ClipWork]:
+    """The stage's output; the time it took, less the time it waited for its input, goes to the clock."""
+    given = _Timed(stage.process(received))
+    yield from given
+    clock[stage.name] = clock.get(stage.name, 0.0) + given.seconds - received.seconds
+
+
+def _ahead(source: Iterable[Item], depth: int = 1) -> Iterator[Item]:
+    """The same items, made in a thread up to `depth` + 1 items before they are asked for; errors are raised here."""
+    waiting: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
+    closed = threading.Event()
+
+    def put(kind: str, value: Any) -> bool:
+        while not closed.is_set():
+            try:
+                waiting.put((kind, value), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in source:
+                if not put("item", item):
+                    return
+            put("end", None)
+        except BaseException as error:
+            put("error", error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = waiting.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        closed.set()
+        thread.join(timeout=10)

@@ -1,0 +1,101 @@
+"""Data recipes: named, documented, checked, and fingerprinted by what changes data alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import numpy as np
+import pytest
+
+from model.recipes import override
+from pipeline.recipes import DataRecipe, demo, recipe_named, stable_diffusion
+from pipeline.rows import observed_frames, split_of
+
+
+def test_names() -> None:
+    assert recipe_named("demo") == demo()
+    assert recipe_named("stable_diffusion") == stable_diffusion()
+    for name in ("nope", "recipe_named", "dataclasses", "override"):
+        with pytest.raises(ValueError, match="is unknown; the recipes are: demo, stable_diffusion"):
+            recipe_named(name)
+
+
+def test_sizes_follow_from_the_window() -> None:
+    recipe = demo()
+    assert (recipe.frames_max, recipe.observed_max, recipe.coefficients) == (32, 16, 32)
+    everything = override(recipe, {"observe": "all", "duration": 0.5, "rate": 30})
+    assert (everything.frames_max, everything.observed_max, everything.coefficients) == (15, 15, 30)
+    assert override(recipe, {"order": 7}).coefficients == 7
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("duration", 0.0),
+        ("rate", -1.0),
+        ("size", (0, 64)),
+        ("observe", "odd"),
+        ("order", -1),
+        ("validation_fraction", 1.0),
+        ("min_observed", 0),
+        ("preview_clips", -1),
+        ("block_clips", 0),
+        ("tolerate", 2.0),
+        ("timeout", 0.0),
+    ],
+)
+def test_impossible_values_are_refused(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{field} = .* cannot be"):
+        dataclasses.replace(demo(), **{field: value})
+
+
+def test_only_what_changes_data_is_fingerprinted() -> None:
+    changed: dict[str, object] = {"name": "x", "captions_required": False, "observe": "all", "method": "linear"}
+    changed |= {"size": (32, 32), "store_latents": False, "text": {"kind": "other"}, "codec": {"kind": "other"}}
+    housekeeping = set()
+    for field in dataclasses.fields(DataRecipe):
+        value = getattr(demo(), field.name)
+        if field.name in changed:
+            value = changed[field.name]
+        else:
+            value = type(value)(value * 0.5) or 5
+        other = dataclasses.replace(demo(), **{field.name: value})
+        assert other != demo(), field.name
+        if other.data_fields() == demo().data_fields():
+            housekeeping.add(field.name)
+    assert housekeeping == {
+        *("name", "preview_clips", "block_clips", "captions_required", "tolerate"),
+        *("max_pixels", "max_frames", "timeout"),
+    }
+
+
+def test_an_order_said_is_the_order_meant() -> None:
+    assert dataclasses.replace(demo(), order=32).data_fields() == demo().data_fields()
+
+
+def test_every_field_is_documented() -> None:
+    source = inspect.getsource(DataRecipe)
+    for field in dataclasses.fields(DataRecipe):
+        after = source.split(f"    {field.name}: ", 1)[1].split('"""')
+        assert len(after[1]) > 10, field.name
+
+
+def test_split_is_a_stable_share() -> None:
+    films = [f"{k:016x}" for k in range(4000)]
+    share = np.mean([split_of(film, 0.1) == "validation" for film in films])
+    assert 0.08 < share < 0.12
+    assert {split_of(film, 0.0) for film in films} == {"train"}
+    wider = [film for film in films if split_of(film, 0.2) == "validation"]
+    assert all(film in wider for film in films if split_of(film, 0.1) == "validation")
+
+
+def test_observed_frames() -> None:
+    assert observed_frames(5, "every_second", "0").tolist() == [True, False, True, False, True]
+    assert observed_frames(3, "all", "0").all()
+    drawn = observed_frames(400, "random", "00ff00ff00ff00ff")
+    assert drawn[0]
+    assert drawn[-1]
+    assert 150 < drawn.sum() < 250
+    np.testing.assert_array_equal(drawn, observed_frames(400, "random", "00ff00ff00ff00ff"))
+    assert (drawn != observed_frames(400, "random", "00ff00ff00ff00fe")).any()

@@ -1,0 +1,133 @@
+"""Ray, really: an item that kills its worker or raises is named, and every other item finishes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.runner import Runner, RunnerError, Task, WorkerPlan, plan_workers
+from pipeline.stage import Resources
+from storage.layout import DiskFull
+
+
+@pytest.mark.parametrize(
+    ("cluster", "wanted", "tasks", "plan"),
+    [
+        ({"CPU": 2.0}, Resources(1, 0), 10, WorkerPlan(2, 1.0, 0.0)),
+        ({"CPU": 8.0}, Resources(1, 0), 3, WorkerPlan(3, 1.0, 0.0)),
+        ({"CPU": 2.0}, Resources(1, 1), 10, WorkerPlan(2, 1.0, 0.0)),  # no GPU: none is waited for
+        ({"CPU": 16.0, "GPU": 1.0}, Resources(1, 1), 10, WorkerPlan(1, 1.0, 1.0)),
+        ({"CPU": 4.0, "GPU": 8.0}, Resources(1, 1), 20, WorkerPlan(8, 0.0, 1.0)),
+        ({"CPU": 1.0}, Resources(4, 0), 5, WorkerPlan(1, 1.0, 0.0)),
+        ({}, Resources(1, 0), 5, WorkerPlan(1, 0.0, 0.0)),
+    ],
+)
+def test_workers_from_what_the_cluster_has(
+    cluster: dict[str, float], wanted: Resources, tasks: int, plan: WorkerPlan
+) -> None:
+    assert plan_workers(cluster, wanted, tasks) == plan
+
+
+class Squares:
+    """Squares numbers; some items do harm."""
+
+    resources = Resources()
+
+    def __init__(self, notes: Path, setup_error: str = "") -> None:
+        self.notes, self.setup_error = notes, setup_error
+
+    def setup(self) -> None:
+        if self.setup_error:
+            raise ValueError(self.setup_error)
+
+    def process(self, task_id: str, items: Sequence[Any]) -> list[int]:
+        for item in items:
+            with open(self.notes / str(item), "a") as file:
+                file.write(".")
+            if item == "killer":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if item == "raiser":
+                raise ArithmeticError("it will not divide")
+            if item == "no room":
+                raise DiskFull("/lake/file", 7)
+            if item == "once" and len((self.notes / "once").read_text()) == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return [item**2 if isinstance(item, int) else -1 for item in items]
+
+    def teardown(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[Runner]:
+    import ray
+
+    # Workers cannot import a test's module: what is defined here travels as it is.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with Runner() as runner:
+        runner.start()
+        yield runner
+
+
+def run(runner: Runner, worker: Squares, tasks: list[tuple[str, list[Any]]]) -> tuple[dict[Any, int], list[Any]]:
+    results: dict[Any, int] = {}
+    lost: list[Any] = []
+
+    def done(task: Task, values: list[int]) -> None:
+        for item, value in zip(task.items, values, strict=True):
+            assert item not in results, "no item is done twice"
+            results[item] = value
+
+    runner.run(worker, tasks, str, done, lambda task, reason, detail: lost.append((task.items[0], reason, detail)))
+    return results, lost
+
+
+def test_a_bad_item_costs_itself_alone(runner: Runner, tmp_path: Path) -> None:
+    numbers: list[Any] = list(range(24))
+    numbers[2], numbers[10], numbers[20] = "killer", "raiser", "once"
+    tasks = [(f"t{first}", numbers[first : first + 6]) for first in range(0, 24, 6)]
+    results, lost = run(runner, Squares(tmp_path), tasks)
+    assert results == {number: number**2 for number in numbers if isinstance(number, int)} | {"once": -1}
+    assert sorted(item for item, _, _ in lost) == ["killer", "raiser"]
+    reasons = {item: (reason, detail) for item, reason, detail in lost}
+    assert reasons["killer"][0] == "worker_died"
+    assert reasons["raiser"] == ("worker_failed", "ArithmeticError: it will not divide")
+    assert len((tmp_path / "killer").read_text()) == 3, "an item is tried as often as allowed, and no more"
+
+
+def test_a_full_disk_stops_the_run_by_name(runner: Runner, tmp_path: Path) -> None:
+    with pytest.raises(DiskFull) as caught:
+        run(runner, Squares(tmp_path), [("a", [1]), ("b", ["no room"]), ("c", [2])])
+    assert caught.value.filename == "/lake/file"
+    assert caught.value.free == 7
+
+
+def test_what_cannot_be_set_up_is_one_line(runner: Runner, tmp_path: Path) -> None:
+    with pytest.raises(RunnerError, match=r"^no weights in that folder; name another$"):
+        run(runner, Squares(tmp_path, "no weights in\nthat folder; name another"), [("a", [1])])
+
+
+def test_a_hanging_worker_is_ended(runner: Runner, tmp_path: Path) -> None:
+    class Sleeper(Squares):
+        def process(self, task_id: str, items: Sequence[Any]) -> list[int]:
+            import time
+
+            if "sleep" in items:
+                time.sleep(600)
+            return super().process(task_id, items)
+
+    impatient = Runner(attempts=1, task_seconds=1)
+    results, lost = run(impatient, Sleeper(tmp_path), [("a", [3]), ("b", ["sleep"]), ("c", [4])])
+    assert results == {3: 9, 4: 16}
+    assert [(item, reason) for item, reason, _ in lost] == [("sleep", "worker_died")]
+
+
+def test_no_work_starts_nothing(tmp_path: Path) -> None:
+    nowhere = Runner(address="127.0.0.1:1")
+    nowhere.run(Squares(tmp_path), [], str, lambda task, result: None, lambda task, reason, detail: None)
