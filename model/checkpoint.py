@@ -1,0 +1,132 @@
+"""Checkpoints: tensors as safetensors, everything else as JSON, published by one rename. No pickle.
+
+A run's folder holds `run.json` (the recipe, the backbone, the method and all of the dataset's version that sampling
+needs), `log.jsonl`, TensorBoard's files and `checkpoints/step-<n>/`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from model.ema import MovingAverage
+from storage.layout import write_atomic
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of a training run."""
+
+    root: Path
+    """Where it is."""
+
+    @property
+    def file(self) -> Path:
+        """The run's description."""
+        return self.root / "run.json"
+
+    @property
+    def log(self) -> Path:
+        """The log, a JSON object per line."""
+        return self.root / "log.jsonl"
+
+    def write(self, about: Mapping[str, Any]) -> None:
+        """Write the run's description."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.file, json.dumps(about, indent=1).encode())
+
+    def read(self) -> dict[str, Any]:
+        """The run's description.
+
+        Raises:
+            FileNotFoundError: there is no run here; the message says how to make one.
+        """
+        if not self.file.is_file():
+            raise FileNotFoundError(
+                f"{self.root} is no training run; make one with `vlfm train --lake DIR --run {self.root}`"
+            )
+        about: dict[str, Any] = json.loads(self.file.read_text())
+        return about
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that are whole, in rising order."""
+        return sorted(int(path.name.removeprefix("step-")) for path in (self.root / "checkpoints").glob("step-*"))
+
+    def checkpoint(self, step: int | None = None) -> Path:
+        """The folder of a checkpoint, the newest unless a step is given.
+
+        Raises:
+            FileNotFoundError: there is none; the message says what there is.
+        """
+        steps = self.steps()
+        if not steps or (step is not None and step not in steps):
+            which = "no checkpoint yet" if not steps else f"no checkpoint of step {step}, only of {steps}"
+            raise FileNotFoundError(f"the run {self.root} has {which}; train it with `vlfm train`")
+        return self.root / "checkpoints" / f"step-{steps[-1] if step is None else step:08d}"
+
+
+def save(
+    run: Run,
+    step: int,
+    backbone: nn.Module,
+    average: MovingAverage,
+    optimizers: Sequence[Optimizer],
+    keep: int,
+) -> Path:
+    """Write a checkpoint under a temporary name, rename it, and remove all but the newest `keep`."""
+    final = run.root / "checkpoints" / f"step-{step:08d}"
+    part = final.with_name(f".part-{step:08d}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    save_file({k: v.contiguous() for k, v in backbone.state_dict().items()}, part / "backbone.safetensors")
+    save_file(average.tensors, part / "average.safetensors")
+    groups: list[Any] = []
+    tensors: dict[str, Tensor] = {}
+    for number, optimizer in enumerate(optimizers):
+        state = optimizer.state_dict()
+        groups.append(state["param_groups"])
+        for index, values in state["state"].items():
+            for name, value in values.items():
+                tensors[f"{number}.{index}.{name}"] = torch.as_tensor(value).contiguous()
+    save_file(tensors, part / "optimizers.safetensors")
+    state_file = {"step": step, "average_updates": average.updates, "optimizers": groups}
+    (part / "state.json").write_text(json.dumps(state_file))
+    for path in part.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    part.rename(final)
+    for old in run.steps()[:-keep]:
+        shutil.rmtree(run.root / "checkpoints" / f"step-{old:08d}", ignore_errors=True)
+    return final
+
+
+def restore(folder: Path, backbone: nn.Module, average: MovingAverage, optimizers: Sequence[Optimizer]) -> int:
+    """Load a checkpoint into the objects of a run, and return its step."""
+    state = json.loads((folder / "state.json").read_text())
+    backbone.load_state_dict(load_file(folder / "backbone.safetensors"))
+    for name, value in load_file(folder / "average.safetensors").items():
+        average.tensors[name].copy_(value)
+    average.updates = state["average_updates"]
+    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
+    for key, value in load_file(folder / "optimizers.safetensors").items():
+        number, index, name = key.split(".", 2)
+        states[int(number)].setdefault(int(index), {})[name] = value
+    for optimizer, values, groups in zip(optimizers, states, state["optimizers"], strict=True):
+        optimizer.load_state_dict({"state": values, "param_groups": groups})
+    return int(state["step"])
+
+
+def load_average(folder: Path, backbone: nn.Module) -> None:
+    """Load a checkpoint's averaged weights, which sampling uses."""
+    backbone.load_state_dict(load_file(folder / "average.safetensors"), strict=True)

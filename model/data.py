@@ -1,0 +1,193 @@
+"""The trainer's data: the clips of one version, read from its shards alone, in an order that resumes exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from model.legs import derivative_torch
+from model.methods.base import ClipBatch
+from storage.layout import Lake
+from storage.shards import ShardReader
+from storage.version import Version
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip as a shard holds it."""
+
+    clip_id: str
+    """Name of the clip."""
+    about: dict[str, Any]
+    """The clip's row of the manifest, with its certificate."""
+    members: dict[str, Any]
+    """Arrays by name: coefficients, text, frame_time, observed, and latents and preview where they were kept."""
+
+
+class Clips(Dataset[Clip]):
+    """The clips of one split of a version, opened from the version's shards.
+
+    Args:
+        lake: the lake.
+        version: the version; nothing that it does not name is read.
+        split: `train`, `validation`, or None for both.
+
+    Raises:
+        ValueError: a shard is missing or its size is not the version's; the message says how to mend it.
+    """
+
+    def __init__(self, lake: Lake, version: Version, split: str | None = None) -> None:
+        self.lake, self.version, self.split = lake, version, split
+        for shard in version.shards:
+            path = lake.shards / shard.name
+            size = path.stat().st_size if path.is_file() else -1
+            if size != shard.bytes:
+                state = "is missing" if size < 0 else f"has {size} bytes instead of {shard.bytes}"
+                raise ValueError(
+                    f"shard {shard.name} of version {version.number} {state}; "
+                    f"`vlfm verify --lake {lake.root}` lists all damage, ingesting again into a new lake mends it"
+                )
+
+    @cached_property
+    def readers(self) -> list[ShardReader]:
+        """Open shards; made on first use in each process, because an open file does not travel to a worker."""
+        return [ShardReader(self.lake.shards / shard.name) for shard in self.version.shards]
+
+    @cached_property
+    def places(self) -> list[tuple[int, int]]:
+        """(shard, row) of every clip of the split, in the version's order."""
+        every = [(s, row) for s, reader in enumerate(self.readers) for row in range(len(reader))]
+        if self.split is None:
+            return every
+        return [
+            (s, row) for s, row in every if self.readers[s].read(row, ["clip.json"])["clip.json"]["split"] == self.split
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"lake": self.lake, "version": self.version, "split": self.split, "places": self.places}
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Clip:
+        shard, row = self.places[index]
+        sample = self.readers[shard][row]
+        members = {name.removesuffix(".npy"): value for name, value in sample.items() if name.endswith(".npy")}
+        return Clip(self.readers[shard].keys[row], sample["clip.json"], members)
+
+    def every(self) -> Iterator[Clip]:
+        """All clips of the split, in the version's order."""
+        return (self[index] for index in range(len(self)))
+
+    def close(self) -> None:
+        """Close the shards; they open again when they are next read."""
+        for reader in self.__dict__.pop("readers", []):
+            reader.close()
+
+
+class Steps(Sampler[list[int]]):
+    """Indices of each step's clips: an endless chain of shuffled epochs, cut into steps.
+
+    The order depends on the seed and the step alone: neither on the number of processes, which take turns within a
+    step, nor on where a run was interrupted.
+
+    Args:
+        clips: number of clips.
+        batch: clips of a step over all processes.
+        seed: seed of the order.
+        first, last: steps to go through, `last` excluded.
+        rank, world: this process and how many there are; `world` divides `batch`.
+    """
+
+    def __init__(self, clips: int, batch: int, seed: int, first: int, last: int, rank: int = 0, world: int = 1) -> None:
+        if clips < 1:
+            raise ValueError("there are no clips to train on: the version's train split is empty")
+        if batch % world:
+            raise ValueError(f"batch {batch} is no multiple of the {world} processes; set it with --set batch=...")
+        self.clips, self.batch, self.seed = clips, batch, seed
+        self.first, self.last, self.rank, self.world = first, last, rank, world
+
+    def __len__(self) -> int:
+        return max(self.last - self.first, 0)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        for step in range(self.first, self.last):
+            chosen = []
+            for position in range(step * self.batch + self.rank, (step + 1) * self.batch, self.world):
+                if position // self.clips != epoch:
+                    epoch = position // self.clips
+                    order = np.random.default_rng([self.seed, epoch]).permutation(self.clips)
+                chosen.append(int(order[position % self.clips]))
+            yield chosen
+
+
+class Collate:
+    """Joins clips into a batch; the empty caption's embedding goes with every batch."""
+
+    def __init__(self, empty_text: NDArray[np.float16]) -> None:
+        self.empty_text = torch.from_numpy(empty_text.astype(np.float32))
+
+    def __call__(self, clips: Sequence[Clip]) -> ClipBatch:
+        texts = [torch.from_numpy(clip.members["text"].astype(np.float32)) for clip in clips]
+        coefficients = np.stack([clip.members["coefficients"] for clip in clips]).astype(np.float32)
+        return ClipBatch(
+            clip_ids=tuple(clip.clip_id for clip in clips),
+            coefficients=torch.from_numpy(coefficients),
+            text=torch.nn.utils.rnn.pad_sequence(texts, batch_first=True),
+            text_length=torch.tensor([len(text) for text in texts]),
+            empty_text=self.empty_text,
+            clip_start=torch.tensor([clip.about["clip_start"] for clip in clips], dtype=torch.float32),
+            duration=torch.tensor([clip.about["duration"] for clip in clips], dtype=torch.float32),
+        )
+
+
+def loader(clips: Clips, steps: Steps, collate: Collate, workers: int) -> DataLoader[Clip]:
+    """Batches of the steps, in order; with workers they are read ahead."""
+    return DataLoader(
+        clips,
+        batch_sampler=steps,
+        collate_fn=collate,
+        num_workers=workers,
+        persistent_workers=False,
+        pin_memory=torch.cuda.is_available(),
+        multiprocessing_context="spawn" if workers else None,
+    )
+
+
+def curve_scales(clips: Clips, most: int = 4096) -> tuple[float, float]:
+    """Root mean squares of m(r) and m'(r) over r in [0, 1] and over the clips (`most` of them, evenly spread).
+
+    Exact for each clip: the basis is orthonormal, so the mean square of a curve is the sum of its squared coefficients,
+    and Gauss-Legendre quadrature of the derivative is exact for polynomials.
+    """
+    chosen = np.unique(np.linspace(0, len(clips) - 1, min(len(clips), most)).astype(int))
+    order = clips.version.clip["order"]
+    nodes, weights = np.polynomial.legendre.leggauss(order + 1)
+    at = torch.from_numpy((nodes + 1) / 2)
+    gram = torch.from_numpy(weights / 2)
+    slopes = derivative_torch(at, order)  # (nodes, order)
+    gram_matrix = (slopes.T * gram) @ slopes  # (order, order): integral of g'_n g'_m
+    values = torch.zeros(2, dtype=torch.float64)
+    for index in chosen:
+        flat = torch.from_numpy(clips[int(index)].members["coefficients"].astype(np.float64)).flatten(1)
+        energy = flat @ flat.T / flat.shape[1]
+        values += torch.stack([energy.trace(), (gram_matrix * energy).sum()])
+    mean, derivative = (values / len(chosen)).sqrt().tolist()
+    return max(mean, 1e-6), max(derivative, 1e-6)
+
+
+def lake_and_version(lake: str | Path, number: int | None) -> tuple[Lake, Version]:
+    """Open a lake and one of its versions, the newest unless a number is given."""
+    from storage import version
+
+    opened = Lake.open(Path(lake))
+    return opened, version.load(opened, number)

@@ -1,0 +1,276 @@
+"""Sampling: prompts to videos at any frame rate, from a training run alone."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.checkpoint import Run, load_average
+from model.codec import Codec, codec_from_spec
+from model.dit import Backbone, BackboneConfig, Conditioning
+from model.methods.vlfm import VLFM, make_vlfm
+from model.prompts import TextEncoder, text_encoder_from_spec
+from model.recipes import TrainRecipe
+from model.solver import Trajectory
+from model.video import Frames, from_frames, to_frames, write_video
+from storage.layout import LakeError
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How to integrate."""
+
+    steps: int = 32
+    """Solver steps on a window of the clip; the frame rate does not change it."""
+    warmup_steps: int = 8
+    """Solver steps from noise to the first frame."""
+    solver: str = "euler"
+    """A method of model/solver.py."""
+    guidance: float = 1.0
+    """Classifier-free guidance on the warm-up; 1 is none."""
+    seed: int = 0
+    """Seed of the noise."""
+
+
+class Sampler:
+    """A trained backbone with its codec and its text encoder.
+
+    Args:
+        run: folder of a training run.
+        step: checkpoint, the newest by default.
+
+    Raises:
+        FileNotFoundError: no run, or no checkpoint in it; the message says the mend.
+    """
+
+    def __init__(self, run: str | Path, step: int | None = None, device: str | None = None) -> None:
+        self.run = Run(Path(run))
+        self.about = self.run.read()
+        folder = self.run.checkpoint(step)
+        self.step = int(folder.name.removeprefix("step-"))
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.backbone = Backbone(BackboneConfig(**self.about["backbone"])).to(self.device).eval()
+        load_average(folder, self.backbone)
+        self.clip: dict[str, Any] = self.about["clip"]
+        recipe = TrainRecipe(**self.about["recipe"])
+        self.method: VLFM = make_vlfm(recipe, self.clip, self.about["mean_scale"], self.about["derivative_scale"])
+        # The printed path's network learns no clean mean at its noisy times; it is read as the paper does.
+        self.readout = "mean" if recipe.path == "warmup" else "state"
+        self._codec: Codec | None = None
+        self._encoder: TextEncoder | None = None
+
+    @property
+    def codec(self) -> Codec:
+        """The codec of the dataset's version, loaded on first use."""
+        if self._codec is None:
+            self._codec = codec_from_spec(self.about["codec"]["spec"], device=str(self.device))
+        return self._codec
+
+    @property
+    def encoder(self) -> TextEncoder:
+        """The text encoder of the dataset's version, loaded on first use."""
+        if self._encoder is None:
+            self._encoder = text_encoder_from_spec(self.about["text"]["spec"])
+        return self._encoder
+
+    @property
+    def window(self) -> float:
+        """Duration in seconds of the clips that the backbone learned."""
+        return float(self.clip["duration"])
+
+    def conditioning(
+        self, prompts: Sequence[str], starts: Sequence[float], first_frames: Tensor | None = None
+    ) -> Conditioning:
+        """What the backbone is told: prompts, the clips' starts in seconds, and first frames (B, C, h, w) if given."""
+        count = len(prompts)
+        text, length = self.encoder.encode(list(prompts))
+        rows = int(length.max())
+        shape = (count, *self.clip["latent_shape"])
+        given = torch.zeros(shape) if first_frames is None else first_frames.cpu()
+        values = Conditioning(
+            # Captions were stored in float16; the same rounding here keeps a training caption exactly itself.
+            text=text[:, :rows].half().float(),
+            text_length=length,
+            clip_start=torch.tensor(list(starts), dtype=torch.float32),
+            named=torch.ones(count),
+            log_duration=torch.full((count,), math.log(self.window)),
+            context=given,
+            context_given=torch.full((count,), float(first_frames is not None)),
+        )
+        return Conditioning(**{name: value.to(self.device) for name, value in vars(values).items()})
+
+    def noise(self, seeds: Sequence[int]) -> Tensor:
+        """Standard normal latents (B, C, h, w), each a function of its own seed."""
+        shape = tuple(self.clip["latent_shape"])
+        drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(drawn).to(self.device)
+
+    def trajectory(
+        self,
+        prompts: Sequence[str],
+        starts: Sequence[float],
+        seeds: Sequence[int],
+        settings: SampleSettings,
+        first_frames: Tensor | None = None,
+    ) -> Trajectory:
+        """One window of latents for each prompt, readable at any time."""
+        given = self.conditioning(prompts, starts, first_frames)
+        empty = None
+        if settings.guidance != 1.0:
+            plain = self.conditioning([""] * len(prompts), [0.0] * len(prompts), first_frames)
+            empty = Conditioning(**{**vars(plain), "named": torch.zeros_like(plain.named)})
+        return self.method.sample(
+            self.backbone,
+            given,
+            self.noise(seeds),
+            steps=settings.steps,
+            warmup_steps=settings.warmup_steps,
+            solver=settings.solver,
+            guidance=settings.guidance,
+            unconditional=empty,
+            first_frame=first_frames,
+        )
+
+    def videos(
+        self,
+        prompts: Sequence[str],
+        rate: float,
+        duration: float,
+        settings: SampleSettings | None = None,
+        start: float = 0.0,
+        image: Tensor | None = None,
+    ) -> list[Frames]:
+        """A video for each prompt, `duration` seconds at `rate` frames per second.
+
+        A video longer than the trained window rolls on: the predicted end of one window is the first frame of the next.
+
+        Args:
+            prompts: captions.
+            rate: frames per second, any.
+            duration: seconds, any above 0.
+            settings: how to integrate.
+            start: seconds into the film that the clip is to be from.
+            image: (3, H, W) in [-1, 1], a first frame to start from.
+
+        Raises:
+            ValueError: a rate or duration that is not positive, or no frame falls into the duration.
+        """
+        settings = settings or SampleSettings()
+        if not (rate > 0 and math.isfinite(rate)):
+            raise ValueError(f"fps is {rate}; it must be a number above 0")
+        if not (duration > 0 and math.isfinite(duration)):
+            raise ValueError(f"duration is {duration}; it must be a number of seconds above 0")
+        times = np.arange(max(1, math.floor(duration * rate + 1e-6))) / rate
+        first = None
+        if image is not None:
+            encoded = self.codec.encode(image[None].to(self.device), text=self._codec_text(prompts[:1]))
+            first = encoded.expand(len(prompts), -1, -1, -1)
+        parts: list[list[Frames]] = [[] for _ in prompts]
+        for number in range(math.floor(times[-1] / self.window + 1e-9) + 1):
+            seeds = [settings.seed + index for index in range(len(prompts))]
+            starts = [start + number * self.window] * len(prompts)
+            trajectory = self.trajectory(prompts, starts, seeds, settings, first)
+            inside = np.floor(times / self.window + 1e-9).astype(int) == number
+            latents = trajectory.read(
+                torch.from_numpy((times[inside] / self.window - number).clip(0, 1)), self.readout
+            )  # (L, B, C, h, w)
+            for index, prompt in enumerate(prompts):
+                decoded = self.codec.decode(latents[:, index], text=self._codec_text([prompt]))
+                parts[index].append(to_frames(decoded))
+            first = trajectory.read([1.0], self.readout)[0]
+        return [np.concatenate(part) for part in parts]
+
+    def _codec_text(self, prompts: Sequence[str]) -> str | None:
+        """The caption a codec inverts with; the linear one ignores it."""
+        return prompts[0] if prompts else None
+
+
+def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
+    """A picture file as (3, H, W) in [-1, 1], scaled to cover `size` (H, W) and cropped at the centre.
+
+    Raises:
+        ValueError: the file is no picture.
+        FileNotFoundError: there is no such file.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--image {path}: there is no such file")
+    try:
+        with Image.open(path) as picture:
+            fitted = ImageOps.fit(picture.convert("RGB"), (size[1], size[0]), Image.Resampling.LANCZOS)
+    except UnidentifiedImageError:
+        raise ValueError(f"--image {path} is no picture that can be read; use a png or jpeg") from None
+    return from_frames(np.asarray(fitted)[None])[0]
+
+
+def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    """Add the sampler's options to a parser; returns what runs them."""
+    defaults = SampleSettings()
+    parser.add_argument("--run", required=True, metavar="DIR", help="folder of a training run")
+    parser.add_argument(
+        "--prompt", required=True, action="append", metavar="TEXT", help="what to show; may be given several times"
+    )
+    parser.add_argument(
+        "--start", type=float, default=0.0, metavar="S", help="seconds into the film the clip is from (default 0)"
+    )
+    parser.add_argument("--image", metavar="FILE", help="start from this picture instead of noise")
+    parser.add_argument("--fps", type=float, default=16.0, metavar="F", help="frames per second, any (default 16)")
+    parser.add_argument(
+        "--duration", type=float, metavar="T", help="seconds, any (default: the window the run was trained on)"
+    )
+    parser.add_argument("--out", required=True, metavar="FILE", help=".mp4, .gif, .webp, or .png for a strip of frames")
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of the noise (default 0)")
+    parser.add_argument("--steps", type=int, default=defaults.steps, help="solver steps on a window (default 32)")
+    parser.add_argument("--solver", default=defaults.solver, help="euler (default), midpoint, heun, rk4 or adaptive")
+    parser.add_argument(
+        "--guidance", type=float, default=defaults.guidance, help="classifier-free guidance; 1 (default) is none"
+    )
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint to use (default: the newest)")
+    return run_arguments
+
+
+def run_arguments(options: argparse.Namespace) -> int:
+    """Sample as the options say."""
+    sampler = Sampler(options.run, options.step)
+    settings = SampleSettings(steps=options.steps, solver=options.solver, guidance=options.guidance, seed=options.seed)
+    height, width = sampler.clip["frame_shape"][:2]
+    image = None if options.image is None else read_image(options.image, (height, width))
+    duration = sampler.window if options.duration is None else options.duration
+    for prompt in options.prompt:
+        if sampler.encoder.truncated(prompt):
+            print(
+                f"note: the prompt is longer than the text encoder reads, its end is ignored: {prompt}", file=sys.stderr
+            )
+    videos = sampler.videos(options.prompt, options.fps, duration, settings, options.start, image)
+    for index, frames in enumerate(videos):
+        out = Path(options.out)
+        path = out if len(videos) == 1 else out.with_name(f"{out.stem}-{index + 1}{out.suffix}")
+        write_video(path, frames, options.fps)
+        print(f"{path}  {len(frames)} frames at {options.fps:g} fps")
+    return 0
+
+
+def main(arguments_given: Sequence[str] | None = None) -> int:
+    """Entry of `python -m model.sample`."""
+    parser = argparse.ArgumentParser(prog="model.sample", description="Sample videos from a training run.")
+    run_it = arguments(parser)
+    options = parser.parse_args(arguments_given)
+    try:
+        return run_it(options)
+    except (ValueError, OSError, LakeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Writing frames as files a person can play: mp4 through ffmpeg, gif, webp and png without it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Frames = NDArray[np.uint8]
+"""(N, H, W, 3) RGB."""
+
+SUFFIXES = (".mp4", ".gif", ".webp", ".png")
+
+
+class NoFfmpeg(OSError):
+    """There is no ffmpeg; the message says how to get one."""
+
+
+def ffmpeg_binary() -> str:
+    """The ffmpeg to use: VLFM_FFMPEG, else the system's, else the static one of imageio-ffmpeg.
+
+    Raises:
+        NoFfmpeg: there is none.
+    """
+    chosen = os.environ.get("VLFM_FFMPEG")
+    if chosen:
+        found = shutil.which(chosen)
+        if found is None:
+            raise NoFfmpeg(f"VLFM_FFMPEG={chosen} is no program; unset it or name an ffmpeg")
+        return found
+    system = shutil.which("ffmpeg")
+    if system:
+        return system
+    try:
+        import imageio_ffmpeg
+
+        return str(imageio_ffmpeg.get_ffmpeg_exe())
+    except (ImportError, RuntimeError):
+        raise NoFfmpeg("no ffmpeg found; `pip install imageio-ffmpeg` brings one") from None
+
+
+def to_frames(pictures: Tensor) -> Frames:
+    """Pictures (N, 3, H, W) in [-1, 1] as frames."""
+    scaled = (pictures.detach().float().clamp(-1, 1) + 1) * 127.5
+    frames: Frames = scaled.round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return frames
+
+
+def from_frames(frames: Frames) -> Tensor:
+    """Frames as pictures (N, 3, H, W) in [-1, 1]."""
+    import torch
+
+    return torch.from_numpy(np.array(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def write_video(path: str | Path, frames: Frames, rate: float) -> Path:
+    """Write frames at `rate` frames per second; the suffix says how.
+
+    `.mp4` is H.264 through ffmpeg, `.gif` and `.webp` are animations, `.png` is a strip of all frames side by side.
+
+    Raises:
+        ValueError: an unknown suffix, no frames, or a rate that is not positive.
+        NoFfmpeg: an mp4 without an ffmpeg.
+        OSError: ffmpeg or the disk failed; the message is ffmpeg's last line.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"{path.name}: cannot write {suffix or 'a file without suffix'}; use {', '.join(SUFFIXES)}")
+    if len(frames) == 0:
+        raise ValueError(f"{path.name}: there are no frames to write; ask for a longer --duration")
+    if not rate > 0:
+        raise ValueError(f"fps is {rate}; it must be above 0")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if suffix == ".mp4":
+        _write_mp4(path, frames, rate)
+    else:
+        path.write_bytes(picture_bytes(frames, rate, suffix[1:]))
+    return path
+
+
+def picture_bytes(frames: Frames, rate: float, kind: str) -> bytes:
+    """Frames as the bytes of a `gif` or `webp` animation, or of a `png` strip."""
+    from PIL import Image
+
+    out = BytesIO()
+    if kind == "png":
+        Image.fromarray(np.concatenate(list(frames), axis=1)).save(out, "PNG", optimize=True)
+        return out.getvalue()
+    pictures = [Image.fromarray(frame) for frame in frames]
+    # Rounded ends of the frames, not rounded lengths: the film lasts as long as it should.
+    ends = np.round(np.arange(len(frames) + 1) * 1000 / rate).astype(int)
+    lengths = np.diff(ends).tolist()
+    options: dict[str, object] = {"quality": 90, "method": 4} if kind == "webp" else {"optimize": True}
+    pictures[0].save(out, kind.upper(), save_all=True, append_images=pictures[1:], duration=lengths, loop=0, **options)
+    return out.getvalue()
+
+
+def _write_mp4(path: Path, frames: Frames, rate: float) -> None:
+    height, width = frames.shape[1:3]
+    # An odd size does not fit 4:2:0; a temporary name keeps a half-written file from looking whole.
+    part = path.with_name(f".{path.stem}.part.mp4")
+    command = [
+        *(ffmpeg_binary(), "-nostdin", "-v", "error", "-y"),
+        *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", repr(float(rate)), "-i", "pipe:"),
+        *("-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-c:v", "libx264", "-crf", "12", "-pix_fmt", "yuv420p"),
+        *("-movflags", "+faststart", str(part)),
+    ]
+    done = subprocess.run(command, input=np.ascontiguousarray(frames).tobytes(), capture_output=True, check=False)
+    if done.returncode:
+        part.unlink(missing_ok=True)
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+        raise OSError(f"ffmpeg could not write {path}: {lines[-1]}")
+    part.replace(path)

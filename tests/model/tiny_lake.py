@@ -1,0 +1,98 @@
+"""A small lake with one version, made with the real stores and no Ray: bright squares that slide over 16x16 frames."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from model import legs
+from model.codec_linear import LinearCodec
+from model.prompts import builtin_text_encoder
+from model.video import from_frames
+from storage import version
+from storage.fingerprint import fingerprint, short_id
+from storage.layout import Lake
+from storage.shards import write_shard
+
+DURATION, KEPT, ORDER, SIDE = 2.0, 8, 6, 16
+RECIPE = {"name": "tiny", "duration": DURATION}
+
+
+def frames(number: int) -> np.ndarray:
+    """(KEPT, SIDE, SIDE, 3): a square of its own colour, row and speed on grey."""
+    pictures = np.full((KEPT, SIDE, SIDE, 3), 90, np.uint8)
+    for k in range(KEPT):
+        left = round(k * (SIDE - 6) / (KEPT - 1)) if number % 2 else 4
+        top = (2 * number) % (SIDE - 6)
+        pictures[k, top : top + 6, left : left + 6] = [(60 * number) % 256, 220 - 20 * number, 40 + 30 * number % 200]
+    return pictures
+
+
+def sample(number: int, split: str) -> dict[str, Any]:
+    codec, encoder = LinearCodec(4, 12, 1.0), builtin_text_encoder()
+    caption = f"square {number} slides over grey"
+    text, length = encoder.encode([caption])
+    frame_time = np.arange(KEPT) * DURATION / KEPT
+    observed = np.arange(KEPT) % 2 == 0
+    latents = codec.encode(from_frames(frames(number)))
+    matrix = legs.projection_matrix(frame_time[observed], DURATION, ORDER)
+    coefficients = legs.project(latents[torch.from_numpy(observed)], matrix)
+    clip_id = short_id(fingerprint({"number": number}))
+    return {
+        "__key__": clip_id,
+        "coefficients.npy": coefficients.numpy().astype(np.float16),
+        "text.npy": text[0, : int(length[0])].numpy().astype(np.float16),
+        "latents.npy": latents.numpy().astype(np.float16),
+        "frame_time.npy": frame_time,
+        "observed.npy": observed,
+        "preview.npy": frames(number),
+        "clip.json": {
+            "clip_id": clip_id,
+            "film": f"film-{number}.mp4",
+            "caption": caption,
+            "clip_start": 2.0 * (number % 3),
+            "duration": DURATION,
+            "split": split,
+        },
+    }
+
+
+def make_lake(folder: Path, clips: int = 6, validation: int = 1) -> Lake:
+    """A lake of `clips` training clips and some for validation, in two shards."""
+    lake = Lake.create(folder)
+    samples = [sample(n, "train" if n < clips else "validation") for n in range(clips + validation)]
+    half = len(samples) // 2
+    parts = [samples[:half], samples[half:]]
+    infos = [write_shard(lake.shards / f"block{i}.tar", part) for i, part in enumerate(parts)]
+    encoder, codec = builtin_text_encoder(), LinearCodec(4, 12, 1.0)
+    empty, length = encoder.encode([""])
+    kept = version.write_empty_text(lake, encoder.id, empty[0, : int(length[0])].numpy().astype(np.float16))
+    made = version.Version(
+        number=1,
+        created="2026-01-01T00:00:00+00:00",
+        recipe=RECIPE,
+        recipe_fingerprint=fingerprint(RECIPE),
+        codec={"id": codec.id, "channels": 12, "factor": 4, "scale": 1.0, "spec": codec.spec()},
+        text={"id": encoder.id, "dim": encoder.dim, "length": encoder.length, "spec": encoder.spec(), "empty": kept},
+        clip={
+            "duration": DURATION,
+            "rate": KEPT / DURATION,
+            "frames_max": KEPT,
+            "frames_observed_max": KEPT // 2,
+            "order": ORDER,
+            "method": "cubic",
+            "latent_shape": [12, SIDE // 4, SIDE // 4],
+            "frame_shape": [SIDE, SIDE, 3],
+        },
+        snapshot="none",
+        group="none",
+        shards=tuple(infos),
+        manifest=version.write_manifest(lake, 1, [], []),
+        merkle_root=version.shards_root(lake, infos),
+        counts={"films": {"discovered": clips + validation}, "clips": {"discovered": clips + validation}},
+    )
+    assert version.publish(lake, made)
+    return lake
