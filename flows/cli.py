@@ -1,0 +1,281 @@
+"""The command line `vlfm`. Each command imports what it needs when it runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Run = Callable[[argparse.Namespace], int]
+
+EPILOG = """
+a first look:            vlfm demo
+your own films:          vlfm ingest films/ --captions captions.csv --lake lake
+                         vlfm train --lake lake --run run --recipe demo
+                         vlfm sample --run run --prompt "a red ball bounces" --fps 24 --out ball.mp4
+                         vlfm evaluate --run run --lake lake --out report
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of `vlfm`; returns the exit status: 0, 1 on an error, 3 where an ingest lost more films than tolerated."""
+    # Telemetry is off unless a person turned it on. Prefect logs to its UI; the lines here are ours.
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    name = next((word for word in given if not word.startswith("-")), None)
+    options = parser(name).parse_args(given)
+    try:
+        return int(options.run_it(options))
+    except KeyboardInterrupt:
+        print("\ninterrupted; everything finished is kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        if not is_expected(error):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+def is_expected(error: Exception) -> bool:
+    """Whether an error is about the input or the machine, so that its message is the whole answer."""
+    known: tuple[type[BaseException], ...] = (ValueError, OSError, FloatingPointError)
+    names = ("LakeError", "DamagedShard", "SourceError", "DecodeError", "PackError", "RunnerError", "CodecUnavailable")
+    return isinstance(error, known) or any(kind.__name__ in names for kind in type(error).__mro__)
+
+
+def parser(chosen: str | None = None) -> argparse.ArgumentParser:
+    """The parser; only the options of the `chosen` command are built, with the imports they need."""
+    top = argparse.ArgumentParser(
+        prog="vlfm",
+        description="Video Latent Flow Matching: films to a dataset, a dataset to a model, a model to videos.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (summary, build) in COMMANDS.items():
+        sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name == chosen:
+            sub.set_defaults(run_it=build(sub))
+    return top
+
+
+def ingest(sub: argparse.ArgumentParser) -> Run:
+    """Options of `vlfm ingest`."""
+    add_source_options(sub)
+    sub.add_argument("--lake", required=True, metavar="DIR", help="folder of the dataset; made when it is not there")
+    sub.add_argument("--recipe", default="demo", metavar="NAME", help="data recipe: demo (default), stable_diffusion")
+    add_settings_option(sub, "rate=8")
+    sub.add_argument("--limit", type=int, metavar="N", help="only the first N films")
+    sub.add_argument("--plan", action="store_true", help="say what would be done, and do nothing")
+    sub.add_argument("--ray-address", metavar="A", help="an existing Ray cluster (default: start one here for the run)")
+    sub.add_argument("--json", action="store_true", help="print the report as JSON")
+    return run_ingest
+
+
+def run_ingest(options: argparse.Namespace) -> int:
+    """Run the flow `ingest`, visible in Prefect; or with --plan only say what it would do."""
+    from model.train import parse_settings
+
+    settings: dict[str, Any] = dict(parse_settings(options.settings))
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"--limit is {options.limit}; it must be at least 1")
+    if options.plan:
+        return show_plan(options, settings)
+    from flows.dataset import run_ingest as flow
+    from flows.progress import Stages
+
+    report = flow(
+        options.source,
+        options.lake,
+        captions=options.captions,
+        recipe=options.recipe,
+        settings=settings,
+        limit=options.limit,
+        ray_address=options.ray_address,
+        on_progress=Stages(),
+    )
+    if "error" in report:
+        print(f"error: {report['error']}", file=sys.stderr)
+    print(json.dumps(report) if options.json else "\n".join(report["lines"] if "error" not in report else []))
+    return int(report["exit_status"])
+
+
+def show_plan(options: argparse.Namespace, settings: dict[str, Any]) -> int:
+    """Plan an ingest and print what it would do; a lake that is not there stays so."""
+    import tempfile
+
+    from model.recipes import override
+    from pipeline.ingest import plan_ingest
+    from pipeline.recipes import recipe_named
+    from storage.layout import Lake
+
+    recipe = override(recipe_named(options.recipe), settings)
+    with tempfile.TemporaryDirectory() as empty:
+        there = (Path(options.lake) / "versions").is_dir()
+        lake = Lake.open(options.lake) if there else Lake.create(empty)
+        plan = plan_ingest(lake, options.source, options.captions, recipe, options.limit)
+        if options.json:
+            print(json.dumps({"films": len(plan.films), "clips": len(plan.clips), "blocks": len(plan.blocks)}))
+        else:
+            print("\n".join(plan.lines()))
+    return 0
+
+
+def train(sub: argparse.ArgumentParser) -> Run:
+    """Options of `vlfm train`."""
+    from model import train as program
+
+    return program.arguments(sub)
+
+
+def sample(sub: argparse.ArgumentParser) -> Run:
+    """Options of `vlfm sample`."""
+    from model import sample as program
+
+    return program.arguments(sub)
+
+
+def evaluate(sub: argparse.ArgumentParser) -> Run:
+    """Options of `vlfm evaluate`."""
+    from model import evaluate as program
+
+    return program.arguments(sub)
+
+
+def inspect(sub: argparse.ArgumentParser) -> Run:
+    """Options of `vlfm inspect`."""
+    sub.add_argument("clip", nargs="?", metavar="CLIP", help="a clip's id, or its first digits, to show all of it")
+    sub.add_argument("--lake", required=True, metavar="DIR", help="the lake")
+    sub.add_argument("--version", type=int, metavar="N", help="version (default: the newest)")
+    sub.add_argument("--json", action="store_true", help="print as JSON")
+    return run_inspect
+
+
+def run_inspect(options: argparse.Namespace) -> int:
+    """Show a version's films, or one clip with its certificate."""
+    from storage import version as versions
+    from storage.fingerprint import finite_json
+    from storage.layout import Lake
+
+    lake = Lake.open(options.lake)
+    version = versions.load(lake, options.version)
+    clips = versions.read_manifest(lake, version, "clips").to_pylist()
+    if options.clip:
+        found = [row for row in clips if row["clip_id"].startswith(options.clip)]
+        if not found:
+            raise ValueError(f"version {version.number} has no clip {options.clip}; `vlfm inspect` lists its films")
+        rows: list[dict[str, Any]] = found
+    else:
+        rows = versions.read_manifest(lake, version, "films").to_pylist()
+    if options.json:
+        print(json.dumps(finite_json(rows)))
+        return 0
+    if options.clip:
+        for row in rows:
+            print("\n".join(f"{name:<18} {value}" for name, value in row.items()))
+        return 0
+    clip = version.clip
+    print(
+        f"version {version.number} of {lake.root}, {version.created}: {len(clips)} clips of {clip['duration']:g} s, "
+        f"order {clip['order']}, codec {version.codec['id']}, {len(version.shards)} shards"
+    )
+    for row in rows:
+        what = (
+            f"{row['clips']} clips" if row["status"] in ("done", "unchanged") else f"{row['status']}: {row['reason']}"
+        )
+        print(f"  {row['film']:<32} {what:<28} {row['caption'] or ''}")
+    for row in clips[:3]:
+        print(f"  clip {row['clip_id']}  {row['film']} from {row['clip_start']:g} s")
+    print(f"`vlfm inspect CLIP --lake {options.lake}` shows one of the {len(clips)} clips with its certificate")
+    return 0
+
+
+def verify(sub: argparse.ArgumentParser) -> Run:
+    """Options of `vlfm verify`."""
+    sub.add_argument("--lake", required=True, metavar="DIR", help="the lake")
+    sub.add_argument("--version", type=int, metavar="N", help="version (default: the newest)")
+    sub.add_argument("--json", action="store_true", help="print as JSON")
+    return run_verify
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    """Check every file, checksum and array of a version; exit status 1 where something is wrong."""
+    from storage import version as versions
+    from storage.layout import Lake
+
+    lake = Lake.open(options.lake)
+    version = versions.load(lake, options.version)
+    problems = versions.verify(lake, version)
+    if options.json:
+        print(json.dumps({"version": version.number, "problems": problems}))
+    else:
+        print("\n".join(problems) or f"version {version.number} of {lake.root} is whole: {len(version.shards)} shards")
+    return 1 if problems else 0
+
+
+def demo(sub: argparse.ArgumentParser) -> Run:
+    """Options of `vlfm demo`."""
+    sub.add_argument("--source", metavar="DIR", help="your own films (default: a corpus that ffmpeg draws)")
+    sub.add_argument("--captions", metavar="FILE", help="table of captions with the columns file and caption")
+    sub.add_argument("--out", default="demo", metavar="DIR", help="where everything is kept (default: demo)")
+    sub.add_argument("--limit", type=int, metavar="N", help="only the first N films")
+    sub.add_argument("--steps", type=int, metavar="N", help="optimiser steps, to train for shorter or longer")
+    return run_demo
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    """Corpus, ingest, training, samples and report, each step only where it is not done."""
+    from flows.demo import demo as whole
+
+    return whole(options.out, options.source, options.captions, options.limit, options.steps)
+
+
+def add_source_options(sub: argparse.ArgumentParser) -> None:
+    """Where films and captions come from."""
+    sub.add_argument(
+        "source",
+        nargs="+",
+        metavar="SOURCE",
+        help="folder of films, read recursively, or a table (CSV, JSONL, Parquet) with the columns file and caption",
+    )
+    sub.add_argument(
+        "--captions",
+        metavar="FILE",
+        help="table with the columns file and caption; else captions.csv in the folder, or clip.txt beside clip.mp4",
+    )
+
+
+def add_settings_option(sub: argparse.ArgumentParser, example: str) -> None:
+    """Single fields of a recipe."""
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="settings",
+        help=f"override a field of the recipe, e.g. --set {example}; may be given several times",
+    )
+
+
+COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Run]]] = {
+    "ingest": ("films and captions to the next version of a dataset", ingest),
+    "train": ("train a model on the shards of one version", train),
+    "sample": ("make a video from a prompt, at any frame rate", sample),
+    "evaluate": ("measure and show what a run has learned", evaluate),
+    "inspect": ("show what a dataset holds", inspect),
+    "verify": ("check every file and checksum of a dataset", verify),
+    "demo": ("the whole chain on generated films, or on your own, with a report", demo),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
