@@ -40,6 +40,9 @@ class TrainRecipe:
     """Share of the training times that fall on the warm-up, in (0, 1)."""
     warmup_focus: float = 2.0
     """Draws the warm-up's times towards the noise, where the caption alone must tell the frame; 1 is uniform."""
+    state_jitter: float = 0.1
+    """How far along the clip (standard deviation, in flow time) a state may be from its time in training. Without it
+    the network reads the time off the state, and a sample that once lags stays behind (docs/experiments.md)."""
     derivative_weight: float = 0.1
     """Weight of the derivative's loss beside the mean's; each is in units of its own mean square over the data."""
     caption_dropout: float = 0.1

@@ -30,6 +30,9 @@ class VLFM:
     warm-up the velocity is linear in the mean, so the mean's squared error is the flow-matching loss up to a positive
     weight that depends on the flow time alone and leaves the minimiser where it is; on the clip the velocity is the
     derivative itself, and the mean is what frames are read from.
+
+    On the clip a state is shown a little before or after its time, `state_jitter`: a sample's state lags by what the
+    derivative was wrong before, and the network must learn to set it right from the flow time, not to follow it.
     """
 
     path: WarmupPath | PaperPath
@@ -44,6 +47,8 @@ class VLFM:
     """Share of them on the warm-up."""
     warmup_focus: float = 2.0
     """Exponent that draws these towards the noise."""
+    state_jitter: float = 0.0
+    """How far along the clip a state may be from its time: standard deviation in flow time."""
     derivative_weight: float = 0.1
     """Weight of the derivative's loss."""
     caption_dropout: float = 0.1
@@ -63,7 +68,11 @@ class VLFM:
         mean, derivative = curve(batch.coefficients, flow_time.clamp(min=0))  # (B, K, C, h, w)
         noise = torch.randn(mean.shape, generator=generator, device=device)
         wide = flow_time[:, :, None, None, None]
-        centre, sigma = self.path.evaluate(wide, mean)
+        shown = mean
+        if self.state_jitter > 0:
+            step = self.state_jitter * torch.randn(flow_time.shape, generator=generator, device=device)
+            shown, _ = curve(batch.coefficients, torch.where(flow_time > 0, flow_time + step, 0.0).clamp(0, 1))
+        centre, sigma = self.path.evaluate(wide, shown)
         latents = centre + sigma * noise
 
         given = self.conditioning(batch, generator)
@@ -180,6 +189,7 @@ def make_vlfm(
         times_per_clip=recipe.times_per_clip,
         warmup_share=recipe.warmup_share,
         warmup_focus=recipe.warmup_focus,
+        state_jitter=recipe.state_jitter,
         derivative_weight=recipe.derivative_weight,
         caption_dropout=recipe.caption_dropout,
         context_dropout=recipe.context_dropout,

@@ -190,7 +190,9 @@ def test_the_loss_of_the_truth_is_zero_and_dropping_hides(lake: Lake) -> None:
     clips = Clips(lake, version.load(lake), "train")
     batch = Collate(version.read_empty_text(lake, version.load(lake)))([clips[0], clips[1]])
     mean_scale, derivative_scale = curve_scales(clips)
-    method = VLFM(WarmupPath(), mean_scale, derivative_scale, 3, caption_dropout=0.5, context_dropout=0.5)
+    method = VLFM(
+        WarmupPath(), mean_scale, derivative_scale, 3, state_jitter=0.2, caption_dropout=0.5, context_dropout=0.5
+    )
     seen = {}
 
     class Oracle(torch.nn.Module):
@@ -215,7 +217,8 @@ def test_every_field_of_the_recipe_changes_something(lake: Lake, tmp_path: Path)
     """No option that nothing reads: each field, changed alone, changes the run's files or its log."""
     changes = {
         "name": None, "width": 64, "depth": 1, "heads": 4, "patch": 4, "path": "paper", "warmup": 0.5, "sigma_end": 0.3,
-        "warmup_share": 0.6, "warmup_focus": 1.5, "derivative_weight": 1.0, "caption_dropout": 0.9,
+        "warmup_share": 0.6, "warmup_focus": 1.5,
+        "state_jitter": 0.0, "derivative_weight": 1.0, "caption_dropout": 0.9,
         "context_dropout": 0.1, "batch": 2, "times_per_clip": 1, "steps": 4, "learning_rate": 1e-4,
         "matrix_learning_rate": 1e-3, "weight_decay": 0.5, "learning_rate_warmup": 1, "learning_rate_decay": 1.0,
         "gradient_clip": 1e-3, "ema_decay": 0.0, "precision": "bfloat16", "seed": 1, "checkpoint_every": 1,
