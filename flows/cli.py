@@ -27,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Threads of a matrix product that wait by spinning are ten times slower where another program has a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     given = list(sys.argv[1:] if arguments is None else arguments)
     name = next((word for word in given if not word.startswith("-")), None)
@@ -37,6 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\ninterrupted; everything finished is kept, the same command goes on from there", file=sys.stderr)
         return 130
     except BrokenPipeError:
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] in ("flows", "pipeline", "model", "storage"):
+            raise
+        print(
+            f"error: this command needs {error.name}, which is not installed: pip install 'vlfm[flows]'",
+            file=sys.stderr,
+        )
         return 1
     except Exception as error:
         if not is_expected(error):
@@ -90,6 +100,13 @@ def run_ingest(options: argparse.Namespace) -> int:
         raise ValueError(f"--limit is {options.limit}; it must be at least 1")
     if options.plan:
         return show_plan(options, settings)
+    from model.recipes import override
+    from pipeline.recipes import recipe_named
+    from pipeline.source import discover
+
+    # Slips of the pen are told at once; the servers take a while to start.
+    recipe = override(recipe_named(options.recipe), settings)
+    discover(options.source, options.captions, recipe.captions_required)
     from flows.dataset import run_ingest as flow
     from flows.progress import Stages
 
@@ -105,7 +122,8 @@ def run_ingest(options: argparse.Namespace) -> int:
     )
     if "error" in report:
         print(f"error: {report['error']}", file=sys.stderr)
-    print(json.dumps(report) if options.json else "\n".join(report["lines"] if "error" not in report else []))
+    if options.json or "error" not in report:
+        print(json.dumps(report) if options.json else "\n".join(report["lines"]))
     return int(report["exit_status"])
 
 
@@ -236,6 +254,10 @@ def run_demo(options: argparse.Namespace) -> int:
     """Corpus, ingest, training, samples and report, each step only where it is not done."""
     from flows.demo import demo as whole
 
+    for name in ("limit", "steps"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}; it must be at least 1")
     return whole(options.out, options.source, options.captions, options.limit, options.steps)
 
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from model.progress import Progress, clock
+from storage.fingerprint import fingerprint
 
 
 def demo(
@@ -19,11 +20,11 @@ def demo(
 ) -> int:
     """Corpus (or `source`), ingest, training, samples, report; returns the exit status.
 
-    Everything lies in `out`/<name>, with the name of the source's folder, or `corpus`. What is done is not done again:
+    Everything lies in `out`/corpus, or `out`/<name of the source>-<six digits>. What is done is not done again:
     a lake that holds the films already, a run that reached its last step, a report of that checkpoint.
     """
     began = time.monotonic()
-    base = Path(out) / (Path(source).resolve().name if source else "corpus")
+    base = Path(out) / (_folder_name(source) if source else "corpus")
     if source is None:
         films = base / "films"
         captions = str(_corpus(films))
@@ -40,6 +41,12 @@ def demo(
     print("\n".join(f"  {line}" for line in lines))
     print((report / "report.html").resolve())
     return status
+
+
+def _folder_name(source: str) -> str:
+    """The source's name, with a few digits of its path: two folders of one name keep apart."""
+    path = Path(source).resolve()
+    return f"{path.name}-{fingerprint(str(path))[:6]}"
 
 
 def _say(text: str) -> None:
@@ -63,8 +70,10 @@ def _ingest(source: str, lake: Path, captions: str | None, limit: int | None) ->
     """The version that holds the source's films, and the exit status of the ingest."""
     from pipeline.ingest import commit, plan_ingest
     from pipeline.recipes import demo as recipe
+    from pipeline.source import discover
     from storage.layout import Lake
 
+    discover([source], captions, recipe().captions_required)  # a slip of the pen is told before the servers start
     if (lake / "versions").is_dir():
         opened = Lake.open(lake)
         with opened.writing():
@@ -78,7 +87,7 @@ def _ingest(source: str, lake: Path, captions: str | None, limit: int | None) ->
     from flows.progress import Stages
 
     told = run_ingest(source, str(lake), captions, "demo", limit=limit, on_progress=Stages())
-    _say("\n".join(told["lines"]))
+    _say(f"error: {told['error']}" if "error" in told else "\n".join(told["lines"]))
     return told["version"], int(told["exit_status"])
 
 
@@ -93,6 +102,8 @@ def _train(lake: Path, run: Path, number: int, steps: int | None) -> Path:
     if done and done[-1] >= chosen.steps:
         _say(f"train      {done[-1]} steps are done already")
     train(lake, run, chosen, number)
+    if Run(run).steps()[-1] < chosen.steps:
+        raise KeyboardInterrupt  # a signal ended the training early, with a checkpoint; half a model is no demo
     return run
 
 

@@ -10,10 +10,9 @@ class Stages:
 
     def __init__(self) -> None:
         self.lines: dict[str, Progress] = {}
-        self.base: dict[str, int] = {}
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """Show that `done` of `total` are done; a stage that starts again from 0 goes on where the last one ended."""
+        """Show that `done` of `total` are done; each group of blocks starts its stage again."""
         if total < 1:
             return
         line = self.lines.get(what)

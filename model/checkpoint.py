@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -50,12 +51,16 @@ class Run:
 
         Raises:
             FileNotFoundError: there is no run here; the message says how to make one.
+            ValueError: the description is damaged.
         """
         if not self.file.is_file():
             raise FileNotFoundError(
                 f"{self.root} is no training run; make one with `vlfm train --lake DIR --run {self.root}`"
             )
-        about: dict[str, Any] = json.loads(self.file.read_text())
+        try:
+            about: dict[str, Any] = json.loads(self.file.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.file} is damaged ({error}); train a new run") from None
         return about
 
     def steps(self) -> list[int]:
@@ -114,12 +119,12 @@ def save(
 def restore(folder: Path, backbone: nn.Module, average: MovingAverage, optimizers: Sequence[Optimizer]) -> int:
     """Load a checkpoint into the objects of a run, and return its step."""
     state = json.loads((folder / "state.json").read_text())
-    backbone.load_state_dict(load_file(folder / "backbone.safetensors"))
-    for name, value in load_file(folder / "average.safetensors").items():
+    backbone.load_state_dict(tensors_of(folder / "backbone.safetensors"))
+    for name, value in tensors_of(folder / "average.safetensors").items():
         average.tensors[name].copy_(value)
     average.updates = state["average_updates"]
     states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
-    for key, value in load_file(folder / "optimizers.safetensors").items():
+    for key, value in tensors_of(folder / "optimizers.safetensors").items():
         number, index, name = key.split(".", 2)
         states[int(number)].setdefault(int(index), {})[name] = value
     for optimizer, values, groups in zip(optimizers, states, state["optimizers"], strict=True):
@@ -129,4 +134,19 @@ def restore(folder: Path, backbone: nn.Module, average: MovingAverage, optimizer
 
 def load_average(folder: Path, backbone: nn.Module) -> None:
     """Load a checkpoint's averaged weights, which sampling uses."""
-    backbone.load_state_dict(load_file(folder / "average.safetensors"), strict=True)
+    backbone.load_state_dict(tensors_of(folder / "average.safetensors"), strict=True)
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's file.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is gone or damaged; the message says the mend.
+    """
+    mend = f"remove {path.parent}, and the run goes on from the checkpoint before"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; {mend}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); {mend}") from None

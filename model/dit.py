@@ -39,6 +39,9 @@ class BackboneConfig:
     """Side of the square of latents that makes one token."""
 
     def __post_init__(self) -> None:
+        for name, value in self.to_json().items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
         if self.height % self.patch or self.width_latent % self.patch:
             raise ValueError(
                 f"patch {self.patch} does not divide the latents {self.height}x{self.width_latent}; "

@@ -18,18 +18,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model import legs
-from model.codec import Codec
+from model.codec import CodecUnavailable
 from model.data import Clip, Clips, lake_and_version
-from model.metrics import psnr, psnr_paper
+from model.metrics import decibels, psnr, psnr_paper
 from model.progress import Progress
 from model.sample import Sampler, SampleSettings
 from model.solver import Trajectory
 from model.video import Frames, from_frames, to_frames
-from storage.fingerprint import fingerprint
+from storage.fingerprint import fingerprint, finite_json
 from storage.layout import LakeError, write_atomic
+from storage.shards import DamagedShard
 
 RATES = (8.0, 12.0, 16.0)
 """Frame rates that the report shows side by side."""
+FORMAT = 2
+"""Raise when figures or page change, so that reports of an older program are made anew."""
 GOALS = {"observed_worst_frame": 24.0, "above_mean_frame": 3.0, "below_median": 3.0, "held_out_gap": 1.0}
 """What samples of training pairs are held to, in dB."""
 
@@ -49,6 +52,8 @@ class ClipResult:
     """The worst observed frame."""
     sample_held_out: float
     """Mean over the frames the coefficients never saw."""
+    sample_all: float
+    """Mean over all kept frames."""
     sample_median: float
     """Median over all kept frames."""
     sample_worst: float
@@ -67,11 +72,6 @@ class ClipResult:
     """Linear interpolation between the observed latents, decoded."""
     real_sample_observed: float
     real_sample_held_out: float
-
-    @property
-    def sample_all(self) -> float:
-        """Mean over all kept frames, each weighing the same."""
-        return statistics.fmean((self.sample_observed, self.sample_held_out))
 
     def goals(self) -> dict[str, bool]:
         """Which of the goals this clip meets."""
@@ -116,21 +116,23 @@ def evaluate(
         step: checkpoint, the newest by default.
 
     Returns:
-        The metrics, as in metrics.json.
+        The metrics, as in metrics.json: None stands where there is no finite figure.
 
     Raises:
-        ValueError: no clip kept its frames and latents; the message says which settings keep them.
+        ValueError: no clip is asked for, the lake is another one, or no clip kept its frames and latents; the message
+            says the mend.
     """
     from model.report import write_report
 
+    if most < 1 or shown < 0:
+        raise ValueError(f"{most} clips, {shown} of them shown, cannot be; --clips must be at least 1, --shown 0")
     settings = settings or SampleSettings()
     out = Path(out)
     sampler = Sampler(run, step)
-    made_of = fingerprint(
-        {"run": sampler.about, "step": sampler.step, "settings": asdict(settings), "most": most, "shown": shown}
-    )
-    if (metrics := _made_before(out, made_of)) is not None:
-        return metrics
+    asked = {"step": sampler.step, "settings": asdict(settings), "most": most, "shown": shown}
+    made_of = fingerprint({"format": FORMAT, "run": sampler.about, **asked})
+    if (before := _made_before(out, made_of)) is not None:
+        return before
 
     opened, version = lake_and_version(lake, sampler.about["version"]["number"])
     if version.merkle_root != sampler.about["version"]["merkle_root"]:
@@ -166,38 +168,41 @@ def evaluate(
                 views.append(show(clip, trajectory, index, sampler, result))
             progress.advance(note=f"{result.sample_all:.1f} dB")
         calls = trajectory.network_calls
-    metrics = {
+    side = sampler.clip["frame_shape"][0]
+    measured = {
         "made_of": made_of,
         "step": sampler.step,
         "settings": asdict(settings),
         "network_calls_per_window": calls,
         "run": sampler.about,
         "counts": version.counts,
-        "summary": summarise([r for r in results if r.split == "train"]),
-        "unseen": summarise([r for r in results if r.split != "train"]),
+        "summary": summarise([r for r in results if r.split == "train"], side),
+        "unseen": summarise([r for r in results if r.split != "train"], side),
         "goals": GOALS,
         "clips": [asdict(result) for result in results],
     }
+    metrics: dict[str, Any] = finite_json(measured)
     out.mkdir(parents=True, exist_ok=True)
     write_report(out / "report.html", metrics, results, views, read_log(sampler.run.log))
-    # Written last: its presence says that the report is whole. JSON has no infinity.
-    write_atomic(out / "metrics.json", json.dumps(_finite(metrics), indent=1).encode())
+    # Written last: its presence says that the report is whole.
+    write_atomic(out / "metrics.json", json.dumps(metrics, indent=1).encode())
     return metrics
 
 
 def measure(clip: Clip, trajectory: Trajectory, index: int, sampler: Sampler) -> ClipResult:
     """A clip's figures from its place `index` in a trajectory."""
-    about, codec, caption = clip.about, sampler.codec, clip.about["caption"]
+    about, caption = clip.about, clip.about["caption"]
     times: NDArray[np.float64] = clip.members["frame_time"] / sampler.window
     seen = torch.from_numpy(clip.members["observed"].copy())
     latents = torch.from_numpy(clip.members["latents"].astype(np.float32))
     coefficients = torch.from_numpy(clip.members["coefficients"].astype(np.float32))
 
     real = from_frames(clip.members["preview"])
-    reconstruction = codec.decode(latents, text=caption)
-    projection = codec.decode(legs.evaluate(coefficients, times, 1.0), text=caption)
-    linear = codec.decode(_linear(latents, times, seen), text=caption)
-    sample = codec.decode(trajectory.read(torch.from_numpy(times.clip(0, 1)), sampler.readout)[:, index], text=caption)
+    reconstruction = _decoded(sampler, latents, caption)
+    projection = _decoded(sampler, legs.evaluate(coefficients, times, 1.0), caption)
+    linear = _decoded(sampler, _linear(latents, times, seen), caption)
+    read = trajectory.read(torch.from_numpy(times.clip(0, 1)), sampler.readout)[:, index]
+    sample = _decoded(sampler, read, caption)
 
     against_codec = psnr(sample, reconstruction)
     held = reconstruction.mean(dim=0, keepdim=True).expand_as(reconstruction)
@@ -218,6 +223,7 @@ def measure(clip: Clip, trajectory: Trajectory, index: int, sampler: Sampler) ->
         sample_observed=_mean(against_codec[seen]),
         sample_observed_worst=float(against_codec[seen].min()),
         sample_held_out=_mean(against_codec[~seen]),
+        sample_all=_mean(against_codec),
         sample_median=float(against_codec.median()),
         sample_worst=float(against_codec.min()),
         mean_frame=_mean(mean_frame),
@@ -234,7 +240,6 @@ def measure(clip: Clip, trajectory: Trajectory, index: int, sampler: Sampler) ->
 
 def show(clip: Clip, trajectory: Trajectory, index: int, sampler: Sampler, result: ClipResult) -> Shown:
     """A clip's pictures at each of the report's frame rates; the film's own are the nearest frames that were kept."""
-    codec: Codec = sampler.codec
     caption = clip.about["caption"]
     kept: NDArray[np.float64] = clip.members["frame_time"]
     coefficients = torch.from_numpy(clip.members["coefficients"].astype(np.float32))
@@ -244,15 +249,14 @@ def show(clip: Clip, trajectory: Trajectory, index: int, sampler: Sampler, resul
         nearest = np.abs(kept[None] - times[:, None]).argmin(axis=1)
         real[rate] = clip.members["preview"][nearest]
         flow_times = times / sampler.window
-        projected[rate] = to_frames(codec.decode(legs.evaluate(coefficients, flow_times, 1.0), text=caption))
-        sampled[rate] = to_frames(
-            codec.decode(trajectory.read(torch.from_numpy(flow_times), sampler.readout)[:, index], text=caption)
-        )
+        projected[rate] = to_frames(_decoded(sampler, legs.evaluate(coefficients, flow_times, 1.0), caption))
+        read = trajectory.read(torch.from_numpy(flow_times), sampler.readout)[:, index]
+        sampled[rate] = to_frames(_decoded(sampler, read, caption))
     return Shown(result, real, projected, sampled)
 
 
-def summarise(results: Sequence[ClipResult]) -> dict[str, Any]:
-    """Figures over clips: means, the worst, and how many clips meet each goal."""
+def summarise(results: Sequence[ClipResult], side: int) -> dict[str, Any]:
+    """Figures over clips, whose frames are `side` pixels high: means, the worst, and how many clips meet each goal."""
     if not results:
         return {"clips": 0}
     numbers = [key for key, value in asdict(results[0]).items() if isinstance(value, float) and key != "clip_start"]
@@ -262,13 +266,14 @@ def summarise(results: Sequence[ClipResult]) -> dict[str, Any]:
         "mean": means,
         "median_observed": statistics.median(r.sample_observed for r in results),
         "worst_observed_frame": min(r.sample_observed_worst for r in results),
+        "mean_above_mean_frame": _fmean([r.sample_all - r.mean_frame for r in results]),
         "least_above_mean_frame": min(r.sample_all - r.mean_frame for r in results),
         "most_below_median": max(r.sample_median - r.sample_worst for r in results),
         "most_held_out_gap": max(
             (r.sample_observed - r.sample_held_out for r in results if math.isfinite(r.sample_held_out)), default=0.0
         ),
         "clips_meeting": {goal: sum(r.goals()[goal] for r in results) for goal in GOALS},
-        "psnr_paper": psnr_paper(means["sample_observed"], side=64),
+        "psnr_paper": psnr_paper(means["sample_observed"], side),
     }
 
 
@@ -278,15 +283,15 @@ def headline(metrics: dict[str, Any]) -> list[str]:
     mean, count, meeting = summary["mean"], summary["clips"], summary["clips_meeting"]
     rows = {
         "clips sampled": f"{count} training pairs (caption, clip_start), seed {seed}",
-        "observed times": f"{mean['sample_observed']:.1f} dB mean, "
-        f"worst frame {summary['worst_observed_frame']:.1f} dB; "
+        "observed times": f"{decibels(mean['sample_observed'])} dB mean, "
+        f"worst frame {decibels(summary['worst_observed_frame'])} dB; "
         f"{meeting['observed_worst_frame']}/{count} clips at {goals['observed_worst_frame']:.0f} dB or more everywhere",
-        "held-out times": f"{mean['sample_held_out']:.1f} dB mean, at most "
-        f"{summary['most_held_out_gap']:.2f} dB below the observed ones",
-        "over the mean frame": f"{mean['sample_observed'] - mean['mean_frame']:.1f} dB mean, "
-        f"{summary['least_above_mean_frame']:.1f} dB at the least",
-        "against the film": f"{mean['real_sample_observed']:.1f} dB; "
-        f"the codec alone {mean['real_ceiling_observed']:.1f} dB",
+        "held-out times": f"{decibels(mean['sample_held_out'])} dB mean, at most "
+        f"{decibels(summary['most_held_out_gap'], 2)} dB below the observed ones",
+        "over the mean frame": f"{decibels(summary['mean_above_mean_frame'])} dB mean, "
+        f"{decibels(summary['least_above_mean_frame'])} dB at the least",
+        "against the film": f"{decibels(mean['real_sample_observed'])} dB; "
+        f"the codec alone {decibels(mean['real_ceiling_observed'])} dB",
     }
     return [f"{name:<20} {text}" for name, text in rows.items()]
 
@@ -300,6 +305,11 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return lines
+
+
+def _decoded(sampler: Sampler, latents: Tensor, caption: str) -> Tensor:
+    """Pictures on the CPU, wherever the latents and the codec are."""
+    return sampler.codec.decode(latents.to(sampler.device), text=caption).cpu()
 
 
 def _complete(clip: Clip) -> bool:
@@ -337,14 +347,6 @@ def _fmean(values: Sequence[float]) -> float:
     return statistics.fmean(finite) if finite else math.nan
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _made_before(out: Path, made_of: str) -> dict[str, Any] | None:
     try:
         metrics: dict[str, Any] = json.loads((out / "metrics.json").read_text())
@@ -371,7 +373,7 @@ def run_arguments(options: argparse.Namespace) -> int:
     settings = SampleSettings(seed=options.seed)
     metrics = evaluate(options.run, options.lake, options.out, settings, options.clips, options.shown, options.step)
     if options.json:
-        print(json.dumps(_finite(metrics)))
+        print(json.dumps(metrics))
     else:
         print("\n".join(headline(metrics)))
         print(Path(options.out) / "report.html")
@@ -385,7 +387,7 @@ def main(arguments_given: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments_given)
     try:
         return run_it(options)
-    except (ValueError, OSError, LakeError) as error:
+    except (ValueError, OSError, LakeError, DamagedShard, CodecUnavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -28,6 +28,11 @@ def psnr(pictures: Tensor, reference: Tensor, peak: float = 2.0) -> Tensor:
     return 10 * torch.log10(peak**2 / error)
 
 
+def decibels(value: float | None, digits: int = 1) -> str:
+    """A figure as text; a dash where there is none."""
+    return f"{value:.{digits}f}" if value is not None and math.isfinite(value) else "–"
+
+
 def psnr_paper(decibel: float, side: int, peak: float = 2.0) -> float:
     """The figure that arXiv 2502.00500 prints for a standard PSNR: its peak is the picture's side, in pixels."""
     return decibel + 20 * math.log10(side / peak)

@@ -43,6 +43,9 @@ class TrainRecipe:
     state_jitter: float = 0.1
     """How far along the clip (standard deviation, in flow time) a state may be from its time in training. Without it
     the network reads the time off the state, and a sample that once lags stays behind (docs/experiments.md)."""
+    error_focus: float = 1.0
+    """Exponent that weighs a state by its error relative to the others', so that no time of a clip is left behind; 0
+    weighs all alike."""
     derivative_weight: float = 0.1
     """Weight of the derivative's loss beside the mean's; each is in units of its own mean square over the data."""
     caption_dropout: float = 0.1
@@ -94,19 +97,22 @@ def demo() -> TrainRecipe:
     """A backbone that learns some fifty short clips in minutes on two CPU cores."""
     return TrainRecipe(
         name="demo",
-        width=256,
+        width=192,
         depth=6,
         heads=4,
-        patch=2,
+        patch=4,
         batch=16,
         times_per_clip=2,
-        steps=1000,
-        learning_rate=1e-3,
+        state_jitter=0.3,
+        context_dropout=0.9,
+        steps=1600,
+        error_focus=2.0,
+        learning_rate=2e-3,
         learning_rate_warmup=50,
         ema_decay=0.99,
-        checkpoint_every=250,
+        checkpoint_every=400,
         log_every=10,
-        validate_every=250,
+        validate_every=400,
     )
 
 

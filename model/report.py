@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from model.metrics import decibels
 from model.video import Frames, picture_bytes
 from storage.layout import write_atomic
 
@@ -18,20 +19,25 @@ if TYPE_CHECKING:
     from model.evaluate import ClipResult, Shown
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --good: #1a7f37; --bad: #b35900; }
+:root { color-scheme: light dark; --line: #8884; --muted: #59636e; --good: #1a7f37; --bad: #b35900; }
+svg { --a: #0969da; --b: #1a7f37; --c: #bf5b00; --d: #8250df; }
+@media (prefers-color-scheme: dark) {
+  :root { --muted: #9ba5b0; --good: #4ac26b; --bad: #e39349; }
+  svg { --a: #58a6ff; --b: #4ac26b; --c: #e39349; --d: #bc8cff; }
+}
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.2rem; margin-top: 2.4rem }
-h3 { font-size: 1rem; margin: 1.6rem 0 .3rem }
-p.note { color: #777; font-size: .9rem; margin: .3rem 0 }
+h3 { font-size: 1rem; margin: 1.8rem 0 0 }
+p.note { color: var(--muted); font-size: .9rem; margin: .2rem 0 .5rem }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right }
-th:first-child, td:first-child, .left { text-align: left }
-.films td, .films th { text-align: center; border: 0; padding: .25rem }
-.films img { width: 160px; height: auto; border-radius: 4px; display: block }
-.strip { display: grid; grid-template-columns: 7rem 1fr; gap: .3rem .6rem; align-items: center; font-size: .85rem }
-.strip img { width: 100%; height: auto; display: block }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top }
+th { vertical-align: bottom } th:first-child, td:first-child, .words :last-child { text-align: left }
+.words { font-size: .85rem } .words td:first-child { white-space: nowrap } .words td:last-child { min-width: 14rem }
+.films td, .films th { border: 0; padding: 1px 2px; font-size: .85rem; text-align: center; vertical-align: middle }
+.films td:first-child { padding-right: .6rem; text-align: left } .films .gap { padding-left: 1rem }
+.films img { width: auto; height: 6.2rem; border-radius: 3px; display: block }
 .good { color: var(--good) } .bad { color: var(--bad) }
-.scroll { overflow-x: auto } svg { max-width: 100%; height: auto }
+.scroll { overflow-x: auto } summary { cursor: pointer } svg { max-width: 100%; height: auto }
 """
 
 
@@ -51,9 +57,10 @@ def write_report(
         f"{about['clip']['duration']:g} s whatever the frame rate. Every sample starts from noise, a caption and the "
         "clip's start in its film; nothing of the film is given.</p>",
         _goals(metrics),
-        "<h2>Films, projections and samples</h2>",
-        "<p class=note>At each rate: the film's own frames (the nearest that were kept), the projection of the clip's "
-        "latents decoded at that rate (no network), and the model's sample.</p>",
+        "<h2>Films, reconstructions and samples</h2>",
+        "<p class=note>The film's own frames (at each rate the nearest that were kept), its reconstruction (the clip's "
+        "coefficients read at that rate and decoded, no network), and the model's sample: moving at each rate, then "
+        "still, from the clip's first frame to its last.</p>",
         *[_films(view) for view in views],
         "<h2>PSNR beside what could be had without a model</h2>",
         _against_film(metrics),
@@ -77,22 +84,23 @@ def _goals(metrics: Mapping[str, Any]) -> str:
     rows = [
         (
             f"every observed frame at {goals['observed_worst_frame']:.0f} dB or more",
-            f"mean {mean['sample_observed']:.2f}, worst frame {summary['worst_observed_frame']:.2f}",
+            f"mean {decibels(mean['sample_observed'], 2)}, worst frame {decibels(summary['worst_observed_frame'], 2)}",
             meeting["observed_worst_frame"],
         ),
         (
             f"at least {goals['above_mean_frame']:.0f} dB over the clip's own mean frame",
-            f"least {summary['least_above_mean_frame']:.2f}",
+            f"mean {decibels(summary['mean_above_mean_frame'], 2)}, "
+            f"least {decibels(summary['least_above_mean_frame'], 2)}",
             meeting["above_mean_frame"],
         ),
         (
             f"no frame more than {goals['below_median']:.0f} dB below the clip's median",
-            f"most {summary['most_below_median']:.2f}",
+            f"most {decibels(summary['most_below_median'], 2)}",
             meeting["below_median"],
         ),
         (
             f"held-out times within {goals['held_out_gap']:.0f} dB of the observed ones",
-            f"mean {mean['sample_held_out']:.2f}, largest gap {summary['most_held_out_gap']:.2f}",
+            f"mean {decibels(mean['sample_held_out'], 2)}, largest gap {decibels(summary['most_held_out_gap'], 2)}",
             meeting["held_out_gap"],
         ),
     ]
@@ -103,14 +111,14 @@ def _goals(metrics: Mapping[str, Any]) -> str:
     return (
         "<h2>Samples of training pairs against the codec's reconstruction</h2>"
         f"<p class=note>{count} pairs (caption, clip_start), dB of standard PSNR. The formula printed in arXiv "
-        f"2502.00500, whose peak is the picture's side, would call the mean {summary['psnr_paper']:.1f}.</p>"
+        f"2502.00500, whose peak is the picture's side, would call the mean {decibels(summary['psnr_paper'])}.</p>"
         + _table(["", "dB", "clips that do"], lines)
     )
 
 
 def _against_film(metrics: Mapping[str, Any]) -> str:
     mean = metrics["summary"]["mean"]
-    rows: list[list[str | float]] = [
+    rows: list[list[str | float | None]] = [
         ["the codec alone (the ceiling)", mean["real_ceiling_observed"], mean["real_ceiling_held_out"]],
         ["projection, no network", mean["real_projection_observed"], mean["real_projection_held_out"]],
         ["linear interpolation of observed latents", mean["real_ceiling_observed"], mean["real_linear_held_out"]],
@@ -121,18 +129,8 @@ def _against_film(metrics: Mapping[str, Any]) -> str:
 
 
 def _clips(results: Sequence[ClipResult]) -> str:
-    head = [
-        "film",
-        "from",
-        "observed",
-        "worst",
-        "held out",
-        "over mean frame",
-        "first frame held",
-        "ceiling",
-        "caption",
-    ]
-    rows: list[list[str | float]] = [
+    head = ["film", "from", "observed", "worst", "held out", "over<br>mean frame", "first frame<br>held", "ceiling"]
+    rows: list[list[str | float | None]] = [
         [
             _text(r.film) + ("" if r.split == "train" else " (unseen)"),
             f"{r.clip_start:g} s",
@@ -142,11 +140,16 @@ def _clips(results: Sequence[ClipResult]) -> str:
             r.sample_all - r.mean_frame,
             r.first_frame,
             r.real_ceiling_observed,
-            f"<span class=left>{_text(r.caption)}</span>",
+            _text(r.caption),
         ]
         for r in results
     ]
-    return f"<div class=scroll>{_table(head, rows)}</div>"
+    note = (
+        "<p class=note>dB against the codec's reconstruction: the sample, and the clip's first frame held; the ceiling "
+        "is the codec against the film.</p>"
+    )
+    table = _table([*head, "caption"], rows, "words")
+    return f"<details open><summary>{len(rows)} clips</summary>{note}<div class=scroll>{table}</div></details>"
 
 
 def _unseen(metrics: Mapping[str, Any]) -> str:
@@ -156,7 +159,7 @@ def _unseen(metrics: Mapping[str, Any]) -> str:
     mean = unseen["mean"]
     return (
         f"<p class=note>{unseen['clips']} clips of films the model never saw are sampled from their captions too: "
-        f"{mean['sample_observed']:.1f} dB, where the clip's own mean frame has {mean['mean_frame']:.1f} dB. "
+        f"{decibels(mean['sample_observed'])} dB, the clip's own mean frame {decibels(mean['mean_frame'])} dB. "
         "A caption does not tell a film's pixels, so nothing better is to be expected there.</p>"
     )
 
@@ -165,28 +168,33 @@ def _counts(metrics: Mapping[str, Any]) -> str:
     parts = []
     for kind, counts in metrics["counts"].items():
         if isinstance(counts, Mapping):
-            told = ", ".join(f"{_text(str(name))} {_text(str(value))}" for name, value in counts.items())
-            parts.append(f"{_text(kind)}: {told}")
+            told = []
+            for name, value in counts.items():
+                reasons = value if isinstance(value, Mapping) else {}
+                number = sum(reasons.values()) if isinstance(value, Mapping) else value
+                why = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
+                told.append(_text(f"{name} {number}" + (f" ({why})" if why else "")))
+            parts.append(f"{_text(kind)}: {', '.join(told)}")
     return f"<p class=note>Dataset: {'; '.join(parts)}.</p>"
 
 
-def _films(view: Shown) -> str:
+def _films(view: Shown, stills: int = 6) -> str:
     result = view.result
+    rates = sorted(view.real)
     rows = []
-    for rate in view.real:
-        cells = [_animation(frames[rate], rate) for frames in (view.real, view.projected, view.sampled)]
-        rows.append(f"<tr><th>{rate:g} fps</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    densest = max(view.real)
-    strips = [
-        f"<span>{name}</span>{_strip(frames[densest])}"
-        for name, frames in (("film", view.real), ("projection", view.projected), ("sample", view.sampled))
-    ]
+    for name, frames in (("film", view.real), ("reconstruction", view.projected), ("sample", view.sampled)):
+        densest = frames[rates[-1]]
+        chosen = densest[np.linspace(0, len(densest) - 1, min(stills, len(densest))).round().astype(int)]
+        moving = "".join(f"<td>{_animation(frames[rate], rate)}</td>" for rate in rates)
+        still = "".join(f"<td{'' if k else ' class=gap'}>{_still(frame)}</td>" for k, frame in enumerate(chosen))
+        rows.append(f"<tr><td>{name}</td>{moving}{still}</tr>")
+    heads = "".join(f"<th>{rate:g} fps</th>" for rate in rates)
     return (
         f"<h3>{_text(result.caption)}</h3><p class=note>{_text(result.film)} from {result.clip_start:g} s, "
-        f"{_text(result.split)} split: {result.sample_observed:.1f} dB at observed times, {result.sample_held_out:.1f} "
-        f"at held-out ones, worst frame {result.sample_worst:.1f}; mean frame {result.mean_frame:.1f} dB.</p>"
-        "<table class=films><tr><th></th><th>film</th><th>projection</th><th>sample</th></tr>"
-        f"{''.join(rows)}</table><div class=strip>{''.join(strips)}</div>"
+        f"{_text(result.split)} split: {decibels(result.sample_observed)} dB at observed times, "
+        f"{decibels(result.sample_held_out)} at held-out ones, worst frame {decibels(result.sample_worst)}; mean frame "
+        f"{decibels(result.mean_frame)} dB.</p><div class=scroll><table class=films>"
+        f"<tr><th></th>{heads}<th class=gap colspan={stills}>first frame to last</th></tr>{''.join(rows)}</table></div>"
     )
 
 
@@ -195,10 +203,9 @@ def _animation(frames: Frames, rate: float) -> str:
     return f"<img alt='{len(frames)} frames' src='data:image/webp;base64,{data}'>"
 
 
-def _strip(frames: Frames, count: int = 10) -> str:
-    chosen = frames[np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
-    data = base64.b64encode(picture_bytes(chosen, 1.0, "png")).decode()
-    return f"<img alt='{len(chosen)} frames in a row' src='data:image/png;base64,{data}'>"
+def _still(frame: Frames) -> str:
+    data = base64.b64encode(picture_bytes(frame[None], 1.0, "png")).decode()
+    return f"<img alt='a frame' src='data:image/png;base64,{data}'>"
 
 
 def _loss_curve(log: Sequence[Mapping[str, Any]], width: int = 900, height: int = 260) -> str:
@@ -212,8 +219,11 @@ def _loss_curve(log: Sequence[Mapping[str, Any]], width: int = 900, height: int 
         return "<p class=note>The run has no log.</p>"
     last = max(step for points in lines.values() for step, _ in points)
     values = [value for points in lines.values() for _, value in points]
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-    high = max(high, low + 1)
+    marks = [digit * 10.0**power for power in range(-9, 10) for digit in (1, 2, 5)]
+    below = max((k for k, mark in enumerate(marks) if mark <= min(values)), default=0)
+    above = min((k for k, mark in enumerate(marks) if mark > max(values)), default=len(marks) - 1)
+    marks = marks[below : above + 1]
+    low, high = math.log10(marks[0]), math.log10(marks[-1])
 
     def at(step: float, value: float) -> str:
         x = 60 + (width - 190) * step / max(last, 1)
@@ -221,16 +231,19 @@ def _loss_curve(log: Sequence[Mapping[str, Any]], width: int = 900, height: int 
         return f"{x:.1f},{y:.1f}"
 
     parts = []
-    for power in range(low, high + 1):
-        x, y = at(0, 10.0**power).split(",")
+    for mark in marks:
+        x, y = at(0, mark).split(",")
         parts.append(f"<line x1={x} x2={width - 130} y1={y} y2={y} stroke=#8883 />")
-        parts.append(f"<text x=52 y={float(y) + 4} text-anchor=end>{10.0**power:g}</text>")
-    colours = ("#0969da", "#1a7f37", "#bf5b00", "#8250df")
+        if f"{mark:e}"[0] == "1" or len(marks) < 8:
+            parts.append(f"<text x=52 y={float(y) + 4} text-anchor=end>{mark:g}</text>")
     for index, (name, points) in enumerate(lines.items()):
-        colour = colours[index]
-        path = " ".join(at(step, value) for step, value in points)
-        parts.append(f"<polyline points='{path}' fill=none stroke={colour} stroke-width=1.6 />")
-        parts.append(f"<text x={width - 120} y={24 + 20 * index} fill={colour}>{name.replace('_', ' ')}</text>")
+        colour = f"var(--{'abcd'[index]})"
+        places = [at(step, value) for step, value in points]
+        parts.append(f"<polyline points='{' '.join(places)}' style='stroke: {colour}' fill=none stroke-width=1.6 />")
+        for x, y in [place.split(",") for place in places if len(places) < 20]:  # one value alone makes no line
+            parts.append(f"<circle cx={x} cy={y} r=2.5 style='fill: {colour}' stroke=none />")
+        label = name.replace("_", " ")
+        parts.append(f"<text x={width - 120} y={24 + 20 * index} style='fill: {colour}'>{label}</text>")
     parts.append(f"<text x={width - 130} y={height - 8} text-anchor=end>step {last}</text>")
     speeds = [line["samples_per_second"] for line in log if "samples_per_second" in line]
     waits = [line["data_wait"] for line in log if "data_wait" in line]
@@ -246,16 +259,14 @@ def _loss_curve(log: Sequence[Mapping[str, Any]], width: int = 900, height: int 
     )
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str | float]]) -> str:
+def _table(head: Sequence[str], rows: Iterable[Sequence[str | float | None]], kind: str = "") -> str:
     cells = "".join(f"<th>{name}</th>" for name in head)
     lines = "".join("<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row) + "</tr>" for row in rows)
-    return f"<table><tr>{cells}</tr>{lines}</table>"
+    return f"<table{' class=' + kind if kind else ''}><tr>{cells}</tr>{lines}</table>"
 
 
-def _cell(value: str | float) -> str:
-    if isinstance(value, str):
-        return value
-    return f"{value:.2f}" if math.isfinite(value) else "–"
+def _cell(value: str | float | None) -> str:
+    return value if isinstance(value, str) else decibels(value, 2)
 
 
 def _text(value: str) -> str:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import Run, load_average
-from model.codec import Codec, codec_from_spec
+from model.codec import Codec, CodecUnavailable, codec_from_spec
 from model.dit import Backbone, BackboneConfig, Conditioning
 from model.methods.vlfm import VLFM, make_vlfm
 from model.prompts import TextEncoder, text_encoder_from_spec
 from model.recipes import TrainRecipe
-from model.solver import Trajectory
-from model.video import Frames, from_frames, to_frames, write_video
+from model.solver import METHODS, Trajectory
+from model.video import Frames, check_output, from_frames, to_frames, write_video
 from storage.layout import LakeError
 
 
@@ -40,6 +40,17 @@ class SampleSettings:
     seed: int = 0
     """Seed of the noise."""
 
+    def __post_init__(self) -> None:
+        for name, value in {"steps": self.steps, "warmup_steps": self.warmup_steps}.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.solver not in METHODS:
+            raise ValueError(f"solver is {self.solver!r}; it must be one of {', '.join(METHODS)}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance is {self.guidance}; it must be a number, 1 for none")
+        if not 0 <= self.seed < 2**62:
+            raise ValueError(f"seed is {self.seed}; it must lie between 0 and 2^62")
+
 
 class Sampler:
     """A trained backbone with its codec and its text encoder.
@@ -50,6 +61,7 @@ class Sampler:
 
     Raises:
         FileNotFoundError: no run, or no checkpoint in it; the message says the mend.
+        ValueError: the run was made by a program whose settings were others.
     """
 
     def __init__(self, run: str | Path, step: int | None = None, device: str | None = None) -> None:
@@ -58,10 +70,13 @@ class Sampler:
         folder = self.run.checkpoint(step)
         self.step = int(folder.name.removeprefix("step-"))
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.backbone = Backbone(BackboneConfig(**self.about["backbone"])).to(self.device).eval()
+        try:
+            recipe, config = TrainRecipe(**self.about["recipe"]), BackboneConfig(**self.about["backbone"])
+        except TypeError as error:
+            raise ValueError(f"{self.run.file} is of another version of vlfm ({error}); train a new run") from None
+        self.backbone = Backbone(config).to(self.device).eval()
         load_average(folder, self.backbone)
         self.clip: dict[str, Any] = self.about["clip"]
-        recipe = TrainRecipe(**self.about["recipe"])
         self.method: VLFM = make_vlfm(recipe, self.clip, self.about["mean_scale"], self.about["derivative_scale"])
         # The printed path's network learns no clean mean at its noisy times; it is read as the paper does.
         self.readout = "mean" if recipe.path == "warmup" else "state"
@@ -149,7 +164,7 @@ class Sampler:
         start: float = 0.0,
         image: Tensor | None = None,
     ) -> list[Frames]:
-        """A video for each prompt, `duration` seconds at `rate` frames per second.
+        """A video for each prompt, `duration` seconds at `rate` frames per second, at least one frame.
 
         A video longer than the trained window rolls on: the predicted end of one window is the first frame of the next.
 
@@ -162,13 +177,15 @@ class Sampler:
             image: (3, H, W) in [-1, 1], a first frame to start from.
 
         Raises:
-            ValueError: a rate or duration that is not positive, or no frame falls into the duration.
+            ValueError: a rate or duration that is not positive, or a start that is no number.
         """
         settings = settings or SampleSettings()
         if not (rate > 0 and math.isfinite(rate)):
             raise ValueError(f"fps is {rate}; it must be a number above 0")
         if not (duration > 0 and math.isfinite(duration)):
             raise ValueError(f"duration is {duration}; it must be a number of seconds above 0")
+        if not math.isfinite(start):
+            raise ValueError(f"start is {start}; it must be a number of seconds")
         times = np.arange(max(1, math.floor(duration * rate + 1e-6))) / rate
         first = None
         if image is not None:
@@ -198,18 +215,23 @@ def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
     """A picture file as (3, H, W) in [-1, 1], scaled to cover `size` (H, W) and cropped at the centre.
 
     Raises:
-        ValueError: the file is no picture.
+        ValueError: the file is no picture, or a damaged one.
         FileNotFoundError: there is no such file.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
+
+    size = (size[1], size[0])
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"--image {path}: there is no such file")
     try:
         with Image.open(path) as picture:
-            fitted = ImageOps.fit(picture.convert("RGB"), (size[1], size[0]), Image.Resampling.LANCZOS)
+            upright = ImageOps.exif_transpose(picture)
+            fitted = ImageOps.fit(upright.convert("RGB"), size, Image.Resampling.LANCZOS)
     except UnidentifiedImageError:
         raise ValueError(f"--image {path} is no picture that can be read; use a png or jpeg") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"--image {path} cannot be read ({error}); use another picture") from None
     return from_frames(np.asarray(fitted)[None])[0]
 
 
@@ -241,8 +263,9 @@ def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
 
 def run_arguments(options: argparse.Namespace) -> int:
     """Sample as the options say."""
-    sampler = Sampler(options.run, options.step)
+    check_output(options.out)  # what cannot be written is not worth the wait
     settings = SampleSettings(steps=options.steps, solver=options.solver, guidance=options.guidance, seed=options.seed)
+    sampler = Sampler(options.run, options.step)
     height, width = sampler.clip["frame_shape"][:2]
     image = None if options.image is None else read_image(options.image, (height, width))
     duration = sampler.window if options.duration is None else options.duration
@@ -267,7 +290,7 @@ def main(arguments_given: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments_given)
     try:
         return run_it(options)
-    except (ValueError, OSError, LakeError) as error:
+    except (ValueError, OSError, LakeError, CodecUnavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -34,6 +34,7 @@ from model.methods.vlfm import make_vlfm
 from model.progress import Progress
 from model.recipes import TrainRecipe, override, train_recipe
 from storage.layout import Lake, LakeError
+from storage.shards import DamagedShard
 from storage.version import Version, read_empty_text
 
 UNCHECKED = {"steps", "log_every", "checkpoint_every", "checkpoints_kept", "validate_every", "loader_workers"}
@@ -97,7 +98,7 @@ def _train(lake: Lake, run: Run, recipe: TrainRecipe, version: Version, processe
     validation = Clips(lake, version, "validation")
 
     stop = StopSignal()
-    progress = Progress("train", recipe.steps, "steps", done)
+    progress = Progress("train", recipe.steps, "steps", done) if processes.first else None
     with Log(run, enabled=processes.first) as log:
         log.event(event="start", step=done, clips=len(clips), parameters=sum(p.numel() for p in backbone.parameters()))
         waited, began = 0.0, time.perf_counter()
@@ -122,7 +123,8 @@ def _train(lake: Lake, run: Run, recipe: TrainRecipe, version: Version, processe
                 count = (step - done - 1) % recipe.log_every + 1
                 rate = count * recipe.batch * recipe.times_per_clip / seconds
                 log.scalars(step, **values, samples_per_second=rate, data_wait=waited / seconds)
-                progress.update(step, f"loss {values['loss']:.4f}  mean {values['mean']:.4f}")
+                if progress is not None:
+                    progress.update(step, f"loss {values['loss']:.4f}  mean {values['mean']:.4f}")
                 waited, began = 0.0, time.perf_counter()
             aside = time.perf_counter()
             if len(validation) and (step % recipe.validate_every == 0 or step == recipe.steps):
@@ -419,7 +421,7 @@ def main(arguments_given: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments_given)
     try:
         return run_it(options)
-    except (ValueError, OSError, LakeError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, LakeError, DamagedShard) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -62,6 +62,20 @@ def from_frames(frames: Frames) -> Tensor:
     return torch.from_numpy(np.array(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def check_output(path: str | Path) -> None:
+    """Whether a video can be written to `path`: its suffix is known, and an mp4 has an ffmpeg.
+
+    Raises:
+        ValueError, NoFfmpeg: it cannot; the message says the mend.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        what = suffix or "a file without suffix"
+        raise ValueError(f"{Path(path).name}: cannot write {what}; use {', '.join(SUFFIXES)}")
+    if suffix == ".mp4":
+        ffmpeg_binary()
+
+
 def write_video(path: str | Path, frames: Frames, rate: float) -> Path:
     """Write frames at `rate` frames per second; the suffix says how.
 
@@ -74,12 +88,11 @@ def write_video(path: str | Path, frames: Frames, rate: float) -> Path:
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise ValueError(f"{path.name}: cannot write {suffix or 'a file without suffix'}; use {', '.join(SUFFIXES)}")
+    check_output(path)
     if len(frames) == 0:
         raise ValueError(f"{path.name}: there are no frames to write; ask for a longer --duration")
-    if not rate > 0:
-        raise ValueError(f"fps is {rate}; it must be above 0")
+    if not 0 < rate < float("inf"):
+        raise ValueError(f"fps is {rate}; it must be a number above 0")
     path.parent.mkdir(parents=True, exist_ok=True)
     if suffix == ".mp4":
         _write_mp4(path, frames, rate)
@@ -89,16 +102,23 @@ def write_video(path: str | Path, frames: Frames, rate: float) -> Path:
 
 
 def picture_bytes(frames: Frames, rate: float, kind: str) -> bytes:
-    """Frames as the bytes of a `gif` or `webp` animation, or of a `png` strip."""
+    """Frames as the bytes of a `gif` or `webp` animation, or of a `png` strip.
+
+    A gif counts in hundredths of a second, and players slow down what is shown for less than two of them: of more than
+    50 frames per second it holds 50.
+    """
     from PIL import Image
 
     out = BytesIO()
     if kind == "png":
         Image.fromarray(np.concatenate(list(frames), axis=1)).save(out, "PNG", optimize=True)
         return out.getvalue()
+    if kind == "gif" and rate > 50:
+        frames, rate = frames[(np.arange(max(1, int(len(frames) * 50 / rate))) * rate / 50).astype(int)], 50.0
     pictures = [Image.fromarray(frame) for frame in frames]
     # Rounded ends of the frames, not rounded lengths: the film lasts as long as it should.
-    ends = np.round(np.arange(len(frames) + 1) * 1000 / rate).astype(int)
+    tick = 10 if kind == "gif" else 1  # milliseconds
+    ends = np.round(np.arange(len(frames) + 1) * 1000 / rate / tick).astype(int) * tick
     lengths = np.diff(ends).tolist()
     options: dict[str, object] = {"quality": 90, "method": 4} if kind == "webp" else {"optimize": True}
     pictures[0].save(out, kind.upper(), save_all=True, append_images=pictures[1:], duration=lengths, loop=0, **options)

@@ -132,7 +132,7 @@ def make_corpus(folder: Path, seed: int = 0, films: int = 32, progress: Progress
 
     Raises:
         ValueError: unless 1 <= films <= 128.
-        RuntimeError: ffmpeg could not make a film (a full disk too); its message is in it.
+        OSError: ffmpeg could not make a film (a full disk too); its message is in it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ def _draw_film(ffmpeg: str, plan: FilmPlan, folder: Path) -> str:
     try:
         run = subprocess.run(film_command(ffmpeg, plan, unfinished), capture_output=True, text=True, timeout=300)
         if run.returncode != 0 or not unfinished.is_file():
-            raise RuntimeError(f"ffmpeg could not draw {plan.file} in {folder}: {run.stderr.strip()[-400:]}")
+            raise OSError(f"ffmpeg could not draw {plan.file} in {folder}: {run.stderr.strip()[-400:]}")
         os.replace(unfinished, folder / plan.file)
     finally:
         unfinished.unlink(missing_ok=True)

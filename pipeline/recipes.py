@@ -30,7 +30,8 @@ class DataRecipe:
     size: tuple[int, int] = (64, 64)
     """Height and width of the frames in pixels; films are scaled to cover it and cropped at the centre."""
     observe: str = "every_second"
-    """Which kept frames enter the coefficients: `every_second`, `all` or `random` (half, drawn by the clip's id)."""
+    """Which kept frames enter the coefficients: `every_second`, `all`, or `random` (half, drawn by the
+    clip's id); the first and the last always do."""
     order: int = 0
     """s, number of coefficients; 0 means twice the observed frames of a full window."""
     method: str = "cubic"
@@ -92,7 +93,7 @@ class DataRecipe:
     @property
     def observed_max(self) -> int:
         """Most frames a clip can have observed."""
-        return (self.frames_max + 1) // 2 if self.observe == "every_second" else self.frames_max
+        return self.frames_max // 2 + 1 if self.observe == "every_second" else self.frames_max
 
     @property
     def coefficients(self) -> int:

@@ -57,7 +57,11 @@ def split_of(film_id: str, validation_fraction: float) -> str:
 
 
 def observed_frames(count: int, observe: str, clip_id: str) -> np.ndarray:
-    """(count,) bool: which kept frames the projection sees. `random` draws half by the clip's id, with both ends."""
+    """(count,) bool: which kept frames the projection sees, always with both ends.
+
+    Outside the observed times a projection can only hold its end value, so a kept frame there would be lost.
+    `random` draws half by the clip's id.
+    """
     if observe == "all":
         return np.ones(count, dtype=bool)
     seen = np.zeros(count, dtype=bool)
@@ -65,5 +69,5 @@ def observed_frames(count: int, observe: str, clip_id: str) -> np.ndarray:
         seen[::2] = True
     else:
         seen[:] = np.random.default_rng(int(clip_id, 16)).random(count) < 0.5
-        seen[:1] = seen[-1:] = True
+    seen[:1] = seen[-1:] = True
     return seen

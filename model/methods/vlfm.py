@@ -21,6 +21,9 @@ from model.path import PaperPath, WarmupPath
 from model.recipes import TrainRecipe
 from model.solver import Trajectory, solve
 
+ENDS = 0.03
+"""Share of the clip's training times that fall on each of its ends, which have neighbours on one side only."""
+
 
 @dataclass(frozen=True)
 class VLFM:
@@ -49,6 +52,8 @@ class VLFM:
     """Exponent that draws these towards the noise."""
     state_jitter: float = 0.0
     """How far along the clip a state may be from its time: standard deviation in flow time."""
+    error_focus: float = 0.0
+    """Exponent that weighs states by their error; 0 weighs all alike."""
     derivative_weight: float = 0.1
     """Weight of the derivative's loss."""
     caption_dropout: float = 0.1
@@ -81,14 +86,16 @@ class VLFM:
         predicted = predicted[:, 0].unflatten(0, (count, times)).float() * self.mean_scale
         slope = slope[:, 0].unflatten(0, (count, times)).float() * self.derivative_scale
 
-        mean_loss = (predicted - mean).square().mean() / self.mean_scale**2
+        errors = (predicted - mean).square().mean(dim=(2, 3, 4)) / self.mean_scale**2  # (B, K)
+        weights = (errors.detach() / errors.detach().mean().clamp(min=1e-12)) ** self.error_focus
+        mean_loss = (errors * weights / weights.mean().clamp(min=1e-12)).mean()
         derivative_loss = (slope - derivative).square().mean() / self.derivative_scale**2
         with torch.no_grad():
             target = self.path.velocity(latents, wide, mean, derivative)
             velocity_loss = (self.path.velocity(latents, wide, predicted, slope) - target).square().mean()
         return {
             "loss": mean_loss + self.derivative_weight * derivative_loss,
-            "mean": mean_loss.detach(),
+            "mean": errors.detach().mean(),
             "derivative": derivative_loss.detach(),
             "velocity": velocity_loss,
         }
@@ -100,7 +107,7 @@ class VLFM:
         even = (order + torch.rand(total, generator=generator, device=device)) / total
         share = self.warmup_share if self.path.start < 0 else 0.0
         early = self.path.start * (1 - (even / max(share, 1e-9)).clamp(max=1) ** self.warmup_focus)
-        late = ((even - share) / (1 - share)).clamp(0, 1)
+        late = ((even - share) / (1 - share) * (1 + 2 * ENDS) - ENDS).clamp(0, 1)
         return torch.where(even < share, early, late).reshape(count, self.times_per_clip)
 
     def conditioning(self, batch: ClipBatch, generator: torch.Generator) -> Conditioning:
@@ -190,6 +197,7 @@ def make_vlfm(
         warmup_share=recipe.warmup_share,
         warmup_focus=recipe.warmup_focus,
         state_jitter=recipe.state_jitter,
+        error_focus=recipe.error_focus,
         derivative_weight=recipe.derivative_weight,
         caption_dropout=recipe.caption_dropout,
         context_dropout=recipe.context_dropout,

@@ -218,7 +218,7 @@ def test_every_field_of_the_recipe_changes_something(lake: Lake, tmp_path: Path)
     changes = {
         "name": None, "width": 64, "depth": 1, "heads": 4, "patch": 4, "path": "paper", "warmup": 0.5, "sigma_end": 0.3,
         "warmup_share": 0.6, "warmup_focus": 1.5,
-        "state_jitter": 0.0, "derivative_weight": 1.0, "caption_dropout": 0.9,
+        "state_jitter": 0.0, "error_focus": 0.0, "derivative_weight": 1.0, "caption_dropout": 0.9,
         "context_dropout": 0.1, "batch": 2, "times_per_clip": 1, "steps": 4, "learning_rate": 1e-4,
         "matrix_learning_rate": 1e-3, "weight_decay": 0.5, "learning_rate_warmup": 1, "learning_rate_decay": 1.0,
         "gradient_clip": 1e-3, "ema_decay": 0.0, "precision": "bfloat16", "seed": 1, "checkpoint_every": 1,

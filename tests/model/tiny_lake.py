@@ -31,12 +31,15 @@ def frames(number: int) -> np.ndarray:
     return pictures
 
 
-def sample(number: int, split: str) -> dict[str, Any]:
+def sample(
+    number: int, split: str, caption: str = "square {number} slides over grey", every: int = 2
+) -> dict[str, Any]:
+    """Square `number` as a shard keeps it; every second frame is observed, or every `every`-th."""
     codec, encoder = LinearCodec(4, 12, 1.0), builtin_text_encoder()
-    caption = f"square {number} slides over grey"
+    caption = caption.format(number=number)
     text, length = encoder.encode([caption])
     frame_time = np.arange(KEPT) * DURATION / KEPT
-    observed = np.arange(KEPT) % 2 == 0
+    observed = np.arange(KEPT) % every == 0
     latents = codec.encode(from_frames(frames(number)))
     matrix = legs.projection_matrix(frame_time[observed], DURATION, ORDER)
     coefficients = legs.project(latents[torch.from_numpy(observed)], matrix)
@@ -60,10 +63,10 @@ def sample(number: int, split: str) -> dict[str, Any]:
     }
 
 
-def make_lake(folder: Path, clips: int = 6, validation: int = 1) -> Lake:
-    """A lake of `clips` training clips and some for validation, in two shards."""
+def make_lake(folder: Path, clips: int = 6, validation: int = 1, **looks: Any) -> Lake:
+    """A lake of `clips` training clips and some for validation, in two shards; `looks` as for `sample`."""
     lake = Lake.create(folder)
-    samples = [sample(n, "train" if n < clips else "validation") for n in range(clips + validation)]
+    samples = [sample(n, "train" if n < clips else "validation", **looks) for n in range(clips + validation)]
     half = len(samples) // 2
     parts = [samples[:half], samples[half:]]
     infos = [write_shard(lake.shards / f"block{i}.tar", part) for i, part in enumerate(parts)]

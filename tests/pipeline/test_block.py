@@ -72,7 +72,7 @@ def test_a_block_as_staged(scene: Film, tmp_path: Path) -> None:
         assert row["end_ratio"] == pytest.approx(
             slope / np.sqrt(np.square(np.diff(latents[seen], axis=0)).mean()), rel=0.03
         )
-        assert (row["order_used"], row["method_used"]) == (16, "cubic")
+        assert (row["order_used"], row["method_used"]) == (18, "cubic")
 
 
 def test_fewer_frames_lower_order(scene: Film, tmp_path: Path) -> None:
@@ -81,9 +81,9 @@ def test_fewer_frames_lower_order(scene: Film, tmp_path: Path) -> None:
     worker.process("b", clips[:1])
     arrays, meta = read_block(lake, "b")
     row = meta["clips"][0]
-    assert (row["frames"], row["frames_observed"], row["order_used"]) == (10, 5, 10)
-    assert not arrays["coefficients"][0, 10:].any()
-    assert arrays["coefficients"][0, 9].any()
+    assert (row["frames"], row["frames_observed"], row["order_used"]) == (10, 6, 12)
+    assert not arrays["coefficients"][0, 12:].any()
+    assert arrays["coefficients"][0, 11].any()
     assert np.isnan(arrays["frame_time"][0, 10:]).all()
     assert not arrays["observed"][0, 10:].any()
     assert not arrays["latents"][0, 10:].any()

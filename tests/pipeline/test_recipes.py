@@ -23,7 +23,7 @@ def test_names() -> None:
 
 def test_sizes_follow_from_the_window() -> None:
     recipe = demo()
-    assert (recipe.frames_max, recipe.observed_max, recipe.coefficients) == (32, 16, 32)
+    assert (recipe.frames_max, recipe.observed_max, recipe.coefficients) == (32, 17, 34)
     everything = override(recipe, {"observe": "all", "duration": 0.5, "rate": 30})
     assert (everything.frames_max, everything.observed_max, everything.coefficients) == (15, 15, 30)
     assert override(recipe, {"order": 7}).coefficients == 7
@@ -92,6 +92,7 @@ def test_split_is_a_stable_share() -> None:
 
 def test_observed_frames() -> None:
     assert observed_frames(5, "every_second", "0").tolist() == [True, False, True, False, True]
+    assert observed_frames(6, "every_second", "0").tolist() == [True, False, True, False, True, True]
     assert observed_frames(3, "all", "0").all()
     drawn = observed_frames(400, "random", "00ff00ff00ff00ff")
     assert drawn[0]

@@ -1,0 +1,275 @@
+"""The command line: help that answers at once, and every slip as one line on stderr with exit status 1."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flows.cli import COMMANDS, main
+from storage.layout import Lake
+from storage.version import load
+from tests.model.tiny_lake import make_lake
+from tests.storage.sample_lake import publish_clips
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = {
+    "ingest": ["SOURCE", "--lake", "--captions", "--recipe", "--set", "--limit", "--plan", "--ray-address", "--json"],
+    "train": ["--lake", "--run", "--recipe", "--version", "--set"],
+    "sample": ["--run", "--prompt", "--start", "--image", "--fps", "--duration", "--out", "--seed", "--guidance"],
+    "evaluate": ["--run", "--lake", "--out", "--seed", "--json"],
+    "inspect": ["CLIP", "--lake", "--version", "--json"],
+    "verify": ["--lake", "--version", "--json"],
+    "demo": ["--source", "--captions", "--out", "--limit", "--steps"],
+}
+Say = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def vlfm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Say:
+    """Runs a command in this process, in an empty folder: exit status, stdout and stderr."""
+    # main() sets these where they are unset; the other tests get them back as they were.
+    for name in ("PREFECT_SERVER_ANALYTICS_ENABLED", "DO_NOT_TRACK", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"):
+        monkeypatch.setenv(name, "CRITICAL" if name.endswith("LEVEL") else "false")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        status = main([str(word) for word in arguments])
+        told = capsys.readouterr()
+        return status, told.out, told.err
+
+    return run
+
+
+def program(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs the program as a person would."""
+    code = "import sys; from flows.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *arguments]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(folder), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def one_line(told: str) -> str:
+    assert told.startswith("error: "), told
+    assert told.count("\n") == 1, told
+    assert told.endswith("\n")
+    return told
+
+
+# --- help ---
+
+
+def test_help_answers_without_the_heavy_libraries() -> None:
+    code = (
+        "import sys\nfrom flows.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'ray', 'prefect', 'zarr', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    for name, (summary, _) in COMMANDS.items():
+        assert name in run.stdout
+        assert summary in " ".join(run.stdout.split())
+    assert "vlfm demo" in run.stdout
+
+
+def test_every_command_is_tested_here() -> None:
+    assert set(OPTIONS) == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: vlfm {command} ")
+    for option in OPTIONS[command]:
+        assert option in text, option
+    sub = argparse.ArgumentParser()
+    COMMANDS[command][1](sub)
+    assert all(action.help for action in sub._actions), "every option has words of its own"
+    assert COMMANDS[command][0] in text.lower() or COMMANDS[command][0][1:] in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [([], "COMMAND"), (["fly"], "invalid choice: 'fly'"), (["verify"], "--lake"), (["train", "--lake", "x"], "--run")],
+)
+def test_wrong_usage_shows_usage(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("usage: vlfm")
+    assert words in told
+
+
+# --- slips, as a person meets them ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ingest", "nowhere", "--lake", "lake"], "nowhere"),
+        (["verify", "--lake", "nowhere"], "vlfm ingest"),
+        (["demo", "--source", "nowhere", "--out", "out"], "nowhere"),
+    ],
+)
+def test_the_program_ends_with_one_line_and_status_1(arguments: list[str], message: str, tmp_path: Path) -> None:
+    run = program(*arguments, folder=tmp_path)
+    assert run.returncode == 1
+    assert message in one_line(run.stderr)
+    assert run.stdout == ""
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == [], "nothing was made"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ingest", "films", "--lake", "lake"], "no films in films"),
+        (
+            ["ingest", "films", "--lake", "lake", "--recipe", "magic"],
+            "recipe 'magic' is unknown; the recipes are: demo",
+        ),
+        (["ingest", "films", "--lake", "lake", "--set", "rat=8"], "setting 'rat' is unknown; the fields are: block_cl"),
+        (["ingest", "films", "--lake", "lake", "--set", "rate=fast"], "setting 'rate' takes float, like 16.0"),
+        (["ingest", "films", "--lake", "lake", "--set", "rate"], "--set takes key=value; it was given 'rate'"),
+        (["ingest", "films", "--lake", "lake", "--set", "rate=-1"], "rate = -1.0 cannot be"),
+        (["ingest", "films", "--lake", "lake", "--limit", "0"], "--limit is 0; it must be at least 1"),
+        (["ingest", "films", "--lake", "lake", "--captions", "no.csv"], "captions file no.csv does not exist"),
+        (["train", "--lake", "nowhere", "--run", "run"], "vlfm ingest"),
+        (["train", "--lake", "{lake}", "--run", "run", "--recipe", "magic"], "recipe 'magic' is unknown"),
+        (["train", "--lake", "{lake}", "--run", "run", "--set", "speed=9"], "setting 'speed' is unknown"),
+        (["train", "--lake", "{lake}", "--run", "run", "--version", "9"], "has no version 9; there are: 1"),
+        (["train", "--lake", "{lake}", "--run", "run", "--set", "patch=0", "--recipe", "demo"], "patch is 0"),
+        (["sample", "--run", "no", "--prompt", "a", "--out", "a.gif"], "no is no training run; make one with `vlfm"),
+        (["sample", "--run", "no", "--prompt", "a", "--out", "a.doc"], "a.doc: cannot write .doc; use .mp4"),
+        (["evaluate", "--run", "no", "--lake", "{lake}", "--out", "o"], "no is no training run"),
+        (["inspect", "--lake", "films"], "vlfm ingest"),
+        (["inspect", "--lake", "{lake}", "--version", "5"], "has no version 5; there are: 1"),
+        (["inspect", "ffff", "--lake", "{lake}"], "version 1 has no clip ffff; `vlfm inspect` lists its films"),
+        (["verify", "--lake", "{empty}"], "has no version yet; make one with: vlfm ingest"),
+        (["demo", "--source", "films", "--limit", "0"], "--limit is 0; it must be at least 1"),
+        (["demo", "--source", "films", "--steps", "0"], "--steps is 0; it must be at least 1"),
+        (["demo", "--source", "films"], "no films in films"),
+        (["demo", "--source", "films", "--captions", "no.csv"], "captions file no.csv does not exist"),
+    ],
+)
+def test_slips_are_one_line(vlfm: Say, small: Lake, tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "films").mkdir()
+    empty = Lake.create(tmp_path / "empty").root
+    before = set(tmp_path.rglob("*"))
+    status, out, told = vlfm(*[word.format(lake=small.root, empty=empty) for word in arguments])
+    assert status == 1
+    assert message in one_line(told)
+    assert out == ""
+    made = {path.name for path in tmp_path.rglob("*")} - {path.name for path in before}
+    assert made <= {"run", "run.json"}, made
+
+
+def test_a_fault_of_the_program_is_no_slip(vlfm: Say, monkeypatch: pytest.MonkeyPatch, small: Lake) -> None:
+    """What nobody foresaw keeps its traceback; Ctrl-C does not need one."""
+
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("storage.version.load", fails)
+    error: BaseException = KeyError("lost")
+    with pytest.raises(KeyError):
+        vlfm("inspect", "--lake", small.root)
+    error = KeyboardInterrupt()
+    status, _, told = vlfm("inspect", "--lake", small.root)
+    assert status == 130
+    assert told == "\ninterrupted; everything finished is kept, the same command goes on from there\n"
+
+
+# --- commands on a lake ---
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Lake:
+    """A lake without films' tables, which can be trained on."""
+    return make_lake(tmp_path_factory.mktemp("cli") / "lake", clips=2)
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Lake:
+    """A lake with arrays, shards and tables."""
+    lake = Lake.create(tmp_path / "whole")
+    publish_clips(lake, range(6))
+    return lake
+
+
+def test_train_sample_and_evaluate_go_together(vlfm: Say, small: Lake, tmp_path: Path) -> None:
+    tiny = [f"--set={pair}" for pair in ("width=32", "depth=1", "heads=2", "batch=2", "steps=2", "checkpoint_every=2")]
+    status, out, _ = vlfm("train", "--lake", small.root, "--run", "run", "--recipe", "demo", *tiny)
+    assert (status, out) == (0, "checkpoint: run/checkpoints/step-00000002\n")
+    assert vlfm("sample", "--run", "run", "--prompt", "a square", "--out", "a.gif", "--fps", "5")[0] == 0
+    assert (tmp_path / "a.gif").read_bytes().startswith(b"GIF89a")
+    status, out, _ = vlfm("evaluate", "--run", "run", "--lake", small.root, "--out", "report")
+    assert status == 0
+    assert len(out.splitlines()) == 6
+    assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
+
+
+def test_inspect_lists_films_and_shows_a_clip(vlfm: Say, whole: Lake) -> None:
+    status, out, _ = vlfm("inspect", "--lake", whole.root)
+    assert status == 0
+    lines = out.splitlines()
+    assert lines[0].startswith(f"version 1 of {whole.root}, 2026-01-01T00:00:00+00:00: 6 clips of 2 s, order 8")
+    assert lines[1].split() == ["folder/film.mp4", "6", "clips", "a", "caption"]
+    clip = lines[2].split()[1]
+    status, out, _ = vlfm("inspect", clip[:6], "--lake", whole.root)
+    assert status == 0
+    shown = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert (shown["clip_id"], shown["psnr_codec"]) == (clip, "40.0")
+    status, out, _ = vlfm("inspect", clip, "--lake", whole.root, "--json")
+    assert json.loads(out)[0]["heldout_error"] is None, "JSON has no NaN"
+    assert json.loads(vlfm("inspect", "--lake", whole.root, "--json")[1])[0]["film"] == "folder/film.mp4"
+
+
+def test_verify_finds_a_changed_byte_and_names_the_file(vlfm: Say, whole: Lake) -> None:
+    status, out, _ = vlfm("verify", "--lake", whole.root)
+    assert (status, out) == (0, f"version 1 of {whole.root} is whole: 2 shards\n")
+    assert json.loads(vlfm("verify", "--lake", whole.root, "--json")[1]) == {"version": 1, "problems": []}
+    shard = whole.shards / load(whole).shards[1].name
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.chmod(0o644)
+    shard.write_bytes(data)
+    status, out, told = vlfm("verify", "--lake", whole.root)
+    assert status == 1
+    assert shard.name in out
+    assert load(whole).shards[0].name not in out
+    assert told == ""
+    problems = json.loads(vlfm("verify", "--lake", whole.root, "--json")[1])["problems"]
+    assert problems == out.splitlines()
+
+
+# --- plans ---
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from pipeline.corpus import make_corpus
+
+    return make_corpus(tmp_path_factory.mktemp("plan") / "films", films=2).parent
+
+
+def test_a_plan_makes_nothing(vlfm: Say, films: Path, tmp_path: Path) -> None:
+    status, out, told = vlfm("ingest", films, "--lake", "lake", "--plan")
+    assert status == 0, told
+    assert "2 films" in out
+    assert list(tmp_path.iterdir()) == []
+    status, out, _ = vlfm("ingest", films, "--lake", "lake", "--plan", "--json", "--limit", "1")
+    assert json.loads(out) == {"films": 1, "clips": 1, "blocks": 1}
+    status, out, _ = vlfm("ingest", films, "--lake", "lake", "--plan", "--json", "--set", "duration=1")
+    assert json.loads(out)["clips"] == 4
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,323 @@
+"""The evaluation: its figures made again by other means, its page read as a browser would, and made once only."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model import legs
+from model.data import Clips
+from model.evaluate import evaluate, headline, main
+from model.recipes import override, train_recipe
+from model.sample import Sampler, SampleSettings
+from model.train import train
+from storage import version
+from storage.layout import Lake
+from tests.model.tiny_lake import DURATION, SIDE, make_lake
+
+CAPTION = 'square {number} <b>slides</b> & "shines" > <script src="x.js">'
+SETTINGS = SampleSettings(steps=4, warmup_steps=2, seed=11)
+TINY = override(
+    train_recipe("demo"),
+    {
+        "width": 32, "depth": 2, "heads": 2, "batch": 4, "steps": 30, "log_every": 5, "checkpoint_every": 30,
+        "validate_every": 30, "learning_rate_warmup": 2, "ema_decay": 0.8,
+    },
+)  # fmt: skip
+
+
+class Made:
+    """A lake, a run and its evaluation."""
+
+    def __init__(self, folder: Path, **looks: Any) -> None:
+        self.lake, self.run, self.out = make_lake(folder / "lake", **looks), folder / "run", folder / "report"
+        train(self.lake.root, self.run, TINY)
+        self.metrics = self.evaluate()
+        self.page = (self.out / "report.html").read_text()
+        self.clips = list(Clips(self.lake, version.load(self.lake), "train").every())
+
+    def evaluate(self, **more: Any) -> dict[str, Any]:
+        return evaluate(self.run, self.lake.root, self.out, SETTINGS, shown=3, **more)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(tmp_path_factory.mktemp("evaluate"), caption=CAPTION, validation=2)
+
+
+def decibel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(N,) PSNR of pictures (N, 3, H, W) in [-1, 1], in plain numpy."""
+    error = ((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2).mean(axis=(1, 2, 3))
+    return 20 * np.log10(2) - 10 * np.log10(error)
+
+
+@pytest.mark.parametrize("number", [4, 5])
+def test_the_figures_of_a_clip_made_again(made: Made, number: int) -> None:
+    """A still and a moving clip alone: sampled, read, decoded and compared without the evaluation's own functions."""
+    clip, row = made.clips[number], made.metrics["clips"][number]
+    assert (row["clip_id"], row["split"], row["film"]) == (clip.clip_id, "train", f"film-{number}.mp4")
+    assert row["caption"] == CAPTION.format(number=number)
+    sampler = Sampler(made.run, device="cpu")
+    codec, times, seen = sampler.codec, clip.members["frame_time"], clip.members["observed"]
+    latents = clip.members["latents"].astype(np.float32)
+    film = clip.members["preview"].transpose(0, 3, 1, 2) / 127.5 - 1
+
+    def decoded(values: Any) -> np.ndarray:
+        return codec.decode(torch.as_tensor(np.asarray(values), dtype=torch.float32)).numpy()
+
+    trajectory = sampler.trajectory([row["caption"]], [row["clip_start"]], [SETTINGS.seed + number], SETTINGS)
+    sample = decoded(trajectory.read(list(times / DURATION))[:, 0])
+    reconstruction = decoded(latents)
+    curve = decoded(legs.evaluate(clip.members["coefficients"].astype(np.float64), times, DURATION))
+    flat = latents[seen].reshape(seen.sum(), -1)
+    lines = np.stack([np.interp(times, times[seen], column) for column in flat.T], axis=1).reshape(latents.shape)
+
+    codec_dB = decibel(sample, reconstruction)
+    expected = {
+        "sample_observed": codec_dB[seen].mean(),
+        "sample_observed_worst": codec_dB[seen].min(),
+        "sample_held_out": codec_dB[~seen].mean(),
+        "sample_all": codec_dB.mean(),
+        "sample_median": np.sort(codec_dB)[(len(codec_dB) - 1) // 2],
+        "sample_worst": codec_dB.min(),
+        "mean_frame": decibel(np.broadcast_to(reconstruction.mean(0), reconstruction.shape), reconstruction).mean(),
+        "real_ceiling_observed": decibel(reconstruction, film)[seen].mean(),
+        "real_ceiling_held_out": decibel(reconstruction, film)[~seen].mean(),
+        "real_projection_observed": decibel(curve, film)[seen].mean(),
+        "real_projection_held_out": decibel(curve, film)[~seen].mean(),
+        "real_linear_held_out": decibel(decoded(lines), film)[~seen].mean(),
+        "real_sample_observed": decibel(sample, film)[seen].mean(),
+        "real_sample_held_out": decibel(sample, film)[~seen].mean(),
+    }
+    assert {name: row[name] for name in expected} == pytest.approx(expected, abs=2e-3)
+
+
+def test_a_held_first_frame(made: Made) -> None:
+    sampler = Sampler(made.run, device="cpu")
+    clip = made.clips[1]  # its square moves
+    pictures = sampler.codec.decode(torch.from_numpy(clip.members["latents"].astype(np.float32))).double().numpy()
+    expected = 10 * np.log10(4 / ((pictures - pictures[:1]) ** 2).mean())
+    assert made.metrics["clips"][1]["first_frame"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_summary_is_of_training_clips_and_the_unseen_stand_apart(made: Made) -> None:
+    metrics = made.metrics
+    rows = [row for row in metrics["clips"] if row["split"] == "train"]
+    unseen = [row for row in metrics["clips"] if row["split"] == "validation"]
+    assert (metrics["summary"]["clips"], metrics["unseen"]["clips"]) == (len(rows), len(unseen)) == (6, 2)
+    summary = metrics["summary"]
+    for name in ("sample_observed", "sample_all", "mean_frame", "real_ceiling_held_out"):
+        finite = [row[name] for row in rows if row[name] is not None]
+        assert summary["mean"][name] == pytest.approx(np.mean(finite))
+    assert summary["worst_observed_frame"] == min(row["sample_observed_worst"] for row in rows)
+    assert metrics["unseen"]["mean"]["sample_all"] == pytest.approx(np.mean([row["sample_all"] for row in unseen]))
+    side = summary["mean"]["sample_observed"] + 20 * np.log10(SIDE / 2)
+    assert summary["psnr_paper"] == pytest.approx(side), "the peak is the side of these frames"
+    meeting = {
+        "observed_worst_frame": sum(row["sample_observed_worst"] >= 24 for row in rows),
+        "below_median": sum(row["sample_median"] - row["sample_worst"] <= 3 for row in rows),
+        "held_out_gap": sum(row["sample_observed"] - row["sample_held_out"] <= 1 for row in rows),
+    }
+    assert {name: summary["clips_meeting"][name] for name in meeting} == meeting
+    # 2 warm-up and 4 clip steps and a last call, for any number of frames.
+    assert metrics["network_calls_per_window"] == 7
+
+
+def test_the_goals_can_be_met() -> None:
+    from model.evaluate import ClipResult
+
+    def result(**changes: float) -> dict[str, bool]:
+        figures = {name: 30.0 for name in ClipResult.__dataclass_fields__ if name not in ("clip_id", "film")}
+        return ClipResult(**{**figures, "clip_id": "", "film": "", "mean_frame": 20.0, **changes}).goals()  # type: ignore[arg-type]
+
+    assert all(result().values())
+    assert all(result(sample_held_out=float("nan")).values()), "a clip that shows all its frames is not blamed"
+    for goal, change in {
+        "observed_worst_frame": {"sample_observed_worst": 23.9},
+        "above_mean_frame": {"mean_frame": 27.1},
+        "below_median": {"sample_worst": 26.9},
+        "held_out_gap": {"sample_held_out": 28.9},
+    }.items():
+        assert [name for name, met in result(**change).items() if not met] == [goal]
+
+
+class Page(HTMLParser):
+    """Collects a page's text and addresses, and checks that what is opened is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.images: list[bytes] = []
+        self.tags: set[str] = set()
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for name, value in attributes:
+            assert not name.startswith("on"), (tag, name)
+            if name in ("src", "href", "data", "action", "srcset", "poster"):
+                assert tag == "img", tag
+                kind, _, data = str(value).partition(",")
+                assert kind in ("data:image/webp;base64", "data:image/png;base64")
+                self.images.append(base64.b64decode(data, validate=True))
+        if tag not in ("img", "meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.texts.append(data)
+
+
+def test_the_page_stands_alone_and_parses(made: Made) -> None:
+    page = Page(made.page)
+    assert page.open == []
+    assert not page.tags & {"script", "link", "iframe", "object", "embed", "base", "form"}
+    rest = re.sub(r"base64,[^']*", "", made.page)
+    assert not re.findall(r"https?:|file:|//|url\(|@import|src=(?!'data:|&quot;)", rest)
+    assert len(page.images) == 3 * 3 * (3 + 6), "3 clips: film, reconstruction, sample; 3 rates and 6 stills"
+    for data in page.images:
+        with Image.open(BytesIO(data)) as picture:
+            assert picture.size == (SIDE, SIDE)
+
+
+def test_every_caption_is_there_and_does_nothing(made: Made) -> None:
+    page = Page(made.page)
+    for number in range(8):
+        caption = CAPTION.format(number=number)
+        assert caption in page.texts, "as text, whole"
+        assert caption not in made.page
+        assert html.escape(caption) in made.page
+
+
+def test_the_page_tells_rates_goals_loss_and_seed(made: Made) -> None:
+    text = " ".join(Page(made.page).texts)
+    for words in (
+        "8 fps", "12 fps", "16 fps", "seed 11", "every observed frame at 24 dB or more", "the codec alone (the",
+        "linear interpolation of observed latents", "validation loss", "step 30", "film-6.mp4 (unseen)",
+        "2 clips of films the model never saw", "Dataset: clips: discovered 8; films: discovered 8.",
+    ):  # fmt: skip
+        assert words in text, words
+    row = made.metrics["clips"][0]
+    assert f"{row['sample_observed']:.2f}" in text
+    assert "nan" not in text
+    assert "None" not in text
+
+
+def test_pictures_move_and_are_the_films(made: Made) -> None:
+    """The second shown clip is film 1, whose square moves: 16 pictures at 8 fps, 32 at 16, from its first frame."""
+    shown = [row for row in made.metrics["clips"] if html.escape(row["caption"]) + "</h3>" in made.page]
+    assert len(shown) == 3
+    films = Page(made.page).images
+    for number, row in enumerate(shown):
+        moving = [clip for clip in made.clips if clip.clip_id == row["clip_id"] and int(row["film"][5]) % 2]
+        for clip in moving:
+            for place, rate in enumerate((8, 12, 16)):
+                with Image.open(BytesIO(films[27 * number + place])) as film:
+                    lengths = []
+                    for k in range(film.n_frames):
+                        film.seek(k)
+                        film.load()
+                        lengths.append(film.info["duration"])
+                    assert sum(lengths) == 1000 * DURATION
+                    assert max(lengths) >= 1000 // rate
+                    film.seek(0)
+                    near(film, clip.members["preview"][0])
+                    film.seek(film.n_frames - 1)
+                    near(film, clip.members["preview"][-1])
+
+
+def near(picture: Image.Image, frame: np.ndarray) -> None:
+    assert np.abs(np.asarray(picture.convert("RGB")).astype(int) - frame).mean() < 8
+
+
+def test_it_is_made_once(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in made.out.iterdir()}
+    assert before.keys() == {"report.html", "metrics.json"}
+    again = made.evaluate()
+    assert again == made.metrics == json.loads((made.out / "metrics.json").read_text())
+    assert {path.name: path.stat().st_mtime_ns for path in made.out.iterdir()} == before
+    assert "evaluate" not in capsys.readouterr().err, "no clip was sampled"
+    assert headline(again) == headline(made.metrics)
+
+
+@pytest.mark.parametrize("what", ["seed", "page gone", "metrics torn"])
+def test_it_is_made_again_when_something_changed(made: Made, tmp_path: Path, what: str) -> None:
+    out = tmp_path / "report"
+    evaluate(made.run, made.lake.root, out, SETTINGS, most=1, shown=0)
+    before = (out / "metrics.json").stat().st_mtime_ns
+    settings = SETTINGS
+    if what == "seed":
+        settings = SampleSettings(steps=4, warmup_steps=2, seed=12)
+    elif what == "page gone":
+        (out / "report.html").unlink()
+    else:
+        (out / "metrics.json").write_text('{"made')
+    evaluate(made.run, made.lake.root, out, settings, most=1, shown=0)
+    assert (out / "metrics.json").stat().st_mtime_ns > before
+    assert (out / "report.html").is_file()
+    assert len(json.loads((out / "metrics.json").read_text())["clips"]) == 2, "one of training, one unseen"
+
+
+def test_a_lake_whose_frames_are_all_observed(tmp_path: Path) -> None:
+    """No held-out figure: a dash on the page, null in the JSON, and the goals that remain are still judged."""
+    made = Made(tmp_path, every=1, clips=2, validation=0)
+    assert made.metrics["clips"][0]["sample_held_out"] is None
+    assert made.metrics["summary"]["mean"]["sample_held_out"] is None
+    lines = headline(made.metrics)
+    assert lines == headline(made.evaluate()), "the same from the file"
+    assert "– dB mean" in lines[2]
+    assert "nan" not in " ".join(Page(made.page).texts)
+    assert "No film fell into the validation split" in made.page
+
+
+def test_another_lake_is_refused(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = make_lake(tmp_path / "other", clips=3)
+    options = ["--run", str(made.run), "--out", str(tmp_path / "out")]
+    assert main([*options, "--lake", str(other.root)]) == 1
+    told = capsys.readouterr().err
+    assert told == (
+        f"error: version 1 of {other.root} is not the one that {made.run} was trained on; give the right --lake\n"
+    )
+    assert not (tmp_path / "out").exists()
+    assert main([*options, "--lake", str(Lake.create(tmp_path / "empty").root)]) == 1
+    assert "has no version yet; make one with: vlfm ingest" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "value"), [("--clips", "0"), ("--clips", "-1"), ("--shown", "-1")])
+def test_numbers_that_cannot_be(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str
+) -> None:
+    out = str(tmp_path / "out")
+    assert main(["--run", str(made.run), "--lake", str(made.lake.root), "--out", out, option, value]) == 1
+    assert "--clips must be at least 1, --shown 0" in capsys.readouterr().err
+
+
+def test_the_command_prints_five_lines_or_json(made: Made, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    options = ["--run", str(made.run), "--lake", str(made.lake.root), "--out", str(tmp_path), "--clips", "2"]
+    assert main([*options, "--shown", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert lines[-1] == str(tmp_path / "report.html")
+    assert lines[0].endswith("2 training pairs (caption, clip_start), seed 0")
+    assert main([*options, "--shown", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["summary"]["clips"] == 2

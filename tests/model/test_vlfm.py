@@ -1,0 +1,148 @@
+"""VLFM's sampler with a network that knows the clip: the clip comes out, at any time, at a fixed number of calls."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from model import legs
+from model.dit import Conditioning
+from model.methods.vlfm import VLFM, curve, make_vlfm
+from model.path import PaperPath, WarmupPath
+from model.recipes import train_recipe
+
+ORDER, SHAPE = 8, (3, 4, 4)
+MEAN_SCALE, DERIVATIVE_SCALE = 0.7, 2.5
+
+
+def clips() -> torch.Tensor:
+    """(2, ORDER, *SHAPE): coefficients that fall as a smooth clip's do."""
+    fall = 1 / (1 + torch.arange(ORDER, dtype=torch.float64)) ** 2
+    draw = torch.randn(2, ORDER, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return draw * fall.view(1, -1, 1, 1, 1)
+
+
+def noise() -> torch.Tensor:
+    return torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+class Oracle(torch.nn.Module):
+    """Knows the curve; notes what it was asked. A `push` is added to what it says of the named clip."""
+
+    def __init__(self, push: float = 0.0) -> None:
+        super().__init__()
+        self.push = push
+        self.asked: list[tuple[float, bool]] = []
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, latents: torch.Tensor, time: torch.Tensor, given: Conditioning) -> tuple[Any, Any]:
+        assert latents.shape == (2, 1, *SHAPE)
+        assert time.shape == (2, 1)
+        named = bool(given.named.all())
+        self.asked.append((float(time[0, 0]), named))
+        self.seen.append(latents[:, 0])
+        mean, slope = curve(clips(), time.double().clamp(min=0))
+        return (mean + self.push * named) / MEAN_SCALE, (slope + self.push * named) / DERIVATIVE_SCALE
+
+
+def given(named: float = 1.0) -> Conditioning:
+    none = torch.zeros(2)
+    return Conditioning(
+        text=torch.zeros(2, 1, 4), text_length=torch.ones(2, dtype=torch.long), clip_start=none,
+        named=torch.full((2,), named), log_duration=none, context=torch.zeros(2, *SHAPE), context_given=none,
+    )  # fmt: skip
+
+
+METHOD = VLFM(WarmupPath(), MEAN_SCALE, DERIVATIVE_SCALE)
+TIMES = torch.tensor([0.0, 0.013, 0.25, 1 / 3, 0.77, 0.999, 1.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "rk4"])
+def test_a_network_that_knows_the_clip_gives_the_clip_at_any_time(solver: str) -> None:
+    read = METHOD.sample(Oracle(), given(), noise(), steps=64, solver=solver).read(TIMES)
+    truth = torch.stack([legs.evaluate(clip, TIMES.numpy(), 1.0) for clip in clips()], dim=1)
+    assert read.shape == (7, 2, *SHAPE)
+    # Between 65 grid points a polynomial of degree 7 differs from its Hermite interpolant by less than this.
+    assert float((read - truth).abs().max()) < 2e-5
+    at_grid = METHOD.sample(Oracle(), given(), noise(), steps=64, solver=solver).read([0.0, 0.25, 1.0])
+    truth = torch.stack([legs.evaluate(clip, [0.0, 0.25, 1.0], 1.0) for clip in clips()], dim=1)
+    assert float((at_grid - truth).abs().max()) < 1e-6
+
+
+def test_the_integrated_state_arrives_there_too() -> None:
+    """Not only the answers at the grid: the state that the flow carries from noise is the clip plus its noise."""
+    errors = []
+    for steps in (16, 64):
+        path = METHOD.sample(Oracle(), given(), noise(), steps=steps, warmup_steps=steps, solver="heun")
+        truth = torch.stack([legs.evaluate(clip, [0.0, 0.5, 1.0], 1.0) for clip in clips()], dim=1)
+        errors.append(float((path.read([0.0, 0.5, 1.0], "state") - truth).abs().max()))
+    assert errors[1] < 2e-2
+    assert errors[1] < errors[0] / 4
+
+
+def test_calls_do_not_depend_on_the_rate_of_reading() -> None:
+    oracle = Oracle()
+    trajectory = METHOD.sample(oracle, given(), noise(), steps=10, warmup_steps=4)
+    assert trajectory.network_calls == len(oracle.asked) == 15
+    for rate in (8, 12, 240):
+        assert len(trajectory.read(torch.arange(rate) / rate)) == rate
+    assert len(oracle.asked) == 15
+    assert METHOD.sample(Oracle(), given(), noise(), steps=10, warmup_steps=4, solver="heun").network_calls == 29
+
+
+def test_guidance_acts_on_the_warmup_alone() -> None:
+    oracle = Oracle(push=1.0)
+    guided = METHOD.sample(
+        oracle, given(), noise(), steps=8, warmup_steps=4, guidance=3.0, unconditional=given(named=0.0)
+    )
+    free = [time for time, named in oracle.asked if not named]
+    assert free == pytest.approx([-0.25, -0.1875, -0.125, -0.0625])
+    plain = METHOD.sample(Oracle(push=1.0), given(), noise(), steps=8, warmup_steps=4)
+    early = guided.grid < 0
+    # free + 3 (named - free) = truth + 3 where the named answer alone is truth + 1.
+    torch.testing.assert_close(guided.means[early], plain.means[early] + 2.0)
+    torch.testing.assert_close(guided.means[~early], plain.means[~early])
+    with pytest.raises(ValueError, match=r"guidance is 3.0, so the empty caption's conditioning must be given"):
+        METHOD.sample(Oracle(), given(), noise(), guidance=3.0)
+
+
+def test_guidance_of_one_asks_once() -> None:
+    oracle = Oracle()
+    METHOD.sample(oracle, given(), noise(), steps=4, warmup_steps=2, unconditional=given(named=0.0))
+    assert len(oracle.asked) == 7
+    assert all(named for _, named in oracle.asked)
+
+
+def test_a_first_frame_starts_the_flow_on_the_clip() -> None:
+    oracle = Oracle()
+    first = curve(clips(), torch.zeros(2, 1, dtype=torch.float64))[0][:, 0]
+    trajectory = METHOD.sample(oracle, given(), noise(), steps=64, first_frame=first)
+    assert oracle.asked[0][0] == 0.0
+    torch.testing.assert_close(oracle.seen[0], first + METHOD.path.sigma_end * noise())
+    assert trajectory.network_calls == 65
+    truth = torch.stack([legs.evaluate(clip, TIMES.numpy(), 1.0) for clip in clips()], dim=1)
+    assert float((trajectory.read(TIMES) - truth).abs().max()) < 2e-5
+
+
+def test_the_printed_path_can_be_asked_for_and_nothing_else() -> None:
+    clip = {"frames_observed_max": 16, "duration": 2.0}
+    recipe = train_recipe("demo")
+    assert isinstance(make_vlfm(recipe, clip).path, WarmupPath)
+    paper = make_vlfm(dataclasses.replace(recipe, path="paper"), clip)
+    assert paper.path == PaperPath(frames=16, duration=2.0)
+    with pytest.raises(ValueError, match="path is 'straight'; it must be warmup or paper: --set path=warmup"):
+        make_vlfm(dataclasses.replace(recipe, path="straight"), clip)
+
+
+def test_the_curve_and_its_slope_are_those_of_the_clip() -> None:
+    times = torch.tensor([[0.1, 0.6, 0.9]] * 2, dtype=torch.float64)
+    mean, slope = curve(clips(), times)
+    for k in range(2):
+        torch.testing.assert_close(mean[k], legs.evaluate(clips()[k], times[k].numpy(), 1.0), atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(slope[k], legs.derivative(clips()[k], times[k].numpy(), 1.0), atol=1e-9, rtol=1e-9)
+    step = 1e-6
+    ahead, behind = curve(clips(), times + step)[0], curve(clips(), times - step)[0]
+    torch.testing.assert_close(slope, (ahead - behind) / (2 * step), atol=1e-6, rtol=1e-6)
