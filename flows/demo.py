@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from model.progress import Progress, clock
@@ -95,9 +96,13 @@ def _train(lake: Path, run: Path, number: int, steps: int | None) -> Path:
     from model.checkpoint import Run
     from model.recipes import demo as recipe
     from model.recipes import override
-    from model.train import train
+    from model.train import UNCHECKED, train
 
     chosen = override(recipe(), {} if steps is None else {"steps": steps})
+    if Run(run).file.is_file():
+        old = Run(run).read()["recipe"]
+        if any(old.get(name) != value for name, value in asdict(chosen).items() if name not in UNCHECKED):
+            raise ValueError(f"{run} was trained by another version of this program; remove that folder to train anew")
     done = Run(run).steps()
     if done and done[-1] >= chosen.steps:
         _say(f"train      {done[-1]} steps are done already")

@@ -64,12 +64,15 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a backbone is told beside latents and flow time; every tensor has the batch first."""
+    """What a backbone is told beside latents and flow time; every tensor has the batch first.
+
+    Where K states in a row share a caption, `text` and `text_length` may have it once: B/K rows.
+    """
 
     text: Tensor
-    """(B, M, D): embedded caption, rows past its length arbitrary."""
+    """(B or B/K, M, D): embedded caption, rows past its length arbitrary."""
     text_length: Tensor
-    """(B,): valid rows of `text`, at least 1; the last valid row is the pooled embedding."""
+    """(B or B/K,): valid rows of `text`, at least 1; the last valid row is the pooled embedding."""
     clip_start: Tensor
     """(B,): seconds from the film's start to the clip's; ignored where `named` is 0."""
     named: Tensor
@@ -129,7 +132,8 @@ class Backbone(nn.Module):
         context = self.embed_context(self.patches(given.context[:, None]))  # (B, 1, n, W)
         tokens = tokens + self.position + context * given.context_given[:, None, None, None]
 
-        clip = self.duration(given.log_duration) + self.pooled_text(last_rows(given.text, given.text_length))
+        pooled = self.pooled_text(last_rows(given.text, given.text_length))
+        clip = self.duration(given.log_duration) + pooled.repeat_interleave(batch // len(pooled), 0)
         clip = clip + self.clip_start(given.clip_start) * given.named[:, None]
         clip = clip + self.context_flag * given.context_given[:, None]  # (B, W)
         condition = functional.silu(self.time(flow_time) + clip[:, None])  # (B, L, W)
@@ -204,11 +208,11 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor, text: Tensor, valid: Tensor) -> Tensor:
-        """Tokens (B, L, n, W), text (B, M, W), valid (B, M) to (B, L, n, W)."""
+        """Tokens (B, L, n, W), text (B/K, M, W), valid (B/K, M) to (B, L, n, W)."""
         batch, frames, count, width = tokens.shape
-        size = width // self.heads
-        q = self.query(tokens).view(batch, frames * count, self.heads, size).transpose(1, 2)
-        k, v = self.key_value(text).view(batch, -1, 2, self.heads, size).permute(2, 0, 3, 1, 4)
+        size, texts = width // self.heads, text.shape[0]
+        q = self.query(tokens).view(texts, -1, self.heads, size).transpose(1, 2)  # K states' tokens in one row
+        k, v = self.key_value(text).view(texts, -1, 2, self.heads, size).permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None])
         return self.out(mixed.transpose(1, 2).reshape(batch, frames, count, width))
 

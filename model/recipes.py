@@ -105,14 +105,13 @@ def demo() -> TrainRecipe:
         times_per_clip=2,
         state_jitter=0.3,
         context_dropout=0.9,
-        steps=1600,
-        error_focus=2.0,
+        steps=2000,
         learning_rate=2e-3,
         learning_rate_warmup=50,
         ema_decay=0.99,
-        checkpoint_every=400,
+        checkpoint_every=500,
         log_every=10,
-        validate_every=400,
+        validate_every=500,
     )
 
 

@@ -24,6 +24,9 @@ from model.solver import METHODS, Trajectory
 from model.video import Frames, check_output, from_frames, to_frames, write_video
 from storage.layout import LakeError
 
+READ_AT_ONCE = 64
+"""Frames of a clip that are read and decoded together."""
+
 
 @dataclass(frozen=True)
 class SampleSettings:
@@ -197,12 +200,13 @@ class Sampler:
             starts = [start + number * self.window] * len(prompts)
             trajectory = self.trajectory(prompts, starts, seeds, settings, first)
             inside = np.floor(times / self.window + 1e-9).astype(int) == number
-            latents = trajectory.read(
-                torch.from_numpy((times[inside] / self.window - number).clip(0, 1)), self.readout
-            )  # (L, B, C, h, w)
-            for index, prompt in enumerate(prompts):
-                decoded = self.codec.decode(latents[:, index], text=self._codec_text([prompt]))
-                parts[index].append(to_frames(decoded))
+            flow_times = torch.from_numpy((times[inside] / self.window - number).clip(0, 1))
+            # A few frames at a time: at high rates a whole window of pictures would not fit the memory.
+            for some in flow_times.split(READ_AT_ONCE):
+                latents = trajectory.read(some, self.readout)  # (L, B, C, h, w)
+                for index, prompt in enumerate(prompts):
+                    decoded = self.codec.decode(latents[:, index], text=self._codec_text([prompt]))
+                    parts[index].append(to_frames(decoded))
             first = trajectory.read([1.0], self.readout)[0]
         return [np.concatenate(part) for part in parts]
 

@@ -81,7 +81,9 @@ class VLFM:
         latents = centre + sigma * noise
 
         given = self.conditioning(batch, generator)
-        given = Conditioning(**{name: value.repeat_interleave(times, 0) for name, value in vars(given).items()})
+        # The caption is told once for all times of a clip; the backbone reads it once then.
+        told = {name: value.repeat_interleave(times, 0) for name, value in vars(given).items()}
+        given = Conditioning(**{**told, "text": given.text, "text_length": given.text_length})
         predicted, slope = backbone(latents.flatten(0, 1)[:, None], flow_time.reshape(-1, 1), given)
         predicted = predicted[:, 0].unflatten(0, (count, times)).float() * self.mean_scale
         slope = slope[:, 0].unflatten(0, (count, times)).float() * self.derivative_scale

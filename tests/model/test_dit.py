@@ -159,3 +159,13 @@ def test_shapes_that_cannot_be_are_refused(changes: dict[str, int], message: str
 
 def test_a_config_survives_json() -> None:
     assert BackboneConfig(**CONFIG.to_json()) == CONFIG
+
+
+def test_states_that_share_a_caption_may_have_it_once(awake: Backbone) -> None:
+    """Two states of each of two clips: the caption once for a clip gives what it gives once for a state."""
+    x, time = latents()
+    pairs = {name: value.repeat_interleave(2, 0) for name, value in vars(given()).items()}
+    once = {**pairs, "text": given().text, "text_length": given().text_length}
+    states = torch.cat([x, x.flip(-1)]), torch.cat([time, time / 2])
+    for whole, part in zip(awake(*states, Conditioning(**pairs)), awake(*states, Conditioning(**once)), strict=True):
+        torch.testing.assert_close(whole, part)
