@@ -21,8 +21,9 @@ from model.path import PaperPath, WarmupPath
 from model.recipes import TrainRecipe
 from model.solver import Trajectory, solve
 
-ENDS = 0.03
-"""Share of the clip's training times that fall on each of its ends, which have neighbours on one side only."""
+END_FOCUS = 1.2
+"""Exponent that draws the clip's times towards its end, which has neighbours on one side only: 1.5 times as many at 0.97.
+The beginning needs none, the warm-up trains it."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class VLFM:
         even = (order + torch.rand(total, generator=generator, device=device)) / total
         share = self.warmup_share if self.path.start < 0 else 0.0
         early = self.path.start * (1 - (even / max(share, 1e-9)).clamp(max=1) ** self.warmup_focus)
-        late = ((even - share) / (1 - share) * (1 + 2 * ENDS) - ENDS).clamp(0, 1)
+        late = 1 - (1 - ((even - share) / (1 - share)).clamp(0, 1)) ** END_FOCUS
         return torch.where(even < share, early, late).reshape(count, self.times_per_clip)
 
     def conditioning(self, batch: ClipBatch, generator: torch.Generator) -> Conditioning:

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from model.checkpoint import Run
 from model.data import Clips, Collate, Steps, curve_scales
 from model.methods.vlfm import VLFM, curve
+from model.optimizers import learning_rate_factor
 from model.path import WarmupPath
 from model.recipes import TrainRecipe, override, train_recipe
-from model.train import learning_rate_factor, main, mixed_seed, train
+from model.train import main, mixed_seed, train
 from storage import version
 from storage.layout import Lake
 from tests.model.tiny_lake import make_lake
