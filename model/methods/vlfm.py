@@ -22,8 +22,8 @@ from model.recipes import TrainRecipe
 from model.solver import Trajectory, solve
 
 END_FOCUS = 1.2
-"""Exponent that draws the clip's times towards its end, which has neighbours on one side only: 1.5 times as many at 0.97.
-The beginning needs none, the warm-up trains it."""
+"""Exponent that draws the clip's times towards its end, which has neighbours on one side only: half as many again at
+r = 0.97. The beginning needs none, the warm-up trains it."""
 
 
 @dataclass(frozen=True)

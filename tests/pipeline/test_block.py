@@ -42,7 +42,7 @@ def test_a_block_as_staged(scene: Film, tmp_path: Path) -> None:
     arrays, meta = read_block(lake, "b")
     assert {name: (array.shape, array.dtype.str) for name, array in arrays.items()} == {
         "latents": ((4, 16, 12, 4, 6), "<f2"),
-        "coefficients": ((4, 16, 12, 4, 6), "<f2"),
+        "coefficients": ((4, 18, 12, 4, 6), "<f2"),
         "frame_time": ((4, 16), "<f8"),
         "observed": ((4, 16), "|b1"),
         "preview": ((4, 16, 16, 24, 3), "|u1"),
