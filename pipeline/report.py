@@ -104,7 +104,7 @@ class IngestReport:
     def lines(self) -> list[str]:
         """The report for people."""
         lines = list(self.notes)
-        shown = [row for row in self.failures if row["status"] == "failed"] or self.failures
+        shown = sorted(self.failures, key=lambda row: row["status"] != "failed")  # what was filtered comes last
         lines += [f"  {_name(row)}: {row['reason']}: {row['detail']}" for row in shown[:20]]
         if len(shown) > 20:
             lines.append(f"  and {len(shown) - 20} more")
