@@ -103,6 +103,7 @@ def demo() -> TrainRecipe:
         patch=4,
         batch=16,
         times_per_clip=2,
+        warmup_share=0.25,
         state_jitter=0.3,
         context_dropout=0.9,
         steps=2000,

@@ -21,9 +21,9 @@ from model.path import PaperPath, WarmupPath
 from model.recipes import TrainRecipe
 from model.solver import Trajectory, solve
 
-END_FOCUS = 1.2
-"""Exponent that draws the clip's times towards its end, which has neighbours on one side only: half as many again at
-r = 0.97. The beginning needs none, the warm-up trains it."""
+END_SHARE, END_FROM = 0.06, 0.9
+"""Share of the clip's training times that fall on its end, from END_FROM on, beside the even spread: the end has
+neighbours on one side only. The beginning needs none, the warm-up trains it."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,9 @@ class VLFM:
         even = (order + torch.rand(total, generator=generator, device=device)) / total
         share = self.warmup_share if self.path.start < 0 else 0.0
         early = self.path.start * (1 - (even / max(share, 1e-9)).clamp(max=1) ** self.warmup_focus)
-        late = 1 - (1 - ((even - share) / (1 - share)).clamp(0, 1)) ** END_FOCUS
+        place = ((even - share) / (1 - share)).clamp(0, 1)
+        spread, at_end = place / (1 - END_SHARE), 1 - (1 - END_FROM) * (1 - place) / END_SHARE
+        late = torch.where(spread < 1, spread, at_end)
         return torch.where(even < share, early, late).reshape(count, self.times_per_clip)
 
     def conditioning(self, batch: ClipBatch, generator: torch.Generator) -> Conditioning:
