@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.stage import ClipWork, Resources, fail, one_line
+from pipeline.stage import ClipWork, Resources, fail, shielded
 
 if TYPE_CHECKING:
     import torch
@@ -66,13 +66,7 @@ class InvertStage:
 
     def process(self, works: Iterable[ClipWork]) -> Iterator[ClipWork]:
         """Fills in `latents` and `psnr_codec`; reasons: not_finite, invert_failed."""
-        for work in works:
-            if work.failure is None:
-                try:
-                    work = self._invert(work)
-                except Exception as error:  # a clip's fault must not stop its block
-                    work = fail(work, self.name, "invert_failed", one_line(error))
-            yield work
+        return shielded(works, self._invert, self.name, "invert_failed")
 
     def teardown(self) -> None:
         """Frees the codec."""

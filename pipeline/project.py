@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from pipeline.invert import SharedCodec, psnr, to_signed
-from pipeline.stage import ClipWork, Resources, fail, one_line
+from pipeline.stage import ClipWork, Resources, fail, shielded
 
 UNEVEN = 3.3
 """Ratio of neighbouring gaps above which the natural spline may amplify noise 11 to 21 times: 3, and a tenth more for
@@ -31,13 +31,7 @@ class ProjectStage:
 
     def process(self, works: Iterable[ClipWork]) -> Iterator[ClipWork]:
         """Fills in `coefficients` and the certificate; reasons: not_finite, project_failed."""
-        for work in works:
-            if work.failure is None:
-                try:
-                    work = self._project(work)
-                except Exception as error:  # a clip's fault must not stop its block
-                    work = fail(work, self.name, "project_failed", one_line(error))
-            yield work
+        return shielded(works, self._project, self.name, "project_failed")
 
     def teardown(self) -> None:
         """Frees the codec and the matrices."""

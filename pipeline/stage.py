@@ -11,7 +11,7 @@ import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -104,6 +104,19 @@ def fail(work: ClipWork, stage: str, reason: str, detail: str) -> ClipWork:
     return dataclasses.replace(
         work, failure=ClipFailure(stage, reason, detail), frames=None, latents=None, coefficients=None
     )
+
+
+def shielded(
+    works: Iterable[ClipWork], do: Callable[[ClipWork], ClipWork], stage: str, reason: str
+) -> Iterator[ClipWork]:
+    """`do` to every clip that has not failed; what it raises fails that clip for `reason`, its block goes on."""
+    for work in works:
+        if work.failure is None:
+            try:
+                work = do(work)
+            except Exception as error:
+                work = fail(work, stage, reason, one_line(error))
+        yield work
 
 
 def one_line(error: BaseException) -> str:
