@@ -1,10 +1,10 @@
-# Everything a person types: make setup, make demo, make test, make bench.
+# Everything a person types: make setup, make demo, make test, make bench, make bench-gpu.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCE ?=
 CAPTIONS ?=
 
-.PHONY: setup demo test bench lint clean
+.PHONY: setup demo test bench bench-gpu lint clean
 
 setup: .venv/installed
 
@@ -31,6 +31,10 @@ test: lint
 
 bench: setup
 	@$(BIN)/python -m tests.bench
+
+# Stable Diffusion v1.5's networks at 512 pixels: it needs a GPU, no weights, and under ten minutes.
+bench-gpu: setup
+	@$(BIN)/python -m tests.bench.gpu --markdown
 
 clean:
 	rm -rf .venv demo build *.egg-info

@@ -50,7 +50,10 @@ def summary(report: IngestReport, recipe: DataRecipe, sources: str) -> str:
     if report.exit_status == 3:
         outcome += f" More films failed than the recipe tolerates ({report.tolerate:.0%})."
     recipe_rows = [{"field": name, "value": json.dumps(value)} for name, value in recipe.to_json().items()]
-    quality = [{"measure": name, "median": f"{value:.4g}"} for name, value in report.quality.items()]
+    quality = [
+        {"measure": name, **{kind: f"{value:.4g}" for kind, value in spread.items()}}
+        for name, spread in report.certificate.items()
+    ]
     seconds = [{"stage": stage, "seconds": f"{value:.1f}"} for stage, value in report.seconds.items()]
     parts = [
         f"# Ingest of {sources} into {report.lake}",
@@ -61,7 +64,10 @@ def summary(report: IngestReport, recipe: DataRecipe, sources: str) -> str:
         markdown_table(recipe_rows, ("field", "value")),
     ]
     if quality:
-        parts += ["## Medians over the clips", markdown_table(quality, ("measure", "median"))]
+        parts += [
+            "## Certificate of the clips",
+            markdown_table(quality, ("measure", "clips", "worst", "median", "best")),
+        ]
     parts += ["## Seconds by stage, summed over the workers", markdown_table(seconds, ("stage", "seconds"))]
     if report.failures:
         parts += [

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import json
-import logging
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from model.codec_batches import Networks, Result, gpu_compiler, in_batches
 from model.codec_linear import Text, check_frames, check_latents, check_size, check_spec_keys
 from model.ddim import DDIMSchedule, Inversion, PredictNoise, disagreements, guided, invert, invert_checked, regenerate
 from model.prompts import TextEncoder, pretrained_text_encoder
 from model.weights import CodecUnavailable, Weights, digest_tensors, find_weights, load_part
 
-log = logging.getLogger(__name__)
-
 SETTINGS = ("ddim_steps", "inversion_depth", "refinements", "guidance", "check_round_trip")
-SPEC_KEYS = ("kind", "source", "revision", "vae", "vae_revision", *SETTINGS, "digest")
-Result = TypeVar("Result")
-CPU_BYTES = 2**30
-"""Memory for the frames of one batch on the CPU."""
-LARGE = 1024
-"""Frames with a longer side than this (pixels) go through the VAE in overlapping tiles."""
+SPEC_KEYS = ("kind", "source", "revision", "vae", "vae_revision", *SETTINGS, "compiled", "digest")
 
 
 class DiffusersCodec:
@@ -49,7 +42,9 @@ class DiffusersCodec:
         check_round_trip: bool = True,
         batch: int | None = None,
         device: str = "cpu",
-        unet_type: torch.dtype = torch.float32,
+        unet_type: torch.dtype | None = None,
+        vae_type: torch.dtype | None = None,
+        compiled: bool = False,
     ) -> None:
         config: Any = vae.config
         self.channels = int(config.latent_channels)
@@ -63,7 +58,7 @@ class DiffusersCodec:
         self.guidance = float(guidance)
         self.check_round_trip = check_round_trip
         self._batch = batch
-        self._device = torch.device(device)
+        self._batches: dict[tuple[int, int], int] = {}
         self._weights, self._vae_weights = weights, vae_weights
         if self.inversion_depth and unet is None:
             raise ValueError(f"inversion_depth is {inversion_depth} and there is no UNet: set inversion_depth to 0")
@@ -78,9 +73,9 @@ class DiffusersCodec:
             parts |= dict(unet.named_parameters(prefix="unet"))
         self.digest = digest_tensors(parts)
         self.id = self._name()
-        self._vae: Any = _moved(vae, self._device, torch.float32)
-        self._unet: Any = None if unet is None else _moved(unet, self._device, unet_type)
-        self._unet_type = unet_type
+        # Compiling is for GPUs: a CPU gains little from it, and would need a C++ compiler.
+        compiler = gpu_compiler() if compiled and torch.device(device).type == "cuda" else None
+        self._networks = Networks(vae, unet, device, vae_type, unet_type, compiler)
 
     @classmethod
     def from_pretrained(
@@ -97,7 +92,9 @@ class DiffusersCodec:
         check_round_trip: bool = True,
         batch: int | None = None,
         device: str = "cpu",
-        unet_type: torch.dtype = torch.float32,
+        unet_type: torch.dtype | None = None,
+        vae_type: torch.dtype | None = None,
+        compiled: bool = False,
         digest: str | None = None,
     ) -> DiffusersCodec:
         """The codec of a folder, or of a hub id in the local cache; safetensors only, and the network is not asked.
@@ -111,7 +108,11 @@ class DiffusersCodec:
         guidance: classifier-free guidance on both ways; 1 is the caption alone, and what inverts best.
         check_round_trip: look at each frame's way back and redo bad ones (`ddim.invert_checked`).
         batch: frames at once; None chooses by the free memory. Halved when memory runs out.
-        device: where the networks compute.  unet_type: the UNet's float type; DDIM's own arithmetic is float32.
+        device: where the networks compute.  unet_type, vae_type: their float types, None for bfloat16 on a GPU and
+            float32 elsewhere; DDIM's own arithmetic is float32.
+        compiled: on a GPU, send full batches through torch.compile and CUDA graphs. The first batch of each size of
+            frames waits for it, a minute or two with Stable Diffusion; it pays from some thousand frames on.
+            Changes neither `id` nor `spec`, and nothing on a CPU.
         digest: sha256 (hex) the weights must have.
         Raises CodecUnavailable where weights are missing, ValueError for unfit settings or other weights. Warns where
         the folder's scheduler disagrees with the values that are used (`ddim.SCHEDULER_VALUES`).
@@ -130,7 +131,7 @@ class DiffusersCodec:
         codec = cls(
             autoencoder, unet, weights, vae_weights, ddim_steps=ddim_steps, inversion_depth=inversion_depth,
             refinements=refinements, guidance=guidance, check_round_trip=check_round_trip, batch=batch, device=device,
-            unet_type=unet_type,
+            unet_type=unet_type, vae_type=vae_type, compiled=compiled,
         )  # fmt: skip
         if digest is not None and digest != codec.digest:
             raise ValueError(
@@ -142,7 +143,7 @@ class DiffusersCodec:
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) for frames of height x width pixels. Raises ValueError for sizes that do not divide by `factor`,
         or, with inversion, whose latents do not divide by the UNet's own reduction."""
-        check_size(height, width, self.factor * self._unet_factor)
+        check_size(height, width, self.factor * self._networks.unet_factor)
         return self.channels, height // self.factor, width // self.factor
 
     def encode(self, frames: Tensor, text: Text | None = None) -> Tensor:
@@ -158,28 +159,28 @@ class DiffusersCodec:
 
     def encode_with_certificate(self, frames: Tensor, text: Text | None = None) -> Inversion:
         """`encode`, with each frame's fixed-point residual and latent round trip (dB), NaN where not measured."""
-        check_frames(frames, self.factor * self._unet_factor)
+        check_frames(frames, self.factor * self._networks.unet_factor)
         rows = self._text_rows(text, len(frames))
+        height, width = frames.shape[2:]
 
         def one(batch: Tensor, embedding: Tensor | None) -> Inversion:
-            clean = self._vae_encode(batch.to(self._device, torch.float32))
+            clean = self._networks.encode(batch, self._frames_at_once(height, width))
             if not self.inversion_depth:
                 unknown = clean.new_full((len(clean),), torch.nan)
                 return Inversion(clean, unknown, unknown)
-            noise = self._predict_noise(embedding)
+            noise = self._predict_noise(embedding, height, width)
             if not self.check_round_trip:
                 return invert(clean, noise, self.schedule, self.inversion_depth, self.refinements)
 
             def for_samples(chosen: Tensor) -> PredictNoise:
-                return self._predict_noise(None if embedding is None else embedding[chosen])
+                return self._predict_noise(None if embedding is None else embedding[chosen.cpu()], height, width)
 
             return invert_checked(
                 clean, noise, self.schedule, self.inversion_depth, self.refinements, for_samples=for_samples
             )
 
-        height, width = frames.shape[2:]
         none = frames.new_zeros(0, dtype=torch.float32)
-        parts = in_batches(one, frames, rows, self._frames_at_once(height, width))
+        parts = self._in_batches(one, frames, rows, height, width)
         parts = parts or [Inversion(none.view(0, *self.latent_shape(height, width)), none, none)]
         return Inversion(
             torch.cat([part.latents for part in parts]).to(frames.device),
@@ -195,16 +196,33 @@ class DiffusersCodec:
         """
         check_latents(latents, self.channels)
         rows = self._text_rows(text, len(latents))
+        height, width = latents.shape[2] * self.factor, latents.shape[3] * self.factor
 
         def one(batch: Tensor, embedding: Tensor | None) -> Tensor:
-            clean = batch.to(self._device, torch.float32)
+            clean = batch.to(self._networks.device, torch.float32)
             if self.inversion_depth:
-                clean = regenerate(clean, self._predict_noise(embedding), self.schedule, self.inversion_depth)
-            return self._vae_decode(clean)
+                noise = self._predict_noise(embedding, height, width)
+                clean = regenerate(clean, noise, self.schedule, self.inversion_depth)
+            return self._networks.decode(clean, self._frames_at_once(height, width))
 
-        height, width = latents.shape[2] * self.factor, latents.shape[3] * self.factor
-        parts = in_batches(one, latents, rows, self._frames_at_once(height, width))
+        parts = self._in_batches(one, latents, rows, height, width)
         return torch.cat(parts or [torch.zeros(0, 3, height, width)]).to(latents.device)
+
+    def vae_round_trip(self, frames: Tensor) -> Tensor:
+        """Frames (N, 3, H, W) in [-1, 1] through the VAE and back, without inversion: what `decode` can reach at best.
+
+        Raises TypeError or ValueError for unfit frames, as `encode` does.
+        """
+        check_frames(frames, self.factor)
+
+        height, width = frames.shape[2:]
+
+        def one(batch: Tensor, _: Tensor | None) -> Tensor:
+            rows = self._frames_at_once(height, width)
+            return self._networks.decode(self._networks.encode(batch, rows), rows)
+
+        parts = self._in_batches(one, frames, None, height, width)
+        return torch.cat(parts or [frames.float()]).to(frames.device)
 
     def spec(self) -> dict[str, object]:
         """JSON from which `codec_from_spec` rebuilds this codec. `source` is what was asked for, a folder's path or a
@@ -237,11 +255,7 @@ class DiffusersCodec:
     @cached_property
     def text_encoder(self) -> TextEncoder:
         """The folder's own text encoder, loaded when first used. Raises CodecUnavailable where it has none."""
-        return pretrained_text_encoder(self._weights.folder, device=str(self._device))
-
-    @property
-    def _unet_factor(self) -> int:
-        return 1 if self._unet is None else 2 ** (len(self._unet.config.block_out_channels) - 1)
+        return pretrained_text_encoder(self._weights.folder, device=str(self._networks.device))
 
     def _name(self) -> str:
         # A commit names weights as well as their digest does, and a person can look it up.
@@ -256,47 +270,13 @@ class DiffusersCodec:
         guidance = "" if self.guidance == 1 else f"-g{self.guidance:g}"
         return f"{name}-ddim{self.inversion_depth}of{self.schedule.ddim_steps}-r{self.refinements}{check}{guidance}"
 
-    @torch.no_grad()
-    def _vae_encode(self, frames: Tensor) -> Tensor:
-        self._vae.use_tiling = max(frames.shape[2:]) > LARGE
-        # mode, not a sample: the same frame always has the same latents.
-        mode = self._vae.encode(frames).latent_dist.mode()
-        shift, gain = self._normalisation
-        return (mode - shift) * gain
-
-    @torch.no_grad()
-    def _vae_decode(self, latents: Tensor) -> Tensor:
-        self._vae.use_tiling = max(latents.shape[2:]) * self.factor > LARGE
-        shift, gain = self._normalisation
-        frames: Tensor = self._vae.decode(latents / gain + shift).sample
-        return frames.clamp(-1, 1)
-
-    @cached_property
-    def _normalisation(self) -> tuple[Tensor, Tensor]:
-        """Shift and gain (1, C or 1, 1, 1): SD's scaling factor, SD 3's shift, SDXL variants' mean and deviation."""
-        config = self._vae.config
-        shift = config.latents_mean or config.shift_factor or 0.0
-        spread = config.latents_std or 1.0
-        shifts, spreads = (torch.tensor(value, device=self._device).view(1, -1, 1, 1) for value in (shift, spread))
-        return shifts, self.scale / spreads
-
-    def _predict_noise(self, text: Tensor | None) -> PredictNoise:
-        unet = self._unet
-        assert unet is not None
+    def _predict_noise(self, text: Tensor | None, height: int, width: int) -> PredictNoise:
         assert text is not None  # `_text_rows` sees to it
-
-        def with_text(embedding: Tensor) -> PredictNoise:
-            states = embedding.to(self._device, self._unet_type)
-
-            def predict_noise(latents: Tensor, ddim_step: Tensor) -> Tensor:
-                noise: Tensor = unet(latents.to(self._unet_type), ddim_step, states).sample
-                return noise
-
-            return predict_noise
-
+        rows = self._frames_at_once(height, width)
+        conditional = self._networks.noise(text, rows)
         if self.guidance == 1:
-            return with_text(text)
-        return guided(with_text(text), with_text(self._empty.expand(len(text), -1, -1)), self.guidance)
+            return conditional
+        return guided(conditional, self._networks.noise(self._empty.expand(len(text), -1, -1), rows), self.guidance)
 
     @cached_property
     def _empty(self) -> Tensor:
@@ -304,16 +284,20 @@ class DiffusersCodec:
 
     def _text_rows(self, text: Text | None, count: int) -> Tensor | None:
         """(count, L, D) embeddings without zero rows; None where no UNet asks for them."""
-        if self._unet is None:
+        if self._networks.unet is None:
             return None
-        width = int(self._unet.config.cross_attention_dim)
+        width = int(self._networks.unet.config.cross_attention_dim)
         if isinstance(text, Tensor):
             rows = text if text.ndim == 3 else text.unsqueeze(0)
             rows = filled(rows.float())
         elif text is None:
             rows = self._empty
         else:
-            rows = self.text_encoder.encode([text] if isinstance(text, str) else list(text), padded=True)[0]
+            captions = [text] if isinstance(text, str) else list(text)
+            distinct = list(dict.fromkeys(captions))  # all frames of a clip have one caption: it is embedded once
+            rows = self.text_encoder.encode(distinct, padded=True)[0]
+            if len(captions) > 1:
+                rows = rows[[distinct.index(caption) for caption in captions]]
         if rows.ndim != 3 or len(rows) not in (1, count) or rows.shape[2] != width:
             raise ValueError(
                 f"text has shape {tuple(rows.shape)} for {count} frames, the UNet takes (L, {width}) or "
@@ -322,40 +306,23 @@ class DiffusersCodec:
         return rows.expand(count, -1, -1)
 
     def _frames_at_once(self, height: int, width: int) -> int:
-        if self._batch is not None:
-            return self._batch
-        # An estimate: so many float32 maps of the VAE's first width live at once at full resolution (its decoder).
-        bytes_a_frame = 12 * 4 * int(self._vae.config.block_out_channels[0]) * height * width
-        free = torch.cuda.mem_get_info(self._device)[0] // 2 if self._device.type == "cuda" else CPU_BYTES
-        return max(1, min(64, free // bytes_a_frame))
+        """The size of a full batch; chosen once for a size of frames, since compiled networks need one shape."""
+        if (height, width) not in self._batches:
+            self._batches[height, width] = self._batch or self._networks.rows(height, width)
+        return self._batches[height, width]
 
+    def _in_batches(
+        self,
+        compute: Callable[[Tensor, Tensor | None], Result],
+        items: Tensor,
+        text: Tensor | None,
+        height: int,
+        width: int,
+    ) -> list[Result]:
+        def halved(batch: int) -> None:
+            self._batches[height, width] = batch
 
-def in_batches(
-    compute: Callable[[Tensor, Tensor | None], Result], items: Tensor, text: Tensor | None, batch: int
-) -> list[Result]:
-    """`compute(items[i:j], text[i:j])` over all items, `batch` at once; where memory runs out the batch is halved.
-
-    Raises RuntimeError with the mend where one item alone is too much; other errors pass.
-    """
-    results, first = [], 0
-    while first < len(items):
-        part = slice(first, first + batch)
-        try:
-            results.append(compute(items[part], None if text is None else text[part]))
-        except torch.OutOfMemoryError as error:
-            if batch == 1:
-                size = " x ".join(str(side) for side in items.shape[1:])
-                raise RuntimeError(
-                    f"one item of {size} does not fit into the device's memory: use smaller frames (the recipe's "
-                    "`size`), a device with more memory, or close what else runs there"
-                ) from error
-            batch //= 2
-            log.warning("out of memory: the batch is halved to %d and done again", batch)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        else:
-            first += batch
-    return results
+        return in_batches(compute, items, text, self._frames_at_once(height, width), halved)
 
 
 def filled(text: Tensor) -> Tensor:
@@ -368,11 +335,6 @@ def filled(text: Tensor) -> Tensor:
     last = (text.ne(0).any(2) * place).amax(1)
     index = torch.minimum(place.expand(len(text), -1), last.unsqueeze(1))
     return text.gather(1, index.unsqueeze(2).expand_as(text))
-
-
-def _moved(network: nn.Module, device: torch.device, kind: torch.dtype) -> nn.Module:
-    # nn.Module's own `to`: diffusers' warns of layers to keep in float32 even where the model names none.
-    return nn.Module.to(network, device, kind).eval().requires_grad_(False)
 
 
 def _vae_place(weights: Weights) -> tuple[Weights, str]:

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import Run, load_average
-from model.codec import Codec, CodecUnavailable, codec_from_spec
+from model.codec import Codec, codec_from_spec
 from model.dit import Backbone, BackboneConfig, Conditioning
 from model.methods.vlfm import VLFM, make_vlfm
+from model.program import run_program
 from model.prompts import TextEncoder, text_encoder_from_spec
 from model.recipes import TrainRecipe
 from model.solver import METHODS, Trajectory
 from model.video import Frames, check_output, from_frames, to_frames, write_video
-from storage.layout import LakeError
 
 READ_AT_ONCE = 64
 """Frames of a clip that are read and decoded together."""
@@ -42,6 +42,9 @@ class SampleSettings:
     """Classifier-free guidance on the warm-up; 1 is none."""
     seed: int = 0
     """Seed of the noise."""
+    reanchor: bool = True
+    """Whether the state is set back on the predicted mean, `x = mean + sigma z`, at every solver step of the clip: its
+    drift is then cut, not summed (docs/experiments.md)."""
 
     def __post_init__(self) -> None:
         for name, value in {"steps": self.steps, "warmup_steps": self.warmup_steps}.items():
@@ -156,6 +159,7 @@ class Sampler:
             guidance=settings.guidance,
             unconditional=empty,
             first_frame=first_frames,
+            reanchor=settings.reanchor,
         )
 
     def videos(
@@ -289,14 +293,7 @@ def run_arguments(options: argparse.Namespace) -> int:
 
 def main(arguments_given: Sequence[str] | None = None) -> int:
     """Entry of `python -m model.sample`."""
-    parser = argparse.ArgumentParser(prog="model.sample", description="Sample videos from a training run.")
-    run_it = arguments(parser)
-    options = parser.parse_args(arguments_given)
-    try:
-        return run_it(options)
-    except (ValueError, OSError, LakeError, CodecUnavailable) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_program("model.sample", "Sample videos from a training run.", arguments, arguments_given)
 
 
 if __name__ == "__main__":

@@ -32,14 +32,15 @@ from model.ema import MovingAverage
 from model.methods.base import ClipBatch, Method
 from model.methods.vlfm import make_vlfm
 from model.optimizers import learning_rate_factor, make_optimizers, set_learning_rate
+from model.program import run_program
 from model.progress import Progress
 from model.recipes import TrainRecipe, override, train_recipe
-from storage.layout import Lake, LakeError
-from storage.shards import DamagedShard
+from storage.layout import Lake
 from storage.version import Version, read_empty_text
 
 UNCHECKED = {"steps", "log_every", "checkpoint_every", "checkpoints_kept", "validate_every", "loader_workers"}
 """Fields of the recipe that a resumed run may change."""
+MakeMethod = Callable[[TrainRecipe, Mapping[str, Any], float, float], Method]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +57,13 @@ class Processes:
         return self.rank == 0
 
 
-def train(lake: str | Path, run: str | Path, recipe: TrainRecipe, version: int | None = None) -> Path:
+def train(
+    lake: str | Path, run: str | Path, recipe: TrainRecipe, version: int | None = None, method: MakeMethod = make_vlfm
+) -> Path:
     """Train on one version of a lake until the recipe's last step, resuming where the run stands.
 
-    SIGTERM and Ctrl-C end the run after the step in flight, with a checkpoint.
+    SIGTERM and Ctrl-C end the run after the step in flight, with a checkpoint. Another method than VLFM is what
+    `method` makes of the same arguments.
 
     Returns:
         The folder of the last checkpoint.
@@ -71,13 +75,15 @@ def train(lake: str | Path, run: str | Path, recipe: TrainRecipe, version: int |
     opened, chosen = lake_and_version(lake, version)
     processes = join_processes()
     try:
-        return _train(opened, Run(Path(run)), recipe, chosen, processes)
+        return _train(opened, Run(Path(run)), recipe, chosen, processes, method)
     finally:
         if processes.world > 1:
             dist.destroy_process_group()
 
 
-def _train(lake: Lake, run: Run, recipe: TrainRecipe, version: Version, processes: Processes) -> Path:
+def _train(
+    lake: Lake, run: Run, recipe: TrainRecipe, version: Version, processes: Processes, make_method: MakeMethod
+) -> Path:
     clips = Clips(lake, version, "train")
     about = describe(recipe, version, clips)
     if run.file.is_file():
@@ -91,7 +97,7 @@ def _train(lake: Lake, run: Run, recipe: TrainRecipe, version: Version, processe
     backbone = Backbone(BackboneConfig(**about["backbone"])).to(processes.device)
     average = MovingAverage(backbone, recipe.ema_decay)
     optimizers = make_optimizers(backbone, recipe)
-    method = make_vlfm(recipe, version.clip, about["mean_scale"], about["derivative_scale"])
+    method = make_method(recipe, version.clip, about["mean_scale"], about["derivative_scale"])
     done = checkpoint.restore(run.checkpoint(), backbone, average, optimizers) if run.steps() else 0
     trained = DistributedDataParallel(backbone) if processes.world > 1 else backbone
     collate = Collate(read_empty_text(lake, version))
@@ -378,14 +384,7 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
 
 def main(arguments_given: Sequence[str] | None = None) -> int:
     """Entry of `torchrun -m model.train`."""
-    parser = argparse.ArgumentParser(prog="model.train", description="Train on the shards of one version of a lake.")
-    run_it = arguments(parser)
-    options = parser.parse_args(arguments_given)
-    try:
-        return run_it(options)
-    except (ValueError, OSError, FloatingPointError, LakeError, DamagedShard) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_program("model.train", "Train on the shards of one version of a lake.", arguments, arguments_given)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # ruff: noqa: E402  (the number of threads is read from the environment when numpy and torch are imported)
-"""`python -m tests.bench [--json]`: the goals G1, G2 and G8 of the numerical core, each beside its peers and its limit.
+"""`python -m tests.bench [--json]`: the goals G1, G2, G3 and G8 of the mathematics, beside their peers and limits.
 
 Ratios inside one run: one thread, process time, rounds in which all contestants take turns, medians.
 """
@@ -20,11 +20,15 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from model.codec_batches import Networks
+from model.ddim import DDIMSchedule, inverse_step, invert, regenerate, step
 from model.legs import basis, evaluate, project, projection_matrix, recurrence_matrices
 from model.path import WarmupPath
 from model.solver import solve
+from tests.bench.sd15 import SMALL_UNET, TINY_VAE, Plan, build
 
 FRAMES, WIDTH, WINDOW = 48, 16384, 2.0
+LEVELS, BATCH = 10, 8
 PEAK_SIDE = 1536
 
 
@@ -148,6 +152,60 @@ def g2_accuracy() -> list[dict[str, object]]:
     return rows
 
 
+def g3_inversion(rounds: int) -> list[dict[str, object]]:
+    """The DDIM loops against a small bare UNet, and a step against diffusers' schedulers."""
+    from diffusers import DDIMInverseScheduler, DDIMScheduler
+
+    torch.manual_seed(0)
+    networks = Networks(*build(Plan(SMALL_UNET, TINY_VAE), "cpu"))
+    schedule = DDIMSchedule(LEVELS)
+    latents, text = torch.randn(BATCH, 4, 16, 16), torch.randn(BATCH, 16, networks.unet.config.cross_attention_dim)
+    ddim_steps = torch.tensor(schedule.timesteps)
+    noise = networks.noise(text)
+
+    @torch.no_grad()
+    def bare(count: int = BATCH) -> None:
+        for ddim_step in ddim_steps:
+            networks.unet(latents[:count], ddim_step, text[:count])
+
+    loops = medians(
+        {
+            "bare": bare,
+            "invert": lambda: invert(latents, noise, schedule, refinements=0),
+            "refine": lambda: invert(latents, noise, schedule, refinements=1),
+            "regenerate": lambda: regenerate(latents, noise, schedule),
+            "one": lambda: bare(count=1),
+        },
+        rounds,
+    )
+    # diffusers' own description of the values in model.ddim.
+    values = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+    down, up = (
+        kind(**values, set_alpha_to_one=False, steps_offset=1) for kind in (DDIMScheduler, DDIMInverseScheduler)
+    )
+    down.set_timesteps(LEVELS)
+    up.set_timesteps(LEVELS)
+    levels = range(1, LEVELS)  # diffusers' schedulers differ at the level below which there is none
+    eps = torch.randn_like(latents)
+    steps = medians(
+        {
+            "step": lambda: [step(latents, eps, schedule, level) for level in levels],
+            "inverse_step": lambda: [inverse_step(latents, eps, schedule, level) for level in levels],
+            "scheduler": lambda: [down.step(eps, schedule.timesteps[level], latents) for level in levels],
+            "inverse_scheduler": lambda: [up.step(eps, schedule.timesteps[level], latents) for level in levels],
+        },
+        rounds,
+    )
+    return [
+        _row("G3", "inversion loop / (steps x bare UNet)", loops["invert"] / loops["bare"], 1.03, "<="),
+        _row("G3", "with a refinement / (2 x steps x bare UNet)", loops["refine"] / loops["bare"] / 2, 1.03, "<="),
+        _row("G3", "regeneration loop / (steps x bare UNet)", loops["regenerate"] / loops["bare"], 1.03, "<="),
+        _row("G3", "DDIMScheduler.step / our step", steps["scheduler"] / steps["step"], 3, ">="),
+        _row("G3", "DDIMInverseScheduler.step / ours", steps["inverse_scheduler"] / steps["inverse_step"], 3, ">="),
+        _row("G3", f"{BATCH} frames one by one / in one batch", BATCH * loops["one"] / loops["bare"], 1.3, ">="),
+    ]
+
+
 def g8_frame_rate(rounds: int) -> list[dict[str, object]]:
     """A latent trajectory of 2 s, integrated and read at 64 and at 8 frames a second, with a small network."""
     torch.manual_seed(0)
@@ -195,7 +253,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.rounds < 7:
         parser.error(f"--rounds is {options.rounds}; a median takes at least 7")
     torch.set_num_threads(1)
-    rows = g1_projection(options.rounds) + g2_accuracy() + g8_frame_rate(options.rounds)
+    rows = [
+        *g1_projection(options.rounds),
+        *g2_accuracy(),
+        *g3_inversion(options.rounds),
+        *g8_frame_rate(options.rounds),
+    ]
     if options.json:
         json.dump(rows, sys.stdout, indent=1)
         print()

@@ -1,0 +1,38 @@
+"""A program of this package on the command line: parse, run, and answer what went wrong in one line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+Options = Callable[[argparse.ArgumentParser], Callable[[argparse.Namespace], int]]
+"""Adds a program's options to a parser and returns what runs them."""
+
+NAMES = ("LakeError", "DamagedShard", "CodecUnavailable")
+"""Errors about the input or the machine, by name: asking for the classes would import the stores and the codecs."""
+
+
+def is_expected(error: Exception, also: Sequence[str] = ()) -> bool:
+    """Whether an error is about the input or the machine, so that its message is the whole answer.
+
+    also: names of further such classes.
+    """
+    known = (*NAMES, *also)
+    return isinstance(error, (ValueError, OSError, FloatingPointError)) or any(
+        kind.__name__ in known for kind in type(error).__mro__
+    )
+
+
+def run_program(name: str, description: str, options: Options, given: Sequence[str] | None = None) -> int:
+    """Parses `given` (None: the command line) and runs it; the exit status, 1 with one line for an expected error."""
+    parser = argparse.ArgumentParser(prog=name, description=description)
+    run_it = options(parser)
+    parsed = parser.parse_args(given)
+    try:
+        return run_it(parsed)
+    except Exception as error:
+        if not is_expected(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,103 @@
+"""The benchmark of the visual codec on a GPU, run on the CPU with tiny networks: the code, not the figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.bench import gpu
+from tests.bench.sd15 import TINY, Plan, count_tflop
+
+
+def bench(**changes: Any) -> gpu.Bench:
+    return gpu.Bench(TINY, "cpu", **{"repeats": 1, "minutes": 1.0, "json_file": None, **changes})
+
+
+def test_a_tiny_run_gives_every_row_and_the_file_shows_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "rows.json"
+    given = ["--tiny", "--no-compile", "--repeats", "1", "--batches", "2", "--markdown", "--json", str(kept)]
+    assert gpu.main(given) == 0
+    told = capsys.readouterr().out
+    rows = [gpu.Row(**row) for row in json.loads(kept.read_text())["rows"]]
+    assert sorted(row.goal_id for row in rows) == ["H1", "H2", "H6", "H6", "H6"]
+    assert all(row.value and row.limit and row.share and row.share < 1 for row in rows)
+    section = told[told.index("### ") :]
+    assert section.count("\n| H") == 5
+    assert gpu.main(["--read", str(kept), "--markdown"]) == 0
+    assert capsys.readouterr().out.endswith(section)
+
+
+def test_the_work_of_a_frame_is_that_of_performance_md() -> None:
+    counted = count_tflop(Plan())
+    assert {name: round(value, 3) for name, value in counted.items()} == {
+        "unet": 0.803,
+        "encode": 1.117,
+        "decode": 2.515,
+    }
+    whole = counted["encode"] + 50 * counted["unet"]
+    assert whole == pytest.approx(41.3, abs=0.05)
+
+
+def test_compiled_rows_stand_beside_the_eager_ones() -> None:
+    compiled = []
+
+    def compiler(computation: Any) -> Any:
+        def call(*inputs: torch.Tensor) -> torch.Tensor:
+            compiled.append(len(inputs[0]))
+            result: torch.Tensor = computation(*inputs)
+            return result
+
+        return call
+
+    made = bench()
+    gpu.run(made, compiler)
+    rows = {mode: {(row.what, row.batch) for row in made.rows if row.mode == mode} for mode in ("eager", "compiled")}
+    assert rows["eager"] == rows["compiled"]
+    assert len(rows["eager"]) == 2 * len(TINY.batches) + 3
+    assert set(compiled) == {1, 2}, "full batches only"
+
+
+def test_what_does_not_fit_or_has_no_time_is_a_row(tmp_path: Path) -> None:
+    def full() -> None:
+        raise torch.OutOfMemoryError("no more")
+
+    kept = tmp_path / "rows.json"
+    made, late = bench(json_file=kept), bench(minutes=0.0)
+    row = gpu.Row("H1", "inversion", "eager", 64, None, "frames/s", limit=19.1, goal=6.7)
+    assert not made.measure(row, full, full, float)
+    assert not late.measure(row, full, full, float)
+    assert [made.rows[0].note, late.rows[0].note] == ["out of memory", "not run: the time was up"]
+    assert made.rows[0].met is None
+    assert "out of memory" in kept.read_text()
+
+
+def test_shares_and_goals_know_seconds_from_rates() -> None:
+    rate = gpu.Row("H1", "", "eager", 8, 7.64, "frames/s", limit=19.1, goal=6.7)
+    seconds = gpu.Row("H6", "", "eager", 32, 6.92, "s", limit=1.73, goal=5.0)
+    assert (rate.share, rate.met) == (pytest.approx(0.4), True)
+    assert (seconds.share, seconds.met) == (pytest.approx(0.25), False)
+
+
+def test_a_compiler_that_fails_is_a_row_and_ends_the_compiled_part() -> None:
+    def compiler(computation: Any) -> Any:
+        def call(*inputs: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no compiler")
+
+        return call
+
+    made = bench()
+    gpu.run(made, compiler)
+    assert made.rows[-1].note == "compiling failed"
+    assert sum(row.goal_id == "H2" for row in made.rows) == len(TINY.batches) + 1
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert capsys.readouterr().err == "error: there is no GPU here; --tiny runs the same code on the CPU\n"
