@@ -18,20 +18,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model import legs
-from model.codec import CodecUnavailable
 from model.data import Clip, Clips, lake_and_version
 from model.metrics import decibels, psnr, psnr_paper
+from model.program import run_program
 from model.progress import Progress
 from model.sample import Sampler, SampleSettings
 from model.solver import Trajectory
 from model.video import Frames, from_frames, to_frames
 from storage.fingerprint import fingerprint, finite_json
-from storage.layout import LakeError, write_atomic
-from storage.shards import DamagedShard
+from storage.layout import write_atomic
+from storage.version import read_manifest
 
 RATES = (8.0, 12.0, 16.0)
 """Frame rates that the report shows side by side."""
-FORMAT = 2
+FORMAT = 3
 """Raise when figures or page change, so that reports of an older program are made anew."""
 GOALS = {"observed_worst_frame": 24.0, "above_mean_frame": 3.0, "below_median": 3.0, "held_out_gap": 1.0}
 """What samples of training pairs are held to, in dB."""
@@ -122,7 +122,7 @@ def evaluate(
         ValueError: no clip is asked for, the lake is another one, or no clip kept its frames and latents; the message
             says the mend.
     """
-    from model.report import write_report
+    from model.report import certificates, write_report
 
     if most < 1 or shown < 0:
         raise ValueError(f"{most} clips, {shown} of them shown, cannot be; --clips must be at least 1, --shown 0")
@@ -176,6 +176,7 @@ def evaluate(
         "network_calls_per_window": calls,
         "run": sampler.about,
         "counts": version.counts,
+        "certificates": certificates(read_manifest(opened, version).to_pylist()),
         "summary": summarise([r for r in results if r.split == "train"], side),
         "unseen": summarise([r for r in results if r.split != "train"], side),
         "goals": GOALS,
@@ -382,14 +383,7 @@ def run_arguments(options: argparse.Namespace) -> int:
 
 def main(arguments_given: Sequence[str] | None = None) -> int:
     """Entry of `python -m model.evaluate`."""
-    parser = argparse.ArgumentParser(prog="model.evaluate", description="Measure and show what a run has learned.")
-    run_it = arguments(parser)
-    options = parser.parse_args(arguments_given)
-    try:
-        return run_it(options)
-    except (ValueError, OSError, LakeError, DamagedShard, CodecUnavailable) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_program("model.evaluate", "Measure and show what a run has learned.", arguments, arguments_given)
 
 
 if __name__ == "__main__":

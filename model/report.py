@@ -14,6 +14,7 @@ import numpy as np
 from model.metrics import decibels
 from model.video import Frames, picture_bytes
 from storage.layout import write_atomic
+from storage.schema import CERTIFICATE, certificate_spread
 
 if TYPE_CHECKING:
     from model.evaluate import ClipResult, Shown
@@ -69,6 +70,8 @@ def write_report(
         "<h2>Every clip</h2>",
         _clips(results),
         _unseen(metrics),
+        "<h2>Certificates of the dataset</h2>",
+        _certificates(metrics),
         _counts(metrics),
     ]
     document = (
@@ -76,6 +79,54 @@ def write_report(
         f"<meta name=viewport content='width=device-width'><style>{STYLE}</style><body>{''.join(body)}</body></html>"
     )
     write_atomic(path, document.encode())
+
+
+def certificates(rows: Sequence[Mapping[str, Any]], bins: int = 20) -> dict[str, Any]:
+    """How the certificates of a version's clips are spread: `figures` by name, each with clips, worst, median, best and
+    a histogram (counts of `bins` equal steps from low to high), and `flagged`, the number of clips outside a gate.
+
+    rows: of storage.schema.CLIP_SCHEMA.
+    """
+    figures: dict[str, Any] = {}
+    for name, spread in certificate_spread(rows).items():
+        values = np.array([row[name] for row in rows], dtype=np.float64)
+        counts, edges = np.histogram(values[np.isfinite(values)], bins)
+        figures[name] = {**spread, "low": float(edges[0]), "high": float(edges[-1]), "counts": counts.tolist()}
+    return {"figures": figures, "flagged": sum(bool(row["flags"]) for row in rows)}
+
+
+def _certificates(metrics: Mapping[str, Any]) -> str:
+    found = metrics["certificates"]
+    rows = []
+    for measure in CERTIFICATE:
+        if measure.name in found["figures"]:
+            figure = found["figures"][measure.name]
+            told = [f"{figure[kind]:.4g}{measure.unit}" for kind in ("worst", "median", "best")]
+            rows.append([measure.name, str(figure["clips"]), *told, _histogram(figure), _text(measure.doc)])
+    if not rows:
+        return "<p class=note>No figure was measured.</p>"
+    flagged = f" {found['flagged']} clips are outside the recipe's gates." if found["flagged"] else ""
+    note = (
+        "<p class=note>How well each clip of this version went through codec and projection, before any training; "
+        f"the last but one column counts clips from the lowest figure to the highest.{flagged}</p>"
+    )
+    head = ["figure", "clips", "worst", "median", "best", "low to high", "what"]
+    return f"{note}<div class=scroll>{_table(head, rows, 'words')}</div>"
+
+
+def _histogram(figure: Mapping[str, Any], width: int = 120, height: int = 24) -> str:
+    """Counts as bars; the corners of the picture are the lowest and the highest value."""
+    counts = figure["counts"]
+    step, most = width / len(counts), max(counts)
+    bars = []
+    for k, count in enumerate(counts):
+        tall = height * count / most
+        bars.append(f"<rect x={k * step:.1f} y={height - tall:.1f} width={step - 1:.1f} height={tall:.1f} />")
+    label = f"{figure['clips']:g} clips from {figure['low']:.4g} to {figure['high']:.4g}"
+    return (
+        f"<svg viewBox='0 0 {width} {height}' width={width} height={height} style='fill: var(--a)' role=img "
+        f"aria-label='{label}'><title>{label}</title>{''.join(bars)}</svg>"
+    )
 
 
 def _goals(metrics: Mapping[str, Any]) -> str:

@@ -11,10 +11,12 @@ import numpy as np
 
 from pipeline.decode import decode, ffmpeg_binary
 from pipeline.faults import DecodeError, MediaLimits
-from pipeline.invert import InvertStage, SharedCodec
+from pipeline.gates import rejected_row
+from pipeline.invert import GROUP_FRAMES, InvertStage, SharedCodec
 from pipeline.project import ProjectStage
 from pipeline.recipes import DataRecipe
 from pipeline.stage import ClipPlan, ClipWork, Resources, Stage, fail, one_line, run_stages
+from storage.fingerprint import fingerprint, short_id
 from storage.layout import Lake
 from storage.staging import read_block, remove_block, write_block
 
@@ -92,10 +94,12 @@ class BlockWorker:
     def __init__(self, lake: Lake, recipe: DataRecipe, recipe_fingerprint: str) -> None:
         self.lake, self.recipe, self.recipe_fingerprint = lake, recipe, recipe_fingerprint
         self.codec = SharedCodec(recipe.codec)
+        # While the codec has a group of clips in hand, the next one is decoded.
+        self.ahead = max(2, -(-GROUP_FRAMES // recipe.frames_max))
         self.stages: list[Stage] = [
             DecodeStage(recipe.size, recipe.limits),
-            InvertStage(self.codec),
-            ProjectStage(self.codec, recipe.coefficients, recipe.method),
+            InvertStage(self.codec, recipe.certify_frames),
+            ProjectStage(self.codec, recipe.coefficients, recipe.method, recipe.certify_frames),
         ]
 
     @property
@@ -107,9 +111,10 @@ class BlockWorker:
         )
 
     def setup(self) -> None:
-        """Sets the stages up, once. Raises what they raise."""
+        """Sets the stages up, once. Raises what they raise, and ValueError for frames that do not suit the codec."""
         for stage in self.stages:
             stage.setup()
+        self.codec.load().latent_shape(*self.recipe.size)  # before anything is decoded for nothing
 
     def process(self, block_id: str, clips: Sequence[ClipPlan]) -> dict[str, Any]:
         """Makes the clips and stages them under `block_id`; the summary of `staged_summary`. Safe to retry.
@@ -117,7 +122,7 @@ class BlockWorker:
         Raises:
             DiskFull: no room for the staged block.
         """
-        works, clock = run_stages(self.stages, clips)
+        works, clock = run_stages(self.stages, clips, self.ahead)
         arrays, meta = staged_form(works, self.recipe.frames_max, clock)
         meta |= {"block": [clip.clip_id for clip in clips], "recipe": self.recipe_fingerprint}
         meta["codec"] = self._codec_facts()
@@ -198,13 +203,44 @@ def _facts(plan: ClipPlan) -> dict[str, Any]:
 
 
 def summary(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """What the driver needs to know of a staged block: ids of finished clips, failures, seconds by stage."""
+    """What the driver needs to know of a staged block: finished clips, certificates, failures, seconds by stage."""
     return {
         "done": [row["clip_id"] for row in meta["clips"]],
+        "certificates": [rejected_row(row) for row in meta["clips"]],
         "failures": meta["failures"],
         "seconds": meta["seconds"],
         "codec": meta["codec"],
     }
+
+
+def cut_blocks(
+    lake: Lake, clips: Sequence[ClipPlan], size: int, recipe_fingerprint: str
+) -> tuple[list[Block], dict[str, dict[str, Any]]]:
+    """Blocks of `size` clips in their order; blocks that are staged already are taken as they are, with summaries.
+
+    Cut before any work starts, so the order in which workers finish changes nothing.
+    """
+    by_id = {clip.clip_id: clip for clip in clips}
+    blocks: list[Block] = []
+    staged: dict[str, dict[str, Any]] = {}
+    for path in sorted(lake.staging.glob("*.npz")):
+        if "-" in path.stem:
+            continue  # a part of a block that did not come to its end
+        try:
+            _, meta = read_block(lake, path.stem)
+            ids = meta["block"]
+        except (ValueError, KeyError, OSError):
+            continue  # damaged: made again
+        if meta["recipe"] == recipe_fingerprint and ids and all(clip in by_id for clip in ids):
+            blocks.append(Block(path.stem, tuple(by_id.pop(clip) for clip in ids)))
+            staged[path.stem] = summary(meta)
+    rest = list(by_id.values())
+    for first in range(0, len(rest), size):
+        part = tuple(rest[first : first + size])
+        content = {"recipe": recipe_fingerprint, "clips": [[clip.clip_id, clip.preview] for clip in part]}
+        blocks.append(Block(short_id(fingerprint(content)), part))
+    blocks.sort(key=lambda block: (block.clips[0].film_id, block.clips[0].window.start, block.clips[0].clip_id))
+    return blocks, staged
 
 
 def merge_parts(

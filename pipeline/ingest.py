@@ -15,10 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline.block import Block, BlockWorker, merge_parts
 from pipeline.embed import Texts, embed
+from pipeline.gates import REJECT, flags, rejected_row, rejection
 from pipeline.pack import Packed, pack, publish_version
 from pipeline.plan import PARTIAL, FilmState, IngestPlan, Progress, plan_ingest
 from pipeline.recipes import DataRecipe
@@ -28,14 +27,12 @@ from pipeline.runner import Runner, Task, Worker
 from pipeline.stage import ClipPlan
 from storage.failures import write_failures
 from storage.layout import Lake
-from storage.version import read_manifest
+from storage.schema import certificate_spread
 
 __all__ = ["IngestPlan", "IngestReport", "commit", "embed_captions", "ingest", "plan_ingest", "run_blocks"]
 
 BlockResult = dict[str, Any]
-"""block_id, done (clip ids), failures (rows of facts), seconds by stage, codec facts."""
-
-QUALITY = ("psnr_codec", "psnr_projection", "heldout_error")
+"""block_id, done (clip ids), certificates (rows), failures (rows of facts), seconds by stage, codec facts."""
 
 
 def embed_captions(plan: IngestPlan) -> Texts | None:
@@ -121,19 +118,34 @@ def commit(plan: IngestPlan, texts: Texts | None, results: Sequence[BlockResult]
     begin = time.perf_counter()
     made = {clip for result in results for clip in result["done"]} | {row["clip_id"] for row in plan.revived}
     faults = {row["clip_id"]: row for result in results for row in result["failures"]}
+    rejected = _rejected(plan, results)
+    made -= set(rejected)
+    for clip, row in rejected.items():
+        faults[clip] = {**row, "stage": "gate", **rejection(row, plan.recipe.gates)}
     failures = plan.failures + [
         failure_row(row["film"], row["stage"], row, row["clip_id"], row["clip_start"]) for row in faults.values()
+    ]
+    here = {film.name for film in plan.films}
+    others = [plan.judgement.rejected[clip] for clip in plan.judgement.leaving]  # of films that are not in this run
+    failures += [
+        failure_row(row["film"], "gate", rejection(row, plan.recipe.gates), row["clip_id"], row["clip_start"])
+        for row in others
+        if row["film"] not in here
     ]
     for state in plan.films:
         _settle_film(state, made, faults)
     films, clips = accounts(plan, made, faults)
-    version, packed, superseded = plan.parent, None, set[str]()
-    if made or plan.goes_back:
-        superseded = _superseded(plan, made)
+    version, packed, superseded = plan.parent, None, _superseded(plan, made)
+    leaving = superseded | plan.judgement.leaving
+    stays = any(row["clip_id"] not in leaving for row in plan.base_clips)
+    if made or (stays and (plan.goes_back or rejected or plan.judgement.changes)):
         with_clips = [block for block in plan.blocks if any(clip.clip_id in made for clip in block.clips)]
-        packed = pack(plan, texts, with_clips, superseded)
+        packed = pack(plan, texts, with_clips, leaving, set(rejected))
         rows = _all_films(plan, packed)
-        version = publish_version(plan, packed, rows, {"films": films.to_json(), "clips": clips.to_json()})
+        counts = {"films": films.to_json(), "clips": clips.to_json()}
+        waiting = {clip: row for clip, row in plan.judgement.open.items() if row["film"] not in here}
+        outside = {**waiting, **plan.judgement.rejected, **rejected}
+        version = publish_version(plan, packed, rows, counts, list(outside.values()))
     write_failures(plan.lake, plan.run_id, failures)
     for result in results:
         for stage, seconds in result["seconds"].items():
@@ -147,9 +159,12 @@ def commit(plan: IngestPlan, texts: Texts | None, results: Sequence[BlockResult]
         films=films,
         clips=clips,
         failures=failures,
-        superseded=len(superseded),
+        superseded=len(superseded - plan.judgement.leaving) if packed else 0,
         bytes=sum(shard.bytes for shard in version.shards) if version else 0,
-        quality=_medians(packed.rows) if packed else {},
+        certificate=certificate_spread(packed.rows) if packed else {},
+        gates=dict(plan.recipe.gates),
+        below_gate=plan.recipe.below_gate,
+        flagged=sum(bool(row["flags"]) for row in packed.rows) if packed else 0,
         seconds=dict(plan.seconds),
         tolerate=plan.recipe.tolerate,
         faulty_films=sum(film.row["status"] == "failed" or film.row["reason"] == PARTIAL for film in plan.films),
@@ -198,9 +213,10 @@ def accounts(plan: IngestPlan, made: set[str], faults: Mapping[str, Any]) -> tup
     films = Account.of("films", len(plan.films), [(film.row["status"], film.row["reason"]) for film in plan.films])
     planned = [clip.clip_id for clip in plan.clips] + [row["clip_id"] for row in plan.revived]
     known = [clip for film in plan.films for clip in film.known]
-    narrow = sum(film.filtered for film in plan.films)
+    narrow = sum(film.filtered + len(film.gated) for film in plan.films)
     outcomes = [("done", "") for clip in planned if clip in made]
-    outcomes += [("failed", faults[clip]["reason"]) for clip in planned if clip in faults and clip not in made]
+    lost = [faults[clip] for clip in planned if clip in faults and clip not in made]
+    outcomes += [(row.get("status", "failed"), row["reason"]) for row in lost]
     outcomes += [("unchanged", "") for _ in known]
     outcomes += [("filtered", row["reason"]) for row in plan.failures if row["clip_id"]]
     discovered = sum(len(film.new) + len(film.known) for film in plan.films) + narrow
@@ -209,7 +225,8 @@ def accounts(plan: IngestPlan, made: set[str], faults: Mapping[str, Any]) -> tup
 
 def _settle_film(state: FilmState, made: set[str], faults: Mapping[str, Mapping[str, Any]]) -> None:
     """The film's status from its clips'."""
-    failed = [faults[clip] for clip in state.new if clip in faults]
+    lost = [faults[clip] for clip in state.new if clip in faults]
+    failed = [row for row in lost if row.get("status", "failed") == "failed"]
     if not state.new:
         return
     got = sum(clip in made for clip in state.new)
@@ -218,8 +235,16 @@ def _settle_film(state: FilmState, made: set[str], faults: Mapping[str, Mapping[
         detail = f"{len(failed)} clips failed ({failed[0]['reason']}); run again to try them again" if failed else ""
         state.row |= {"status": "done" if got else "unchanged", "reason": reason, "detail": detail}
     else:
-        first: Mapping[str, Any] = failed[0] if failed else {"reason": "lost", "detail": "no result; run again"}
-        state.row |= {"status": "failed", "reason": first["reason"], "detail": first["detail"]}
+        first: Mapping[str, Any] = (failed or lost or [{"reason": "lost", "detail": "no result; run again"}])[0]
+        state.row |= {"status": first.get("status", "failed"), "reason": first["reason"], "detail": first["detail"]}
+
+
+def _rejected(plan: IngestPlan, results: Sequence[BlockResult]) -> dict[str, dict[str, Any]]:
+    """Rows of storage.schema.REJECTED_SCHEMA of new clips that the recipe's gates keep out, by id."""
+    if plan.recipe.below_gate != REJECT:
+        return {}
+    certificates = [row for result in results for row in result["certificates"]] + plan.revived
+    return {row["clip_id"]: rejected_row(row) for row in certificates if flags(row, plan.recipe.gates)}
 
 
 def _superseded(plan: IngestPlan, made: set[str]) -> set[str]:
@@ -236,30 +261,8 @@ def _all_films(plan: IngestPlan, packed: Packed) -> list[dict[str, Any]]:
         held[row["film"]] = held.get(row["film"], 0) + 1
     here = {film.name for film in plan.films}
     others = [{**row, "status": "unchanged"} if row["status"] == "done" else row for row in plan.base_films]
+    left = {row["film"]: row for clip, row in plan.judgement.rejected.items() if clip in plan.judgement.leaving}
+    emptied = {film: rejection(row, plan.recipe.gates) for film, row in left.items() if film not in held}
+    others = [{**row, **emptied.get(row["film"], {})} for row in others]
     rows = [film.row for film in plan.films] + [row for row in others if row["film"] not in here]
     return [{**row, "clips": held.get(row["film"], 0)} for row in sorted(rows, key=lambda row: row["film"])]
-
-
-def _medians(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    found = {}
-    for name in QUALITY:
-        values = np.array([row[name] for row in rows], dtype=np.float64)
-        if np.isfinite(values).any():
-            found[name] = float(np.nanmedian(values))
-    return found
-
-
-def sample_frames(lake: Lake, number: int | None = None, clips: int = 8) -> list[tuple[str, np.ndarray]]:
-    """(caption, uint8 frames (N, H, W, 3)) of some clips of a version that keep their frames: for a contact sheet."""
-    from storage.shards import ShardReader
-    from storage.version import load
-
-    version = load(lake, number)
-    rows = [row for row in read_manifest(lake, version, "clips").to_pylist() if row["preview"]]
-    chosen = rows[:: max(1, len(rows) // clips)][:clips]
-    found = []
-    for row in chosen:
-        reader = ShardReader(lake.shards / row["shard"])
-        found.append((row["caption"], np.array(reader.read(row["shard_row"], ["preview.npy"])["preview.npy"])))
-        reader.close()
-    return found

@@ -14,10 +14,12 @@ import numpy as np
 
 from pipeline.block import Block
 from pipeline.embed import Texts
+from pipeline.gates import flags
 from pipeline.plan import IngestPlan
 from pipeline.rows import caption_id
 from storage.fingerprint import fingerprint, short_id
 from storage.layout import LakeError
+from storage.schema import CERTIFICATE
 from storage.shards import ShardInfo, ShardReader, write_shard
 from storage.staging import read_block, remove_block
 from storage.version import Version, publish, shards_root, write_empty_text, write_manifest
@@ -40,14 +42,21 @@ class Packed:
     latent_shape: list[int]
 
 
-def pack(plan: IngestPlan, texts: Texts | None, blocks: Sequence[Block], superseded: set[str]) -> Packed:
+def pack(
+    plan: IngestPlan,
+    texts: Texts | None,
+    blocks: Sequence[Block],
+    leaving: set[str],
+    rejected: set[str] | frozenset[str] = frozenset(),
+) -> Packed:
     """Writes the shards and arrays of the next version (steps 2 and 3 of storage.version).
 
     Args:
         plan: the plan.
         texts: embeddings of all captions of `blocks`; None where there are no blocks.
         blocks: those that have at least one finished clip, all staged.
-        superseded: ids of the base's clips that leave.
+        leaving: ids of the base's clips that leave.
+        rejected: ids of clips of `blocks`, and of those revived, that the recipe's gates keep out.
 
     Raises:
         PackError: the codec or the text encoder is not the one that made the base's clips.
@@ -55,7 +64,7 @@ def pack(plan: IngestPlan, texts: Texts | None, blocks: Sequence[Block], superse
     """
     from storage.arrays import CLIPS_PER_SHARD
 
-    rows, shards = _carried(plan, superseded)
+    rows, shards = _carried(plan, leaving, rejected)
     base, codec = plan.base, dict(plan.base.codec) if plan.base else {}
     text = dict(plan.base.text) if plan.base else {}
     shape = list(base.clip["latent_shape"]) if base else []
@@ -69,10 +78,11 @@ def pack(plan: IngestPlan, texts: Texts | None, blocks: Sequence[Block], superse
         found = dict(meta["codec"])
         shape = found.pop("latent_shape")
         codec = _same("codec", codec, found)
+        clips, arrays = _inside(meta["clips"], arrays, rejected)
         path = plan.lake.shards / f"{block.block_id}.tar"
-        shards.append(write_shard(path, _samples(meta["clips"], arrays, texts, plan.recipe.store_latents)))
-        places = [{"shard": path.name, "shard_row": number} for number in range(len(meta["clips"]))]
-        waiting.append(([{**row, **place} for row, place in zip(meta["clips"], places, strict=True)], arrays))
+        shards.append(write_shard(path, _samples(clips, arrays, texts, plan.recipe.store_latents)))
+        places = [{"shard": path.name, "shard_row": number} for number in range(len(clips))]
+        waiting.append(([{**row, **place} for row, place in zip(clips, places, strict=True)], arrays))
         if sum(len(part) for part, _ in waiting) >= CLIPS_PER_SHARD or block is blocks[-1]:
             new, together = _joined(waiting)
             snapshot, first = _append(plan, new, together, texts, snapshot)
@@ -84,11 +94,16 @@ def pack(plan: IngestPlan, texts: Texts | None, blocks: Sequence[Block], superse
         text = _same("text encoder", text, {**facts, "empty": empty})
     assert snapshot is not None  # no blocks only where there is a version to revive clips from
     _place_texts(plan, rows, snapshot)
+    rows = [{**row, "flags": " ".join(flags(row, plan.recipe.gates))} for row in rows]
     return Packed(rows, shards, snapshot, codec, text, shape)
 
 
 def publish_version(
-    plan: IngestPlan, packed: Packed, films: Sequence[Mapping[str, Any]], counts: Mapping[str, Any]
+    plan: IngestPlan,
+    packed: Packed,
+    films: Sequence[Mapping[str, Any]],
+    counts: Mapping[str, Any],
+    rejected: Sequence[Mapping[str, Any]] = (),
 ) -> Version:
     """Writes the tables and the version file (steps 4 to 6), and forgets the staged blocks.
 
@@ -118,7 +133,7 @@ def publish_version(
         snapshot=packed.snapshot,
         group=short_id(plan.recipe_fingerprint),
         shards=tuple(packed.shards),
-        manifest=write_manifest(plan.lake, number, packed.rows, films),
+        manifest=write_manifest(plan.lake, number, packed.rows, films, rejected),
         merkle_root=shards_root(plan.lake, packed.shards),
         counts=dict(counts),
         parent=plan.parent.number if plan.parent else None,
@@ -140,7 +155,19 @@ def _same(what: str, before: dict[str, Any], now: dict[str, Any]) -> dict[str, A
     return before or now
 
 
-def _carried(plan: IngestPlan, superseded: set[str]) -> tuple[list[dict[str, Any]], list[ShardInfo]]:
+def _inside(
+    rows: Sequence[dict[str, Any]], arrays: Mapping[str, np.ndarray], rejected: set[str] | frozenset[str]
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """A staged block's rows and arrays without the rejected clips."""
+    keep = np.array([row["clip_id"] not in rejected for row in rows])
+    shown = keep[np.array([bool(row["preview"]) for row in rows])]
+    kept = {name: array[shown if name == "preview" else keep] for name, array in arrays.items()}
+    return [row for row, good in zip(rows, keep, strict=True) if good], kept
+
+
+def _carried(
+    plan: IngestPlan, leaving: set[str], rejected: set[str] | frozenset[str]
+) -> tuple[list[dict[str, Any]], list[ShardInfo]]:
     """Rows and shards that go on: whole shards as they are, others without the clips that left, revived clips anew."""
     rows: list[dict[str, Any]] = []
     shards: list[ShardInfo] = []
@@ -148,14 +175,15 @@ def _carried(plan: IngestPlan, superseded: set[str]) -> tuple[list[dict[str, Any
     for row in sorted(plan.base_clips, key=lambda row: row["shard_row"]):
         by_shard.setdefault(row["shard"], []).append(row)
     for info in plan.base.shards if plan.base else ():
-        kept = [row for row in by_shard.get(info.name, []) if row["clip_id"] not in superseded]
+        kept = [row for row in by_shard.get(info.name, []) if row["clip_id"] not in leaving]
         if len(kept) == info.clips:
             rows, shards = rows + kept, [*shards, info]
         elif kept:
             copied, copy = _copied(plan, kept)
             rows, shards = rows + copied, [*shards, copy]
-    if plan.revived:
-        copied, copy = _copied(plan, sorted(plan.revived, key=lambda row: row["clip_id"]))
+    revived = [row for row in plan.revived if row["clip_id"] not in rejected]
+    if revived:
+        copied, copy = _copied(plan, sorted(revived, key=lambda row: row["clip_id"]))
         rows, shards = rows + copied, [*shards, copy]
     return rows, shards
 
@@ -247,5 +275,6 @@ def _place_texts(plan: IngestPlan, rows: Sequence[dict[str, Any]], snapshot: str
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A staged row, where JSON had no NaN, as the manifest's: None is NaN again."""
-    return {key: float("nan") if value is None else value for key, value in row.items()}
+    """A staged row, where JSON had no NaN, as the manifest's: None is NaN again, and so is what was not measured."""
+    measured = {**dict.fromkeys(measure.name for measure in CERTIFICATE), "frames_certified": 0, **row}
+    return {key: float("nan") if value is None else value for key, value in measured.items()}

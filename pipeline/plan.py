@@ -15,16 +15,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.block import Block, summary
+from pipeline.block import Block, cut_blocks
 from pipeline.decode import Probe, ffmpeg_binary, probe, select_frames, window_starts
 from pipeline.faults import DecodeError
+from pipeline.gates import BELOW_GATE, Judgement, judge, rejection
 from pipeline.recipes import DataRecipe
 from pipeline.rows import caption_id, failure_row, film_row, observed_frames, split_of
 from pipeline.source import FilmEntry, FilmFailure, discover
 from pipeline.stage import ClipPlan
 from storage.fingerprint import file_digest, fingerprint, short_id
 from storage.layout import Lake
-from storage.staging import read_block
 from storage.version import Version, latest, list_versions, load, read_manifest
 
 Progress = Callable[[str, int, int], None]
@@ -40,9 +40,10 @@ LASTING = frozenset(
         "shorter_than_window",
         "too_few_frames",
         "duplicate",
+        BELOW_GATE,
     ]
 )
-"""Faults of the film itself: not looked at again before the file changes."""
+"""Faults of the film itself: not looked at again before the file changes, or the recipe's gates open."""
 
 PARTIAL = "clips_failed"
 """Reason of a film that gave some clips and lost others; the next run tries those again."""
@@ -59,6 +60,8 @@ class FilmState:
     """Ids of clips that the dataset has already."""
     filtered: int = 0
     """Windows that gave no clip by rule."""
+    gated: list[str] = field(default_factory=list)
+    """Ids of clips made before that the recipe's gates keep out."""
 
     @property
     def name(self) -> str:
@@ -87,6 +90,8 @@ class IngestPlan:
     base_films: list[dict[str, Any]]
     revived: list[dict[str, Any]]
     """Rows of older versions for clips that are wanted again; they are copied, not made."""
+    judgement: Judgement
+    """What the recipe's gates make of the base."""
     failures: list[dict[str, Any]]
     """Rows of the failure table for what the plan itself found."""
     notes: list[str]
@@ -110,7 +115,7 @@ class IngestPlan:
     @property
     def nothing_new(self) -> bool:
         """Whether the newest version has all there is to have."""
-        return not self.blocks and not self.revived and not self.goes_back
+        return not self.blocks and not self.revived and not self.goes_back and not self.judgement.changes
 
     def lines(self) -> list[str]:
         """The plan for people."""
@@ -118,6 +123,8 @@ class IngestPlan:
         faulty = [film for film in self.films if film.row["status"] in ("failed", "filtered")]
         new = f"{len(self.clips)} new clips in {len(self.blocks)} blocks"
         lines = [*self.notes, f"{len(self.films)} films: {new}, {known} clips unchanged"]
+        if self.judgement.leaving:
+            lines.append(f"{len(self.judgement.leaving)} clips of the dataset are outside the gates and leave it")
         if self.staged:
             lines.append(f"{len(self.staged)} blocks are finished from an interrupted run and are kept")
         if faulty:
@@ -161,6 +168,7 @@ def plan_ingest(
         notes.append(f"the recipe differs from version {parent.number}'s: its clips are not carried on, all are new")
     base_clips = read_manifest(lake, base, "clips").to_pylist() if base else []
     base_films = read_manifest(lake, base, "films").to_pylist() if base else []
+    rejected = read_manifest(lake, base, "rejected").to_pylist() if base else []
     plan = IngestPlan(
         lake=lake,
         recipe=recipe,
@@ -175,6 +183,7 @@ def plan_ingest(
         base_clips=base_clips,
         base_films=base_films,
         revived=[],
+        judgement=judge(base_clips, rejected, recipe.gates, recipe.below_gate),
         failures=[],
         notes=notes,
         seconds={},
@@ -215,11 +224,12 @@ def _plan_films(plan: IngestPlan, entries: Sequence[FilmEntry], on_progress: Pro
     to_read = []
     for entry in entries:
         row = rows.get(entry.film)
-        if row is not None and _as_before(row, entry):
+        if row is not None and _as_before(row, entry) and entry.film not in plan.judgement.regained:
             state = FilmState({**row, "status": "unchanged"} if row["status"] in ("done", "unchanged") else dict(row))
             if state.row["status"] == "unchanged":
                 own = clips_of.get(f"{row['film_id']} {caption_id(entry.caption)}", [])
                 state.known = own if row["clips"] == len(own) else _by_name(plan, entry.film)
+                _keep_out(plan, state, [clip for clip in state.known if clip in plan.judgement.leaving])
             plan.films.append(state)
         else:
             to_read.append(entry)
@@ -243,7 +253,19 @@ def _plan_films(plan: IngestPlan, entries: Sequence[FilmEntry], on_progress: Pro
     plan.revived = [older[clip.clip_id] for clip in clips if clip.clip_id in older]
     clips = [clip for clip in clips if clip.clip_id not in older]
     clips = _with_previews(plan, sorted(clips, key=lambda clip: (clip.film_id, clip.window.start, clip.clip_id)))
-    _cut_blocks(plan, clips)
+    plan.blocks, plan.staged = cut_blocks(plan.lake, clips, plan.recipe.block_clips, plan.recipe_fingerprint)
+
+
+def _keep_out(plan: IngestPlan, state: FilmState, clips: Sequence[str]) -> None:
+    """Counts clips that the gates keep out; a film that has no others is filtered."""
+    for clip in clips:
+        row = plan.judgement.rejected[clip]
+        fault = rejection(row, plan.recipe.gates)
+        plan.failures.append(failure_row(state.name, "gate", fault, clip, row["clip_start"]))
+    state.gated += clips
+    state.known = [clip for clip in state.known if clip not in clips]
+    if clips and not state.known and not state.new:
+        state.row |= rejection(plan.judgement.rejected[clips[0]], plan.recipe.gates)
 
 
 def _as_before(row: Mapping[str, Any], entry: FilmEntry) -> bool:
@@ -298,7 +320,8 @@ def _plan_clips(
         )
         state.row |= {"status": "filtered", "reason": "shorter_than_window", "detail": detail}
         return []
-    clips = []
+    clips: list[ClipPlan] = []
+    outside: list[str] = []
     for start in starts:
         identity = {"film": digest, "caption": entry.caption, "clip_start": start, "recipe": plan.recipe_fingerprint}
         clip = short_id(fingerprint(identity))
@@ -313,6 +336,8 @@ def _plan_clips(
             detail = f"{int(observed.sum())} observed frames, fewer than {recipe.min_observed} (min_observed)"
             fault = {"status": "filtered", "reason": "too_few_frames", "detail": detail}
             plan.failures.append(failure_row(entry.film, "plan", fault, clip, start))
+        elif clip in plan.judgement.rejected:
+            outside.append(clip)
         elif clip in in_base:
             state.known.append(clip)
         else:
@@ -339,6 +364,7 @@ def _plan_clips(
         detail = f"no window has {recipe.min_observed} observed frames (min_observed)"
         unusable = {"status": "filtered", "reason": "too_few_frames", "detail": detail}
         state.row |= {"status": "unchanged"} if state.known else unusable
+    _keep_out(plan, state, outside)
     return clips
 
 
@@ -356,9 +382,6 @@ def _older_rows(plan: IngestPlan, wanted: set[str]) -> dict[str, dict[str, Any]]
     return rows
 
 
-# --- blocks ---
-
-
 def _with_previews(plan: IngestPlan, clips: Iterable[ClipPlan]) -> list[ClipPlan]:
     """The clips with `preview` set: all of the validation split, and of training clips a fixed number over all runs."""
     clips = list(clips)
@@ -366,26 +389,3 @@ def _with_previews(plan: IngestPlan, clips: Iterable[ClipPlan]) -> list[ClipPlan
     training = sorted(clip.clip_id for clip in clips if clip.split == "train")
     chosen = set(training[: max(0, plan.recipe.preview_clips - kept)])
     return [replace(clip, preview=clip.split == "validation" or clip.clip_id in chosen) for clip in clips]
-
-
-def _cut_blocks(plan: IngestPlan, clips: list[ClipPlan]) -> None:
-    """Blocks that are staged already are taken as they are; the other clips are cut in their order."""
-    by_id = {clip.clip_id: clip for clip in clips}
-    for path in sorted(plan.lake.staging.glob("*.npz")):
-        if "-" in path.stem:
-            continue  # a part of a block that did not come to its end
-        try:
-            _, meta = read_block(plan.lake, path.stem)
-            ids = meta["block"]
-        except (ValueError, KeyError, OSError):
-            continue  # damaged: made again
-        if meta["recipe"] == plan.recipe_fingerprint and ids and all(clip in by_id for clip in ids):
-            plan.blocks.append(Block(path.stem, tuple(by_id.pop(clip) for clip in ids)))
-            plan.staged[path.stem] = summary(meta)
-    rest = list(by_id.values())
-    size = plan.recipe.block_clips
-    for first in range(0, len(rest), size):
-        part = tuple(rest[first : first + size])
-        content = {"recipe": plan.recipe_fingerprint, "clips": [[clip.clip_id, clip.preview] for clip in part]}
-        plan.blocks.append(Block(short_id(fingerprint(content)), part))
-    plan.blocks.sort(key=lambda block: (block.clips[0].film_id, block.clips[0].window.start, block.clips[0].clip_id))

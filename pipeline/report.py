@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.gates import BELOW_GATE, REJECT
+from storage.schema import CERTIFICATE
+
 STATUSES = ("done", "unchanged", "filtered", "failed")
 
 
@@ -85,14 +88,19 @@ class IngestReport:
     """Clips of films that changed, which left the dataset."""
     bytes: int
     """Size of the version's shards."""
-    quality: dict[str, float]
-    """Medians of the certificate over this version's clips."""
     seconds: dict[str, float]
     """By stage; stages that run side by side in several workers are summed."""
     tolerate: float
     faulty_films: int
     """Films that failed or lost clips."""
     notes: list[str] = field(default_factory=list)
+    certificate: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of each figure of the certificate: clips, worst, median and best, as storage.schema.certificate_spread."""
+    gates: dict[str, float | None] = field(default_factory=dict)
+    """The recipe's bounds on the certificate, and what becomes of clips outside them."""
+    below_gate: str = "reject"
+    flagged: int = 0
+    """Clips of this version that are outside a gate and kept."""
 
     @property
     def exit_status(self) -> int:
@@ -114,14 +122,30 @@ class IngestReport:
         if self.superseded:
             lines.append(f"{self.superseded} clips of changed films left the dataset")
         if self.published:
-            quality = ", ".join(f"{name} {value:.4g}" for name, value in self.quality.items())
-            lines.append(
-                f"version {self.version} of {self.lake} is published ({self.bytes / 1e6:.1f} MB; medians: {quality})"
-            )
+            lines += self.certificate_lines()
+            lines.append(f"version {self.version} of {self.lake} is published ({self.bytes / 1e6:.1f} MB)")
         elif self.version is not None and self.clips.unchanged:
             lines.append(f"nothing new: version {self.version} of {self.lake} is up to date")
         else:
             lines.append("nothing was published: no film gave a clip; see the lines above")
+        return lines
+
+    def certificate_lines(self) -> list[str]:
+        """The certificate over the version's clips, and what the gates did."""
+        lines = []
+        units = {measure.name: measure.unit for measure in CERTIFICATE}
+        told = [
+            f"{name} {spread['median']:.4g} ({spread['worst']:.4g}){units[name]}"
+            for name, spread in self.certificate.items()
+        ]
+        if told:
+            lines.append(f"certificate, median (worst clip): {', '.join(told)}")
+        sides = {measure.name: "at least" if measure.higher_is_better else "at most" for measure in CERTIFICATE}
+        bounds = [f"{name} {sides[name]} {bound:g}" for name, bound in self.gates.items() if bound is not None]
+        if bounds:
+            out = f"{self.clips.filtered.get(BELOW_GATE, 0)} clips are kept out"
+            kept = f"{self.flagged} clips of this version are flagged"
+            lines.append(f"gates: {', '.join(bounds)}: {out if self.below_gate == REJECT else kept}")
         return lines
 
     def to_json(self) -> dict[str, Any]:
@@ -136,7 +160,11 @@ class IngestReport:
             "failures": len(self.failures),
             "superseded": self.superseded,
             "bytes": self.bytes,
-            "quality": self.quality,
+            "quality": {name: spread["median"] for name, spread in self.certificate.items()},
+            "certificate": self.certificate,
+            "gates": self.gates,
+            "below_gate": self.below_gate,
+            "flagged": self.flagged,
             "seconds": self.seconds,
             "exit_status": self.exit_status,
         }

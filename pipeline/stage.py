@@ -124,19 +124,22 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
-def run_stages(stages: Sequence[Stage], clips: Sequence[ClipPlan]) -> tuple[list[ClipWork], dict[str, float]]:
-    """All clips through all stages, the first stage one clip ahead in its own thread: (works, seconds by stage).
+def run_stages(
+    stages: Sequence[Stage], clips: Sequence[ClipPlan], ahead: int = 2
+) -> tuple[list[ClipWork], dict[str, float]]:
+    """All clips through all stages: (works, seconds by stage).
 
-    Frames of clips that keep no preview are dropped when the last stage is done with them, so that the memory taken is
-    that of the results and a few clips' frames.
+    The first stage runs in its own thread and makes at most `ahead` clips that nobody has asked for yet; 0 runs it in
+    the caller's thread, with the same results. Frames of clips that keep no preview are dropped when the last stage is
+    done with them. So the memory taken is that of the results, and of the frames of `ahead` clips and those in hand.
     """
     clock: dict[str, float] = {}
     stream: Iterable[ClipWork] = (ClipWork(plan) for plan in clips)
     for index, stage in enumerate(stages):
         received = _Timed(stream)
         stream = _charged(stage, received, clock)
-        if index == 0 and len(stages) > 1:
-            stream = _ahead(stream)
+        if index == 0 and ahead:
+            stream = made_ahead(stream, ahead)
     works = []
     for work in stream:
         works.append(work if work.plan.preview else dataclasses.replace(work, frames=None))
@@ -165,39 +168,34 @@ def _charged(stage: Stage, received: _Timed[ClipWork], clock: dict[str, float]) 
     clock[stage.name] = clock.get(stage.name, 0.0) + given.seconds - received.seconds
 
 
-def _ahead(source: Iterable[Item], depth: int = 1) -> Iterator[Item]:
-    """The same items, made in a thread up to `depth` + 1 items before they are asked for; errors are raised here."""
-    waiting: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
+def made_ahead(source: Iterable[Item], most: int) -> Iterator[Item]:
+    """The same items, made in a thread, at most `most` before they are asked for; errors are raised here, in turn."""
+    made: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    room = threading.Semaphore(most)
     closed = threading.Event()
-
-    def put(kind: str, value: Any) -> bool:
-        while not closed.is_set():
-            try:
-                waiting.put((kind, value), timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
 
     def work() -> None:
         try:
-            for item in source:
-                if not put("item", item):
-                    return
-            put("end", None)
+            items = iter(source)
+            while room.acquire() and not closed.is_set():
+                made.put(("item", next(items)))
+        except StopIteration:
+            made.put(("end", None))
         except BaseException as error:
-            put("error", error)
+            made.put(("error", error))
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
         while True:
-            kind, value = waiting.get()
+            kind, value = made.get()
             if kind == "end":
                 return
             if kind == "error":
                 raise value
+            room.release()
             yield value
     finally:
         closed.set()
+        room.release()
         thread.join(timeout=10)

@@ -1,7 +1,7 @@
 """The lake's folders, and the only two ways a file gets into them.
 
     versions/<n>.json          one immutable file per version, written last: the only commit point
-    manifests/                 <n>-clips.parquet, <n>-films.parquet
+    manifests/                 <n>-clips.parquet, <n>-films.parquet, <n>-rejected.parquet
     shards/                    <block_id>.tar and <block_id>.index.json
     arrays/                    the Icechunk repository
     texts/                     <text_id>-empty.npy, the empty caption's embedding

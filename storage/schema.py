@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
 FORMAT = 1
-"""Number of the tables' format. A reader refuses a higher one; columns are only ever added."""
+"""Number of the tables' format. A reader refuses a higher one; columns are only ever added, and one that an older table
+lacks is read as unknown (`completed`)."""
 
 FILM_STATUSES = ("done", "unchanged", "filtered", "failed")
 FAILURE_STATUSES = ("failed", "filtered")
@@ -43,6 +47,37 @@ FILM_SCHEMA = _schema(
     ],
 )
 
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure of a clip's certificate, float64, NaN where it was not measured."""
+
+    name: str
+    unit: str
+    """As it stands behind a figure; empty for plain numbers."""
+    higher_is_better: bool
+    doc: str
+
+
+CERTIFICATE = (
+    Measure("psnr_codec", " dB", True, "decode(encode) against the frames, as stored"),
+    Measure("ssim_codec", "", True, "the same, mean structural similarity of the luma"),
+    Measure("psnr_vae", " dB", True, "the codec without inversion against the frames"),
+    Measure("ssim_vae", "", True, "the same, mean structural similarity of the luma"),
+    Measure("residual", "", False, "rms of the inversion's last fixed-point residual, worst frame and level"),
+    Measure("latent_round_trip", " dB", True, "clean latents over what regeneration misses of them, worst frame"),
+    Measure("psnr_projection", " dB", True, "decoded readout at observed times against the frames"),
+    Measure("projection_error", "", False, "relative rms in latents at observed times"),
+    Measure("heldout_error", "", False, "the same at unobserved kept frames, NaN where there are none"),
+    Measure("smoothness", "", False, "sum |u_{k+1} - u_k|^2 / sum |u_k|^2 of the latents"),
+    Measure("end_ratio", "", False, "rms m'(0) * mean gap / rms frame difference"),
+)
+"""How well a clip went through codec and projection. A recipe's gates are bounds on these."""
+
+_CERTIFICATE = [
+    (measure.name, pa.float64(), f"{measure.doc}{measure.unit and ','}{measure.unit}") for measure in CERTIFICATE
+]
+
 CLIP_SCHEMA = _schema(
     "clips",
     [
@@ -62,13 +97,20 @@ CLIP_SCHEMA = _schema(
         ("text_row", pa.int32(), "its caption's row in the group's texts"),
         ("order_used", pa.int32(), "coefficients that are not padding"),
         ("method_used", pa.string(), "projection method"),
-        ("psnr_codec", pa.float64(), "decode(encode) against the frames, dB"),
-        ("psnr_projection", pa.float64(), "decoded readout at observed times against the frames, dB"),
-        ("projection_error", pa.float64(), "relative rms in latents at observed times"),
-        ("heldout_error", pa.float64(), "the same at unobserved kept frames, NaN where there are none"),
-        ("smoothness", pa.float64(), "sum |u_{k+1} - u_k|^2 / sum |u_k|^2"),
-        ("end_ratio", pa.float64(), "rms m'(0) * mean gap / rms frame difference"),
         ("preview", pa.bool_(), "its frames are stored"),
+        *_CERTIFICATE,
+        ("frames_certified", pa.int32(), "frames that the codec's PSNR and SSIM are means of, 0 where unknown"),
+        ("flags", pa.string(), "figures outside the recipe's gates, separated by spaces; empty where there are none"),
+    ],
+)
+
+REJECTED_SCHEMA = _schema(
+    "rejected",
+    [
+        ("clip_id", pa.string(), "16 digits, as the clip would have in the dataset"),
+        ("film", pa.string(), "path relative to its source"),
+        ("clip_start", pa.float64(), "seconds from the film's first frame"),
+        *_CERTIFICATE,
     ],
 )
 
@@ -84,6 +126,20 @@ FAILURE_SCHEMA = _schema(
         ("detail", pa.string(), "one clear line, says the mend"),
     ],
 )
+
+
+def certificate_spread(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Of each figure that was measured for any clip, in CERTIFICATE's order: clips, worst, median and best."""
+    rows = list(rows)
+    spread: dict[str, dict[str, float]] = {}
+    for measure in CERTIFICATE:
+        found = [row.get(measure.name) for row in rows]
+        values = sorted(float(value) for value in found if value is not None and math.isfinite(value))
+        if values:
+            ends = (values[0], values[-1]) if measure.higher_is_better else (values[-1], values[0])
+            middle = statistics.median(values)
+            spread[measure.name] = {"clips": len(values), "worst": ends[0], "median": middle, "best": ends[1]}
+    return spread
 
 
 def table_of(rows: Iterable[Mapping[str, Any]] | pa.Table, schema: pa.Schema) -> pa.Table:
@@ -110,6 +166,29 @@ def table_of(rows: Iterable[Mapping[str, Any]] | pa.Table, schema: pa.Schema) ->
                 f"table of {name}: column {column!r} holds a null; give a value (NaN for an unknown number)"
             )
     return table
+
+
+def completed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """A table that was read, with the columns that its writer did not know yet: NaN, 0, False or empty text."""
+    for field in schema:
+        if field.name not in table.column_names:
+            values = pa.array([_unknown(field.type)] * table.num_rows, type=field.type)
+            table = table.append_column(field, values)
+    return table
+
+
+def completed_row(row: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
+    """A row, with NaN, 0, False or empty text in columns that it lacks, and where its value is None."""
+    missing = {field.name: _unknown(field.type) for field in schema if row.get(field.name) is None}
+    return {**row, **missing}
+
+
+def _unknown(kind: pa.DataType) -> float | int | bool | str:
+    if pa.types.is_floating(kind):
+        return math.nan
+    if pa.types.is_boolean(kind):
+        return False
+    return 0 if pa.types.is_integer(kind) else ""
 
 
 def check_format(schema: pa.Schema, table: str, path: object) -> None:

@@ -27,13 +27,13 @@ import numpy as np
 
 from storage.fingerprint import bytes_digest, canonical_json, file_digest, fingerprint, merkle_root
 from storage.layout import Lake, LakeError, create_exclusive, version_naming, write_atomic
-from storage.schema import CLIP_SCHEMA, FILM_SCHEMA, check_format, table_of
+from storage.schema import CLIP_SCHEMA, FILM_SCHEMA, REJECTED_SCHEMA, check_format, completed, table_of
 from storage.shards import DamagedShard, ShardInfo, ShardReader
 
 FORMAT = 1
 """Number of the version file's format. A reader refuses a higher one; fields are only ever added."""
 
-TABLES = {"clips": CLIP_SCHEMA, "films": FILM_SCHEMA}
+TABLES = {"clips": CLIP_SCHEMA, "films": FILM_SCHEMA, "rejected": REJECTED_SCHEMA}
 _MEND = "restore it from a copy, or ingest the films into a new lake"
 
 
@@ -62,7 +62,7 @@ class Version:
     shards: tuple[ShardInfo, ...]
     """All shards of the dataset, in order."""
     manifest: dict[str, Any]
-    """clips and films, each {path, sha256, rows}, as write_manifest returns them."""
+    """clips, films and rejected, each {path, sha256, rows}, as write_manifest returns them."""
     merkle_root: str
     """Over clip ids and samples' digests, see samples_root."""
     counts: dict[str, Any]
@@ -142,7 +142,11 @@ def load(lake: Lake, number: int | None = None) -> Version:
 
 
 def write_manifest(
-    lake: Lake, number: int, clips: Iterable[Mapping[str, Any]] | Any, films: Iterable[Mapping[str, Any]] | Any
+    lake: Lake,
+    number: int,
+    clips: Iterable[Mapping[str, Any]] | Any,
+    films: Iterable[Mapping[str, Any]] | Any,
+    rejected: Iterable[Mapping[str, Any]] | Any = (),
 ) -> dict[str, Any]:
     """Write the full tables of version `number`: what `Version.manifest` holds.
 
@@ -151,6 +155,7 @@ def write_manifest(
         number: the version that will name them.
         clips: rows or a pyarrow table, columns of CLIP_SCHEMA.
         films: rows or a pyarrow table, columns of FILM_SCHEMA.
+        rejected: clips that the recipe's gates keep out, columns of REJECTED_SCHEMA.
 
     Raises:
         ValueError: a row does not fit its schema.
@@ -160,7 +165,7 @@ def write_manifest(
     import pyarrow.parquet as pq
 
     manifest = {}
-    for name, rows in (("clips", clips), ("films", films)):
+    for name, rows in (("clips", clips), ("films", films), ("rejected", rejected)):
         table = table_of(rows, TABLES[name])
         path = lake.manifests / f"{number}-{name}.parquet"
         if (published := version_naming(path)) is not None:
@@ -178,7 +183,9 @@ def write_manifest(
 
 
 def read_manifest(lake: Lake, version: Version, table: str = "clips") -> Any:
-    """The version's table of `clips` or `films` (a pyarrow.Table), its checksum compared.
+    """The version's table of `clips`, `films` or `rejected` (a pyarrow.Table), its checksum compared.
+
+    A table or a column that the version's program did not know is empty or unknown, see storage.schema.completed.
 
     Raises:
         LakeError: the file is missing or altered; the message says the mend.
@@ -189,11 +196,13 @@ def read_manifest(lake: Lake, version: Version, table: str = "clips") -> Any:
 
     if table not in TABLES:
         raise ValueError(f"no table {table!r}; there are: {', '.join(TABLES)}")
+    if table not in version.manifest and table not in ("clips", "films"):
+        return TABLES[table].empty_table()
     entry = version.manifest[table]
     data = _checked_bytes(lake, entry)
     found = pq.ParquetFile(pa.BufferReader(data)).read()
     check_format(found.schema, table, lake.root / entry["path"])
-    return found
+    return completed(found, TABLES[table])
 
 
 def write_empty_text(lake: Lake, text_id: str, embedding: np.ndarray[Any, Any]) -> dict[str, str]:

@@ -16,14 +16,14 @@ import pytest
 
 from pipeline.decode import ffmpeg_binary
 from pipeline.ingest import IngestReport, ingest
-from pipeline.recipes import demo
+from pipeline.recipes import linear
 from pipeline.runner import Runner
 from pipeline.source import SourceError
 from storage.failures import read_failures
 from storage.layout import DiskFull, Lake
 from storage.version import latest, load, read_manifest, verify
 
-RECIPE = dataclasses.replace(demo(), size=(16, 16), duration=1.0, rate=8.0, block_clips=2)
+RECIPE = dataclasses.replace(linear(), size=(16, 16), duration=1.0, rate=8.0, block_clips=2)
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +139,8 @@ def test_a_killed_run_goes_on(tmp_path: Path, runner: Runner) -> None:
     lake = tmp_path / "lake"
     settings = {name: getattr(RECIPE, name) for name in ("size", "duration", "rate", "block_clips")}
     program = (
-        "import dataclasses\nfrom pipeline.ingest import ingest\nfrom pipeline.recipes import demo\n"
-        f"recipe = dataclasses.replace(demo(), **{settings!r})\n"
+        "import dataclasses\nfrom pipeline.ingest import ingest\nfrom pipeline.recipes import linear\n"
+        f"recipe = dataclasses.replace(linear(), **{settings!r})\n"
         f"ingest({str(tmp_path / 'films')!r}, {str(lake)!r}, recipe=recipe)\n"
     )
     with subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parents[2]) as process:

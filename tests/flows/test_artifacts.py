@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flows.artifacts import accounts_table, data_address, markdown_table, summary
-from pipeline.recipes import demo
+from pipeline.recipes import linear
 from pipeline.report import Account, IngestReport
 
 
@@ -27,7 +27,7 @@ def report(**changes: object) -> IngestReport:
         "failures": [failure],
         "superseded": 0,
         "bytes": 2_500_000,
-        "quality": {"psnr_codec": 41.234},
+        "certificate": {"psnr_codec": {"clips": 7, "worst": 30.5, "median": 41.234, "best": 50.0}},
         "seconds": {"plan": 1.25, "decode": 10.0},
         "tolerate": 0.05,
         "faulty_films": 1,
@@ -45,12 +45,12 @@ def test_the_accounts_add_up_in_the_table() -> None:
 
 
 def test_the_summary_says_outcome_recipe_accounts_and_failures() -> None:
-    text = summary(report(), demo(), "holiday")
+    text = summary(report(), linear(), "holiday")
     assert "**Version 4** was published (2.5 MB of shards)" in text
     assert "More films failed than the recipe tolerates (5%)" in text
     assert "films: 5 discovered = 2 done + 1 unchanged + 1 filtered (shorter_than_window 1) + 1 failed" in text
     assert '| codec | {"kind": "linear", "factor": 4' in text
-    assert "| psnr_codec | 41.23 |" in text
+    assert "| psnr_codec | 7 | 30.5 | 41.23 | 50 |" in text
     assert "| decode | 10.0 |" in text
     assert r"| a\|b.mp4 | plan | failed | empty_file | the file has no bytes; copy it &lt;again> |" in text
     assert "`some/lake/failures/20260101T000000Z-abcdef.parquet`" in text
@@ -63,18 +63,18 @@ def test_the_summary_of_a_run_without_news_or_without_anything() -> None:
         clips=Account("clips", 2, 0, 2, {}, {}),
         failures=[],
         faulty_films=0,
-        quality={},
+        certificate={},
     )
-    text = summary(nothing_new, demo(), "holiday")
+    text = summary(nothing_new, linear(), "holiday")
     assert "Nothing new: version 4 is up to date." in text
     assert "could not be used" not in text
     nothing = report(published=False, version=None, clips=Account("clips", 0, 0, 0, {}, {}))
-    assert "**Nothing was published**" in summary(nothing, demo(), "holiday")
+    assert "**Nothing was published**" in summary(nothing, linear(), "holiday")
 
 
 def test_long_failure_lists_are_cut_and_say_where_the_rest_is() -> None:
     many = report(failures=report().failures * 80)
-    text = summary(many, demo(), "holiday")
+    text = summary(many, linear(), "holiday")
     assert text.count("empty_file |") == 50
     assert "All 80 are in" in text
 

@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from model.codec import codec_from_spec
-from model.legs import evaluate
+from model.legs import evaluate, project, projection_matrix
+from model.legs_select import leave_one_out
 from pipeline.block import Block, BlockWorker, merge_parts
 from pipeline.plan import plan_ingest
-from pipeline.project import suited_method
-from pipeline.recipes import DataRecipe, demo
+from pipeline.recipes import DataRecipe, linear
 from pipeline.stage import ClipPlan, ClipWork, Resources, run_stages
 from storage.layout import Lake
 from storage.staging import read_block
 
 Film = Callable[..., Path]
-RECIPE = dataclasses.replace(demo(), size=(16, 24), duration=1.0, block_clips=100)
+RECIPE = dataclasses.replace(linear(), size=(16, 24), duration=1.0, block_clips=100)
 
 
 def planned(tmp_path: Path, scene: Film, recipe: DataRecipe = RECIPE, rate: str = "24") -> tuple[Lake, list[ClipPlan]]:
@@ -72,7 +72,7 @@ def test_a_block_as_staged(scene: Film, tmp_path: Path) -> None:
         assert row["end_ratio"] == pytest.approx(
             slope / np.sqrt(np.square(np.diff(latents[seen], axis=0)).mean()), rel=0.03
         )
-        assert (row["order_used"], row["method_used"]) == (18, "cubic")
+        assert row["order_used"] == 18
 
 
 def test_fewer_frames_lower_order(scene: Film, tmp_path: Path) -> None:
@@ -89,10 +89,24 @@ def test_fewer_frames_lower_order(scene: Film, tmp_path: Path) -> None:
     assert not arrays["latents"][0, 10:].any()
 
 
-def test_uneven_times_take_the_stable_method() -> None:
-    assert suited_method(np.array([0, 0.1, 0.2, 0.45]), "cubic") == "cubic"
-    assert suited_method(np.array([0, 0.1, 0.2, 0.55]), "cubic") == "linear"
-    assert suited_method(np.array([0, 0.1, 0.2, 0.55]), "hold") == "hold"
+def test_each_clip_has_the_method_of_its_own_frames(scene: Film, tmp_path: Path) -> None:
+    """`auto` looks at the observed frames alone, and what it chose is what was made."""
+    lake, clips = planned(tmp_path, scene)
+    BlockWorker(lake, RECIPE, "f" * 64).process("b", clips)
+    arrays, meta = read_block(lake, "b")
+    assert RECIPE.method == "auto"
+    for index, row in enumerate(meta["clips"]):
+        count = row["frames"]
+        seen = arrays["observed"][index][:count]
+        times = arrays["frame_time"][index][:count][seen]
+        latents = arrays["latents"][index][:count][seen].astype(np.float32)
+        errors = {name: leave_one_out(latents, times, 1.0, 18, name) for name in ("cubic", "linear")}
+        assert row["method_used"] == min(errors, key=lambda name: errors[name])
+        made = project(latents, projection_matrix(times, 1.0, 18, row["method_used"])).astype(np.float16)
+        np.testing.assert_allclose(arrays["coefficients"][index], made, atol=2e-3)
+    spline = dataclasses.replace(RECIPE, method="cubic")
+    BlockWorker(lake, spline, "f" * 64).process("c", clips)
+    assert {row["method_used"] for row in read_block(lake, "c")[1]["clips"]} == {"cubic"}
 
 
 def test_latents_that_do_not_fit_never_leave_the_stage(scene: Film, tmp_path: Path) -> None:
