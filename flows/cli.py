@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from model.program import is_expected
+
 Run = Callable[[argparse.Namespace], int]
 
 EPILOG = """
@@ -49,17 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     except Exception as error:
-        if not is_expected(error):
+        if not is_expected(error, also=("DecodeError", "PackError", "RunnerError")):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-
-
-def is_expected(error: Exception) -> bool:
-    """Whether an error is about the input or the machine, so that its message is the whole answer."""
-    known: tuple[type[BaseException], ...] = (ValueError, OSError, FloatingPointError)
-    names = ("LakeError", "DamagedShard", "SourceError", "DecodeError", "PackError", "RunnerError", "CodecUnavailable")
-    return isinstance(error, known) or any(kind.__name__ in names for kind in type(error).__mro__)
 
 
 def parser(chosen: str | None = None) -> argparse.ArgumentParser:
@@ -162,6 +157,13 @@ def sample(sub: argparse.ArgumentParser) -> Run:
     return program.arguments(sub)
 
 
+def interpolate(sub: argparse.ArgumentParser) -> Run:
+    """Options of `vlfm interpolate`."""
+    from pipeline import film as program
+
+    return program.arguments(sub)
+
+
 def evaluate(sub: argparse.ArgumentParser) -> Run:
     """Options of `vlfm evaluate`."""
     from model import evaluate as program
@@ -188,7 +190,9 @@ def run_inspect(options: argparse.Namespace) -> int:
     version = versions.load(lake, options.version)
     clips = versions.read_manifest(lake, version, "clips").to_pylist()
     if options.clip:
-        found = [row for row in clips if row["clip_id"].startswith(options.clip)]
+        outside = versions.read_manifest(lake, version, "rejected").to_pylist()
+        rejected = [{**row, "status": "kept out by the recipe's gates"} for row in outside]
+        found = [row for row in [*clips, *rejected] if row["clip_id"].startswith(options.clip)]
         if not found:
             raise ValueError(f"version {version.number} has no clip {options.clip}; `vlfm inspect` lists its films")
         rows: list[dict[str, Any]] = found
@@ -238,6 +242,40 @@ def run_verify(options: argparse.Namespace) -> int:
     else:
         print("\n".join(problems) or f"version {version.number} of {lake.root} is whole: {len(version.shards)} shards")
     return 1 if problems else 0
+
+
+def experiment(sub: argparse.ArgumentParser) -> Run:
+    """Options of `vlfm experiment`."""
+    sub.add_argument("name", nargs="?", metavar="NAME", help="the experiment; without one they are listed")
+    sub.add_argument(
+        "options", nargs=argparse.REMAINDER, metavar="...", help="its options; `vlfm experiment NAME --help` lists them"
+    )
+    return run_experiment
+
+
+def run_experiment(options: argparse.Namespace) -> int:
+    """Run an experiment of pipeline/experiments with its own options, or list them all."""
+    import importlib
+
+    about = experiments()
+    if options.name is None:
+        print("\n".join(f"{name:<12} {line}" for name, line in about.items()))
+        return 0
+    if options.name not in about:
+        raise ValueError(f"experiment {options.name!r} is unknown; the experiments are: {', '.join(about)}")
+    return int(importlib.import_module(f"pipeline.experiments.{options.name}").main(options.options))
+
+
+def experiments() -> dict[str, str]:
+    """The modules of pipeline/experiments that have a `main`, with the first lines of their texts; none is imported."""
+    import ast
+
+    found = {}
+    for path in sorted((Path(__file__).parent.parent / "pipeline" / "experiments").glob("*.py")):
+        module = ast.parse(path.read_text(encoding="utf-8"))
+        if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in module.body):
+            found[path.stem] = (ast.get_docstring(module) or "").partition("\n")[0]
+    return found
 
 
 def demo(sub: argparse.ArgumentParser) -> Run:
@@ -292,9 +330,11 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Run]]] = {
     "ingest": ("films and captions to the next version of a dataset", ingest),
     "train": ("train a model on the shards of one version", train),
     "sample": ("make a video from a prompt, at any frame rate", sample),
+    "interpolate": ("a film at any frame rate, without a model", interpolate),
     "evaluate": ("measure and show what a run has learned", evaluate),
     "inspect": ("show what a dataset holds", inspect),
     "verify": ("check every file and checksum of a dataset", verify),
+    "experiment": ("measure again what docs/experiments.md tells", experiment),
     "demo": ("the whole chain on generated films, or on your own, with a report", demo),
 }
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,10 +80,12 @@ def check_output(path: str | Path) -> None:
         ffmpeg_binary()
 
 
-def write_video(path: str | Path, frames: Frames, rate: float) -> Path:
+def write_video(path: str | Path, frames: Frames | Iterable[Frames], rate: float) -> Path:
     """Write frames at `rate` frames per second; the suffix says how.
 
     `.mp4` is H.264 through ffmpeg, `.gif` and `.webp` are animations, `.png` is a strip of all frames side by side.
+
+    frames: all of them, or batches of them one after the other; an mp4 then needs the memory of one batch.
 
     Raises:
         ValueError: an unknown suffix, no frames, or a rate that is not positive.
@@ -89,15 +95,17 @@ def write_video(path: str | Path, frames: Frames, rate: float) -> Path:
     path = Path(path)
     suffix = path.suffix.lower()
     check_output(path)
-    if len(frames) == 0:
-        raise ValueError(f"{path.name}: there are no frames to write; ask for a longer --duration")
     if not 0 < rate < float("inf"):
         raise ValueError(f"fps is {rate}; it must be a number above 0")
+    batches = iter([frames] if isinstance(frames, np.ndarray) else frames)
+    first = next((batch for batch in batches if len(batch)), None)
+    if first is None:
+        raise ValueError(f"{path.name}: there are no frames to write; ask for a longer --duration")
     path.parent.mkdir(parents=True, exist_ok=True)
     if suffix == ".mp4":
-        _write_mp4(path, frames, rate)
+        _write_mp4(path, first.shape[1:3], itertools.chain([first], batches), rate)
     else:
-        path.write_bytes(picture_bytes(frames, rate, suffix[1:]))
+        path.write_bytes(picture_bytes(np.concatenate([first, *batches]), rate, suffix[1:]))
     return path
 
 
@@ -125,19 +133,39 @@ def picture_bytes(frames: Frames, rate: float, kind: str) -> bytes:
     return out.getvalue()
 
 
-def _write_mp4(path: Path, frames: Frames, rate: float) -> None:
-    height, width = frames.shape[1:3]
-    # An odd size does not fit 4:2:0; a temporary name keeps a half-written file from looking whole.
+def _write_mp4(path: Path, size: tuple[int, int], batches: Iterable[Frames], rate: float) -> None:
+    height, width = (side + side % 2 for side in size)  # an odd size does not fit 4:2:0
+    # A temporary name keeps a half-written file from looking whole.
     part = path.with_name(f".{path.stem}.part.mp4")
     command = [
         *(ffmpeg_binary(), "-nostdin", "-v", "error", "-y"),
         *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", repr(float(rate)), "-i", "pipe:"),
-        *("-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-c:v", "libx264", "-crf", "12", "-pix_fmt", "yuv420p"),
+        # Players guess the colours of a film that does not name them, and guess otherwise for large pictures.
+        *("-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt709", "-color_primaries", "bt709"),
+        *("-color_trc", "bt709", "-color_range", "tv", "-c:v", "libx264", "-crf", "12", "-pix_fmt", "yuv420p"),
         *("-movflags", "+faststart", str(part)),
     ]
-    done = subprocess.run(command, input=np.ascontiguousarray(frames).tobytes(), capture_output=True, check=False)
-    if done.returncode:
+    with tempfile.TemporaryFile() as told:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=told)
+        assert process.stdin is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):  # ffmpeg has ended; its last line says why
+                for batch in batches:
+                    even = np.pad(batch, ((0, 0), (0, height - size[0]), (0, width - size[1]), (0, 0)), mode="edge")
+                    process.stdin.write(even.tobytes())
+                process.stdin.close()
+            process.wait()
+        except BaseException:
+            process.kill()
+            process.wait()
+            part.unlink(missing_ok=True)
+            raise
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+        told.seek(0)
+        lines = told.read().decode(errors="replace").strip().splitlines() or ["no message"]
+    if process.returncode:
         part.unlink(missing_ok=True)
-        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
         raise OSError(f"ffmpeg could not write {path}: {lines[-1]}")
     part.replace(path)

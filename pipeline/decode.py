@@ -146,15 +146,8 @@ def probe(path: Path, limits: MediaLimits | None = None) -> Probe:
         ticks, time_base, last = _decoded_times(path, limits)
         keyframes = np.array([], dtype=np.int64)
     usual = float(np.median(np.diff(ticks))) if len(ticks) > 1 else 0.0
-    return Probe(
-        ticks=ticks,
-        time_base=time_base,
-        last_duration=float((last if last > 0 else usual) * time_base),
-        keyframes=keyframes,
-        codec=header.get("codec_id 0", "unknown"),
-        width=width,
-        height=height,
-    )
+    last_duration = float((last if last > 0 else usual) * time_base)
+    return Probe(ticks, time_base, last_duration, keyframes, header.get("codec_id 0", "unknown"), width, height)
 
 
 def _flags(row: list[str]) -> int:
@@ -186,6 +179,30 @@ def _decoded_times(path: Path, limits: MediaLimits) -> tuple[np.ndarray, Fractio
     return ticks, Fraction(base.group(1)), found[-1][1]
 
 
+_SHOWN_SIZE = re.compile(r"showinfo.* n: *0 .*? s:(\d+)x(\d+) ")
+
+
+def shown_size(path: Path, limits: MediaLimits | None = None) -> tuple[int, int]:
+    """Height and width at which the film is shown, from its first frame: upright, with square pixels.
+
+    Raises:
+        DecodeError: as `decode`.
+    """
+    import ffmpeg
+
+    check_readable(path)
+    limits = limits or MediaLimits()
+    # A width that only the shape of the pixels gives is rounded to an even one, which every encoder takes.
+    wide = "if(eq(sar,1)+eq(sar,0),iw,2*trunc(iw*sar/2+0.5))"
+    source = ffmpeg.input(f"file:{path}", **_input_options(limits))
+    frames = source["V:0"].filter("scale", wide, "ih").filter("showinfo")
+    _, _, errors = _run(_command(ffmpeg.output(frames, "pipe:", f="null", **{"frames:v": 1})), path, limits)
+    found = _SHOWN_SIZE.search(errors)
+    if found is None:
+        raise diagnosis(path, errors, frames=0, limits=limits)
+    return int(found[2]), int(found[1])
+
+
 def window_starts(film: Probe, duration: float, start: float = 0.0, end: float | None = None) -> list[float]:
     """Starts (seconds since the first frame) of the full windows: start, start + T, ...; a tail is left out."""
     last = min(film.seconds, end) if end is not None else film.seconds
@@ -208,13 +225,18 @@ def select_frames(film: Probe, start: float, duration: float, rate: float) -> Wi
     _, first = np.unique(slots[order], return_index=True)
     kept = inside[order[first]]
     kept = kept[np.floor(times[kept] * rate + 0.5) < np.ceil(duration * rate - 1e-9)] if len(kept) else kept
+    return window_of(film, kept, start)
+
+
+def window_of(film: Probe, kept: Sequence[int] | np.ndarray, start: float = 0.0) -> Window:
+    """The window that keeps the frames of these indices (increasing); `start` in seconds since the first frame."""
     ticks = film.ticks[kept]
     seek = None
     if len(ticks):
         before = film.keyframes[film.keyframes <= ticks[0]]
         # From the first keyframe there is nothing to gain, and a plain start is always right.
         seek = float(before[-1] * film.time_base) if len(before) > 1 else None
-    frame_time = np.maximum(times[kept], 0.0)
+    frame_time = np.maximum(film.times[kept] - start, 0.0)
     return Window(start, tuple(int(tick) for tick in ticks), tuple(float(time) for time in frame_time), seek)
 
 
@@ -268,13 +290,11 @@ def _stream(
     times = _Times(process)
     try:
         for window in windows:
-            pixels = _read(process, len(window.ticks) * height * width * 3, limits.timeout)
+            expected = len(window.ticks) * height * width * 3
+            pixels = _read(process, expected, limits.timeout)
             if pixels is None:
                 raise DecodeError("timeout", f"no frames for {limits.timeout:g} s at {window.start:g} s; raise timeout")
-            if (
-                times.take(len(window.ticks)) != list(window.ticks)
-                or pixels.size < len(window.ticks) * height * width * 3
-            ):
+            if times.take(len(window.ticks)) != list(window.ticks) or pixels.size < expected:
                 process.kill()
                 times.join()
                 got = pixels.size // (height * width * 3)
@@ -293,9 +313,15 @@ def _selection(windows: Sequence[Window]) -> str:
     """An ffmpeg expression that is true for exactly the named frames; one comparison per window for the others."""
     parts = []
     for window in windows:
-        chosen = "+".join(f"eq(pts,{tick})" for tick in window.ticks)
+        chosen = _sum([f"eq(pts,{tick})" for tick in window.ticks])
         parts.append(f"if(between(pts,{window.ticks[0]},{window.ticks[-1]}),{chosen})")
-    return "+".join(parts)
+    return _sum(parts)
+
+
+def _sum(terms: Sequence[str]) -> str:
+    """A sum as a balanced tree: ffmpeg takes expressions of up to 100 levels, and a plain chain has one a term."""
+    half = len(terms) // 2
+    return terms[0] if len(terms) == 1 else f"({_sum(terms[:half])}+{_sum(terms[half:])})"
 
 
 def _read(process: subprocess.Popen[bytes], count: int, timeout: float) -> np.ndarray | None:

@@ -8,21 +8,20 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from pipeline.invert import SharedCodec, psnr, to_signed
+from pipeline.invert import SharedCodec, evenly, psnr, to_signed
 from pipeline.stage import ClipWork, Resources, fail, shielded
-
-UNEVEN = 3.3
-"""Ratio of neighbouring gaps above which the natural spline may amplify noise 11 to 21 times: 3, and a tenth more for
-time stamps in whole milliseconds. Thinning a film to a lower rate gives ratios up to 3, with a gain of 1.8."""
 
 
 class ProjectStage:
-    """Coefficients (order, C, h, w) in 16 bits, zero-padded, measured as they are stored."""
+    """Coefficients (order, C, h, w) in 16 bits, zero-padded, measured as they are stored.
+
+    certify_frames: how many of a clip's observed frames are decoded for the PSNR; 0 for all of them.
+    """
 
     name = "project"
 
-    def __init__(self, codec: SharedCodec, order: int, method: str) -> None:
-        self.codec, self.order, self.method = codec, order, method
+    def __init__(self, codec: SharedCodec, order: int, method: str, certify_frames: int = 0) -> None:
+        self.codec, self.order, self.method, self.certify_frames = codec, order, method, certify_frames
         self.resources = Resources()
 
     def setup(self) -> None:
@@ -40,6 +39,7 @@ class ProjectStage:
 
     def _project(self, work: ClipWork) -> ClipWork:
         from model.legs import derivative, evaluate, project
+        from model.legs_select import clip_method
 
         assert work.latents is not None
         assert work.frames is not None
@@ -47,8 +47,8 @@ class ProjectStage:
         times = np.asarray(plan.window.frame_time, dtype=np.float64)
         observed = np.asarray(plan.observed, dtype=bool)
         latents = work.latents.astype(np.float32)
-        method = suited_method(times[observed], self.method)
         order = min(self.order, 2 * int(observed.sum()))
+        method = clip_method(latents[observed], times[observed], plan.duration, order, self.method)
         weights = _matrix(tuple(times[observed]), plan.duration, order, method)
         with np.errstate(over="ignore"):
             coefficients = np.asarray(project(latents[observed], weights)).astype(np.float16)
@@ -59,28 +59,20 @@ class ProjectStage:
         readout = np.asarray(evaluate(used, times, plan.duration), dtype=np.float32)
         start_slope = np.asarray(derivative(used, times[:1], plan.duration), dtype=np.float32)[0]
         steps = np.diff(latents[observed], axis=0)
-        shown = self.codec.decode(readout[observed].astype(np.float16), plan.caption)
+        chosen = np.flatnonzero(observed)[evenly(int(observed.sum()), self.certify_frames)]
+        shown = self.codec.decode(readout[chosen].astype(np.float16), plan.caption)
         work.coefficients = np.zeros((self.order, *coefficients.shape[1:]), dtype=np.float16)
         work.coefficients[:order] = coefficients
         work.certificate |= {
             "order_used": order,
             "method_used": method,
-            "psnr_projection": psnr(shown, to_signed(work.frames[observed])),
+            "psnr_projection": psnr(shown, to_signed(work.frames[chosen], self.codec.device)),
             "projection_error": _ratio(readout[observed] - latents[observed], latents[observed]),
             "heldout_error": _ratio(readout[~observed] - latents[~observed], latents[~observed]),
             "smoothness": _ratio(np.diff(latents, axis=0), latents, squared=True),
             "end_ratio": _ratio(start_slope * float(np.diff(times[observed]).mean()), steps) * math.sqrt(len(steps)),
         }
         return work
-
-
-def suited_method(times: np.ndarray, method: str) -> str:
-    """`method`, or `linear` instead of `cubic` where neighbouring gaps differ more than `UNEVEN` times."""
-    gaps = np.diff(times)
-    if method != "cubic" or len(gaps) < 2:
-        return method
-    ratio = gaps[1:] / gaps[:-1]
-    return "linear" if max(ratio.max(), (1 / ratio).max()) > UNEVEN else method
 
 
 @functools.lru_cache(maxsize=256)

@@ -137,6 +137,21 @@ def discover(
     return _settled(found, captions_required)
 
 
+def films_in(paths: Sequence[str | Path]) -> list[Path]:
+    """Films by their paths, in this order; a folder stands for the films directly in it, by name.
+
+    Raises:
+        SourceError: a folder without films.
+    """
+    films: list[Path] = []
+    for path in map(Path, paths):
+        found = sorted(file for file in path.glob("*.*") if file.suffix.lower() in FILM_SUFFIXES)
+        if path.is_dir() and not found:
+            raise SourceError(f"no films in {path}; name films, or a folder that has some")
+        films += found if path.is_dir() else [path]
+    return films
+
+
 def _existing(source: str | Path) -> Path:
     text = str(source)
     if "://" in text:

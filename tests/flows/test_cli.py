@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -22,9 +23,11 @@ OPTIONS = {
     "ingest": ["SOURCE", "--lake", "--captions", "--recipe", "--set", "--limit", "--plan", "--ray-address", "--json"],
     "train": ["--lake", "--run", "--recipe", "--version", "--set"],
     "sample": ["--run", "--prompt", "--start", "--image", "--fps", "--duration", "--out", "--seed", "--guidance"],
+    "interpolate": ["FILM", "--fps", "--out", "--start", "--duration", "--size", "--codec", "--method", "--json"],
     "evaluate": ["--run", "--lake", "--out", "--seed", "--json"],
     "inspect": ["CLIP", "--lake", "--version", "--json"],
     "verify": ["--lake", "--version", "--json"],
+    "experiment": ["NAME"],
     "demo": ["--source", "--captions", "--out", "--limit", "--steps"],
 }
 Say = Callable[..., tuple[int, str, str]]
@@ -138,7 +141,7 @@ def test_the_program_ends_with_one_line_and_status_1(arguments: list[str], messa
             ["ingest", "films", "--lake", "lake", "--recipe", "magic"],
             "recipe 'magic' is unknown; the recipes are: demo",
         ),
-        (["ingest", "films", "--lake", "lake", "--set", "rat=8"], "setting 'rat' is unknown; the fields are: block_cl"),
+        (["ingest", "films", "--lake", "lake", "--set", "rat=8"], "setting 'rat' is unknown; the fields are: below_ga"),
         (["ingest", "films", "--lake", "lake", "--set", "rate=fast"], "setting 'rate' takes float, like 16.0"),
         (["ingest", "films", "--lake", "lake", "--set", "rate"], "--set takes key=value; it was given 'rate'"),
         (["ingest", "films", "--lake", "lake", "--set", "rate=-1"], "rate = -1.0 cannot be"),
@@ -151,6 +154,15 @@ def test_the_program_ends_with_one_line_and_status_1(arguments: list[str], messa
         (["train", "--lake", "{lake}", "--run", "run", "--set", "patch=0", "--recipe", "demo"], "patch is 0"),
         (["sample", "--run", "no", "--prompt", "a", "--out", "a.gif"], "no is no training run; make one with `vlfm"),
         (["sample", "--run", "no", "--prompt", "a", "--out", "a.doc"], "a.doc: cannot write .doc; use .mp4"),
+        (["interpolate", "no.mp4", "--fps", "24", "--out", "a.mp4"], "film_missing: no.mp4 is not there"),
+        (["interpolate", "films", "--fps", "24", "--out", "a.mp4"], "unreadable: Is a directory"),
+        (["interpolate", "no.mp4", "--fps", "24", "--out", "a.avi"], "a.avi: cannot write .avi; use .mp4"),
+        (
+            ["interpolate", "a", "--fps", "9", "--out", "a.gif", "--codec", "x"],
+            "codec 'x' is neither 'pixels', a folder",
+        ),
+        (["interpolate", "a", "--fps", "0", "--out", "a.gif"], "fps is 0; it must be above 0 and at most 1000"),
+        (["experiment", "alchemy"], "experiment 'alchemy' is unknown; the experiments are: codec, drift"),
         (["evaluate", "--run", "no", "--lake", "{lake}", "--out", "o"], "no is no training run"),
         (["inspect", "--lake", "films"], "vlfm ingest"),
         (["inspect", "--lake", "{lake}", "--version", "5"], "has no version 5; there are: 1"),
@@ -228,7 +240,8 @@ def test_inspect_lists_films_and_shows_a_clip(vlfm: Say, whole: Lake) -> None:
     clip = lines[2].split()[1]
     status, out, _ = vlfm("inspect", clip[:6], "--lake", whole.root)
     assert status == 0
-    shown = dict(line.split(maxsplit=1) for line in out.splitlines())
+    shown = {name: value for name, _, value in (line.partition(" ") for line in out.splitlines())}
+    shown = {name: value.strip() for name, value in shown.items()}
     assert (shown["clip_id"], shown["psnr_codec"]) == (clip, "40.0")
     status, out, _ = vlfm("inspect", clip, "--lake", whole.root, "--json")
     assert json.loads(out)[0]["heldout_error"] is None, "JSON has no NaN"
@@ -261,6 +274,42 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from pipeline.corpus import make_corpus
 
     return make_corpus(tmp_path_factory.mktemp("plan") / "films", films=2).parent
+
+
+def test_a_film_is_interpolated(vlfm: Say, films: Path, tmp_path: Path) -> None:
+    film = films / "01-translation.mp4"
+    status, out, told = vlfm("interpolate", film, "--fps", "60", "--duration", "0.2", "--size", "24", "--out", "a.gif")
+    assert status == 0, told
+    assert out.startswith("a.gif  12 frames of 32x24 at 60 fps\nfrom 104 frames at 48 fps, methods ")
+    assert (tmp_path / "a.gif").read_bytes().startswith(b"GIF89a")
+    assert "film       12/12 frames" in told
+    status, out, _ = vlfm(
+        "interpolate", film, "--fps", "2", "--size", "9x9", "--method", "hold", "--out", "b.png", "--json"
+    )
+    found = json.loads(out)
+    assert (found["frames"], found["size"], found["methods"].keys()) == (5, [9, 9], {"hold"})
+
+
+# --- experiments ---
+
+
+def test_experiments_are_listed_and_run(vlfm: Say, films: Path) -> None:
+    status, out, _ = vlfm("experiment")
+    assert status == 0
+    listed = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert {"drift", "interpolation", "projection"} <= set(listed)
+    for name, line in listed.items():
+        assert line == str(importlib.import_module(f"pipeline.experiments.{name}").__doc__).partition("\n")[0]
+    films_given = ["--size", "12x16", films]
+    status, out, told = vlfm("experiment", "interpolation", *films_given, "--json")
+    assert status == 0, told
+    assert [row["film"] for row in json.loads(out)] == ["01-translation.mp4", "02-zoom.webm"]
+    status, out, told = vlfm("experiment", "interpolation", "nowhere.mp4")
+    assert (status, out) == (1, "")
+    assert "film_missing" in told
+    with pytest.raises(SystemExit) as end:
+        vlfm("experiment", "projection", "--help")
+    assert end.value.code == 0
 
 
 def test_a_plan_makes_nothing(vlfm: Say, films: Path, tmp_path: Path) -> None:

@@ -155,14 +155,18 @@ def test_dtypes_and_shapes(shape: list[int], count: int, dtype: type, seed: int)
     assert read.shape == (3, *shape)
 
 
-@pytest.mark.parametrize("order", [32, 96, 200, 512])
-@pytest.mark.parametrize("width", [63, 64, 255, 256, 1000])
-def test_the_blocked_product_is_the_product(width: int, order: int) -> None:
+@pytest.mark.parametrize("order", [32, 200])
+@pytest.mark.parametrize("width", [1, 63, 1000])
+def test_the_product_takes_any_strides_and_memory_that_may_not_be_written(width: int, order: int) -> None:
     frames = np.random.default_rng(0).standard_normal((48, width))
     matrix = projection_matrix(midpoints(48), 2.0, order)
     np.testing.assert_allclose(project(frames, matrix), matrix.T @ frames, atol=1e-13)
     np.testing.assert_allclose(project(frames.astype(np.float32), matrix), matrix.T @ frames, atol=1e-5)
     np.testing.assert_allclose(project(frames[:, ::-1], matrix), matrix.T @ frames[:, ::-1], atol=1e-13)
+    turned = torch.from_numpy(frames.T.copy()).T
+    np.testing.assert_allclose(project(turned, matrix).numpy(), matrix.T @ frames, atol=1e-13)
+    frames.setflags(write=False)
+    np.testing.assert_allclose(project(frames, matrix), matrix.T @ frames, atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,8 +1,6 @@
-"""Order and method chosen by data, and what that is worth on real films."""
+"""Order and method chosen by data; what that is worth on films: tests/pipeline/experiments/test_projection.py."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +9,7 @@ import torch
 from model.legs import evaluate, project, projection_matrix
 from model.legs_select import (
     choose,
+    clip_method,
     default_methods,
     energy_per_order,
     leave_one_out,
@@ -18,7 +17,6 @@ from model.legs_select import (
     truncate,
     truncation_errors,
 )
-from tests.reference import films
 
 
 def walk(count: int = 14, width: int = 30) -> tuple[np.ndarray, np.ndarray]:
@@ -91,12 +89,34 @@ def test_a_lower_order_is_padded_to_the_recipes() -> None:
 def test_uneven_times_rule_the_spline_out() -> None:
     assert default_methods(np.array([0.0, 0.1, 0.25, 0.4])) == ("cubic", "linear")
     assert default_methods(np.array([0.0, 0.1, 0.5, 0.6])) == ("linear",)
+    assert default_methods(np.array([0.0, 0.1, 0.42])) == ("cubic", "linear"), "3.2 times, as milliseconds round"
     times = np.array([0.0, 0.3, 0.31, 0.6, 0.61, 1.0])
     gain = {
         method: np.abs(evaluate(projection_matrix(times, 1.0, 200, method).T, np.linspace(0, 1, 101), 1.0)).sum(1).max()
         for method in ("cubic", "linear")
     }
     assert gain["cubic"] > 5 > gain["linear"], "what the rule is for"
+
+
+def test_a_clips_method_is_its_recipes_or_its_own_choice() -> None:
+    times = (np.arange(20) + 0.5) / 10
+    smooth = np.sin(4 * times[:, None] + np.arange(5)).astype(np.float32)
+    jumps = np.where(np.arange(20)[:, None] >= np.array([3, 8, 11, 15, 17]), 1.0, 0.0)
+    assert clip_method(smooth, times, 2.0, 40, "auto") == "cubic"
+    assert clip_method(jumps, times, 2.0, 40, "auto") == "linear"
+    for order in (5, 40):
+        errors = {name: leave_one_out(smooth, times, 2.0, order, name) for name in ("cubic", "linear")}
+        assert clip_method(smooth, times, 2.0, order, "auto") == min(errors, key=lambda name: errors[name])
+    assert clip_method(smooth, times, 2.0, 40, "hold") == "hold"
+    assert clip_method(jumps, times, 2.0, 40, "cubic") == "cubic", "what a recipe asks for is done"
+    uneven = np.array([0, 0.1, 0.2, 0.55])
+    assert [clip_method(smooth[:4], uneven, 2.0, 8, name) for name in ("auto", "cubic", "hold")] == [
+        "linear", "linear", "hold"
+    ]  # fmt: skip
+    assert clip_method(smooth[:4], uneven - [0, 0, 0, 0.1], 2.0, 8, "cubic") == "cubic", "gaps 1 to 2.5"
+    assert clip_method(smooth[:2], times[:2], 2.0, 4, "auto") == "linear", "two frames leave nothing to compare"
+    with pytest.raises(ValueError, match="times must strictly increase"):
+        clip_method(smooth[:3], np.array([0, 0.5, 0.5]), 2.0, 6, "auto")
 
 
 def test_energy_and_truncation() -> None:
@@ -131,34 +151,3 @@ def test_bad_input_is_refused() -> None:
         choose(np.zeros((3, 1)), times, 1.0, orders=())
     with pytest.raises(ValueError, match=r"orders is \(0,\)"):
         choose(np.zeros((3, 1)), times, 1.0, orders=(0,))
-
-
-@pytest.mark.parametrize("count", [13, 25, 49])
-def test_real_films_at_held_out_frames(real_films: Path, count: int) -> None:
-    """Every second frame held out: dB over linear interpolation of the same frames, mean over the clips.
-
-    The table goes to the log (`pytest -s`), a row a clip, hold-previous-frame beside it.
-    """
-    span, rows = 2 * count - 1, []
-    times, duration = (np.arange(span) + 0.5) / 24, span / 24
-    print(f"\nN={count}: linear, then over it: hold-previous | auto s=N, s=2N | cubic s=N, 2N | linear s=N, 2N")
-    for name, first in films.CLIPS:
-        frames = films.clip(real_films, name, first, span)
-        seen, held_out = frames[::2], frames[1::2]
-        straight = films.decibel((seen[1:] + seen[:-1]) / 2, held_out)
-        matrices = [
-            choose(seen, times[::2], duration, orders=(k * count,)).matrix(times[::2], duration) for k in (1, 2)
-        ]
-        matrices += [
-            projection_matrix(times[::2], duration, k * count, method) for method in ("cubic", "linear") for k in (1, 2)
-        ]
-        read = [evaluate(project(seen, matrix), times[1::2], duration) for matrix in matrices]
-        gains = [films.decibel(picture, held_out) - straight for picture in (seen[:-1], *read)]
-        rows.append(gains)
-        print(f"{name:18} {first:4} {straight:6.2f}", *(f"{gain:+6.2f}" for gain in gains))
-    means = np.mean(rows, axis=0)
-    print(f"{'mean':30}", *(f"{gain:+6.2f}" for gain in means))
-    assert means[1] > -0.2
-    assert means[2] > -0.05
-    assert means[2] > means[4], "choosing by data must beat the spline everywhere"
-    assert means[2] > means[6] > -0.05, "and the line everywhere"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -106,6 +107,37 @@ def test_without_a_system_ffmpeg_the_bundled_one_is_used(tmp_path: Path, monkeyp
     monkeypatch.delenv("VLFM_FFMPEG", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "imageio_ffmpeg" in ffmpeg_binary()
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webp", ".png"])
+def test_batches_make_the_same_file(tmp_path: Path, suffix: str) -> None:
+    film = frames(12, 31, 47)
+    whole = write_video(tmp_path / f"whole{suffix}", film, 12)
+    parts = write_video(tmp_path / f"parts{suffix}", iter([film[:0], film[:5], film[5:6], film[6:]]), 12)
+    assert parts.read_bytes() == whole.read_bytes()
+
+
+def test_what_fails_on_the_way_leaves_nothing(tmp_path: Path) -> None:
+    def batches() -> Iterator[np.ndarray]:
+        yield frames(3)
+        raise RuntimeError("the film ends here")
+
+    with pytest.raises(RuntimeError, match="the film ends here"):
+        write_video(tmp_path / "film.mp4", batches(), 12)
+    with pytest.raises(ValueError, match="there are no frames"):
+        write_video(tmp_path / "film.mp4", iter([]), 12)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_film_names_its_colours(tmp_path: Path) -> None:
+    """Red is red again, whichever matrix a player would have guessed; what an odd size lacks is no black line."""
+    red = np.full((3, 33, 33, 3), (220, 30, 40), np.uint8)
+    path = write_video(tmp_path / "red.mp4", red, 8)
+    told = subprocess.run([ffmpeg_binary(), "-i", str(path)], capture_output=True).stderr.decode()
+    assert "bt709" in told
+    found, _ = read_back(path)
+    assert found.shape[1:] == (34, 34, 3)
+    assert np.abs(found.astype(int) - red[0, 0, 0]).max() <= 3
 
 
 def test_a_failing_ffmpeg_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.decode import decode, ffmpeg_binary, probe, select_frames, window_starts
+from pipeline.decode import decode, ffmpeg_binary, probe, select_frames, window_of, window_starts
 from pipeline.faults import DecodeError, MediaLimits
 
 Film = Callable[..., Path]
@@ -92,6 +92,19 @@ def test_variable_rate_keeps_real_times(film: Film, tmp_path: Path) -> None:
     assert numbers(frames) == [k for k in kept if k / 48 < 0.9]
     thinned = select_frames(found, 0.0, 0.9, 8)
     assert len(thinned.ticks) == len(set(thinned.ticks)) <= 8
+
+
+def test_windows_of_hundreds_of_frames(film: Film, tmp_path: Path) -> None:
+    """ffmpeg refuses a sum of more than a hundred terms written as a chain."""
+    path = film(tmp_path / "long.mp4", *SHARP, *GREY, rate="60", seconds=3)
+    found = probe(path)
+    window = select_frames(found, 0.0, 3.0, 60)
+    assert len(window.ticks) == 180
+    (frames,) = decode(path, [window], (8, 8))
+    assert numbers(frames) == list(range(180))
+    singles = [window_of(found, [k]) for k in range(180)]
+    assert [numbers(frames)[0] for frames in decode(path, singles, (8, 8))] == list(range(180))
+    assert window_of(found, np.arange(60, 120), 1.0) == select_frames(found, 1.0, 1.0, 60)
 
 
 def test_times_count_from_the_first_frame(film: Film, tmp_path: Path) -> None:
