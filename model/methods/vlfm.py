@@ -146,6 +146,7 @@ class VLFM:
         guidance: float = 1.0,
         unconditional: Conditioning | None = None,
         first_frame: Tensor | None = None,
+        reanchor: bool = True,
     ) -> Trajectory:
         """Integrate the flow from `noise` (B, C, h, w); the trajectory is read at any time of the clip.
 
@@ -159,6 +160,7 @@ class VLFM:
             guidance: weight of classifier-free guidance on the warm-up; 1 is none. On the clip it would scale motion.
             unconditional: the empty caption's conditioning; needed when guidance is not 1.
             first_frame: (B, C, h, w) latents of the first frame; the flow then starts on the clip, at r = 0.
+            reanchor: whether the state is set back on the predicted mean at the clip's grid points.
 
         Raises:
             ValueError: guidance without the empty caption.
@@ -178,7 +180,7 @@ class VLFM:
                 mean, slope = free + guidance * (mean - free), free_slope + guidance * (slope - free_slope)
             return mean[:, 0].float() * self.mean_scale, slope[:, 0].float() * self.derivative_scale
 
-        return solve(self.path, predict, noise, grid, method=solver, start_mean=first_frame)
+        return solve(self.path, predict, noise, grid, method=solver, reanchor=reanchor, start_mean=first_frame)
 
 
 def make_vlfm(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -98,6 +99,18 @@ def test_past_the_window_the_last_frame_starts_the_next(sampler: Sampler) -> Non
     second = sampler.trajectory(CAPTIONS[:1], [DURATION], [0], QUICK, first.read([1.0])[0])
     expected = sampler.codec.decode(second.read(torch.arange(16) / 16)[:, 0])
     assert np.abs((from_frames(long[16:32]) - expected).numpy()).max() < 2 / 255
+
+
+def test_a_state_may_be_left_where_it_drifts(sampler: Sampler) -> None:
+    """Without re-anchoring Euler's steps on the clip add up from the first frame's state; with it they do not."""
+    gaps = {}
+    for reanchor in (True, False):
+        path = sampler.trajectory(CAPTIONS[:1], [0.0], [0], dataclasses.replace(QUICK, reanchor=reanchor))
+        states, slopes = path.states[2:], path.derivatives[2:]  # the warm-up has two points
+        summed = states[:1] + slopes[:-1].cumsum(0) / QUICK.steps
+        gaps[reanchor] = float((states[1:] - summed).abs().max())
+    assert gaps[False] < 1e-5
+    assert gaps[True] > 1e-2
 
 
 def test_an_image_starts_the_clip(sampler: Sampler, tmp_path: Path) -> None:

@@ -73,6 +73,20 @@ def test_a_resumed_run_is_the_same_run_bit_by_bit(lake: Lake, tmp_path: Path, ma
     assert logged(tmp_path / "whole", "loss") == logged(tmp_path / "parts", "loss")
 
 
+def test_another_method_can_be_trained(lake: Lake, tmp_path: Path) -> None:
+    """Its loss is what is minimised: that of zero everywhere leaves the network as it began."""
+
+    class Nothing:
+        def loss(self, backbone: torch.nn.Module, batch: object, generator: torch.Generator) -> dict[str, torch.Tensor]:
+            zero = sum((p * 0).sum() for p in backbone.parameters())
+            return {"loss": torch.as_tensor(zero), "mean": torch.zeros(()), "derivative": torch.zeros(())}
+
+    train(lake.root, tmp_path / "run", TINY, method=lambda *_: Nothing())
+    at = [load_file(Run(tmp_path / "run").checkpoint(step) / "backbone.safetensors") for step in (3, 6)]
+    assert all(torch.equal(at[0][name], at[1][name]) for name in at[0])
+    assert set(logged(tmp_path / "run", "loss").values()) == {0.0}
+
+
 def test_a_finished_run_is_not_run_again(lake: Lake, tmp_path: Path) -> None:
     folder = train(lake.root, tmp_path / "run", TINY)
     before = (folder / "state.json").stat().st_mtime_ns

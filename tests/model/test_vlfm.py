@@ -116,6 +116,22 @@ def test_guidance_of_one_asks_once() -> None:
     assert all(named for _, named in oracle.asked)
 
 
+@pytest.mark.parametrize("reanchor", [True, False])
+def test_reanchoring_sets_the_state_back_on_the_answer(reanchor: bool) -> None:
+    """A coarse Euler step leaves the curve; with re-anchoring the next one starts on it again."""
+    oracle, path = Oracle(), METHOD.path
+    METHOD.sample(oracle, given(), noise(), steps=4, warmup_steps=2, reanchor=reanchor)
+    truth, slope = curve(clips(), torch.linspace(0, 1, 5, dtype=torch.float64).expand(2, 5))
+    expected = truth[:, :-1] + slope[:, :-1] / 4 + path.sigma_end * noise()[:, None]  # one step from the curve
+    summed = truth[:, :1] + (slope[:, :-1] / 4).cumsum(1) + path.sigma_end * noise()[:, None]
+    arrived = torch.stack(oracle.seen[-4:], dim=1)
+    drift = arrived - (expected if reanchor else summed)
+    assert float((expected - summed)[:, 1:].abs().max()) > 0.1
+    # Without it the warm-up's own error stays in the state, the same at every step; answers are float32.
+    left = torch.zeros_like(drift) if reanchor else drift[:, :1].expand_as(drift)
+    torch.testing.assert_close(drift, left, rtol=0, atol=1e-5)
+
+
 def test_a_first_frame_starts_the_flow_on_the_clip() -> None:
     oracle = Oracle()
     first = curve(clips(), torch.zeros(2, 1, dtype=torch.float64))[0][:, 0]

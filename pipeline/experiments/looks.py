@@ -1,0 +1,64 @@
+"""A backbone that on the clip is shown another state than the solver's, to tell what a sample owes to its states."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from model.dit import Conditioning
+from model.methods.vlfm import curve
+from model.solver import Path
+
+LOOKS = ("solver", "twice", "first", "truth")
+"""`solver`: the solver's state. `twice`: also the state that the first answer makes, and the second answer counts.
+`first`: the first frame's state all along, so that no answer rests on another but that one. `truth`: the true state."""
+
+
+class Looks(nn.Module):
+    """A backbone behind one of LOOKS, for the clips of one batch; it counts its calls.
+
+    Args:
+        backbone: the network; one state for each clip.
+        look: one of LOOKS.
+        path: the flow's path.
+        mean_scale: what the network's answer is multiplied with to be a mean.
+        noise: (B, C, h, w), the path's noise z.
+        truth: (B, order, C, h, w), the clips' coefficients; only `truth` looks at them.
+
+    Raises:
+        ValueError: an unknown look.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, look: str, path: Path, mean_scale: float, noise: Tensor, truth: Tensor
+    ) -> None:
+        if look not in LOOKS:
+            raise ValueError(f"look is {look!r}; it must be one of {', '.join(LOOKS)}")
+        super().__init__()
+        self.backbone, self.look, self.path, self.mean_scale = backbone, look, path, mean_scale
+        self.noise, self.truth, self.calls = noise, truth, 0
+        self.first: Tensor | None = None
+
+    def forward(self, latents: Tensor, time: Tensor, given: Conditioning) -> tuple[Tensor, Tensor]:
+        """As `Backbone.forward`, for states (B, 1, C, h, w) that all have one flow time."""
+        now = float(time.flatten()[0])
+        if now < 0:
+            return self._ask(latents, time, given)
+        if self.look == "first" and self.first is not None:
+            latents = self.first
+        elif self.look == "truth":
+            latents = self._state(curve(self.truth, time)[0], now)
+        mean, slope = self._ask(latents, time, given)
+        if now == 0:
+            self.first = self._state(mean * self.mean_scale, now)
+        if self.look == "twice":
+            mean, slope = self._ask(self._state(mean * self.mean_scale, now), time, given)
+        return mean, slope
+
+    def _ask(self, latents: Tensor, time: Tensor, given: Conditioning) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        answer: tuple[Tensor, Tensor] = self.backbone(latents, time, given)
+        return answer
+
+    def _state(self, mean: Tensor, now: float) -> Tensor:
+        centre, sigma = self.path.evaluate(now, mean)
+        return centre + sigma * self.noise[:, None]
