@@ -259,7 +259,7 @@ def run_experiment(options: argparse.Namespace) -> int:
 
     about = experiments()
     if options.name is None:
-        print("\n".join(f"{name:<12} {line}" for name, line in about.items()))
+        print("\n".join(f"{name:<14} {line}" for name, line in about.items()))
         return 0
     if options.name not in about:
         raise ValueError(f"experiment {options.name!r} is unknown; the experiments are: {', '.join(about)}")

@@ -94,7 +94,7 @@ def save(
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     save_file({k: v.contiguous() for k, v in backbone.state_dict().items()}, part / "backbone.safetensors")
-    save_file(average.tensors, part / "average.safetensors")
+    save_file({k: v.contiguous() for k, v in average.tensors.items()}, part / "average.safetensors")
     groups: list[Any] = []
     tensors: dict[str, Tensor] = {}
     for number, optimizer in enumerate(optimizers):

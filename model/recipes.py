@@ -40,7 +40,7 @@ class TrainRecipe:
     """Share of the training times that fall on the warm-up, in (0, 1)."""
     warmup_focus: float = 2.0
     """Draws the warm-up's times towards the noise, where the caption alone must tell the frame; 1 is uniform."""
-    state_jitter: float = 0.1
+    state_jitter: float = 0.3
     """How far along the clip (standard deviation, in flow time) a state may be from its time in training. Without it
     the network reads the time off the state, and a sample that once lags stays behind (docs/experiments.md)."""
     error_focus: float = 1.0
@@ -100,13 +100,12 @@ def demo() -> TrainRecipe:
         width=192,
         depth=6,
         heads=4,
-        patch=4,
+        patch=2,
         batch=16,
         times_per_clip=2,
         warmup_share=0.25,
-        state_jitter=0.3,
         context_dropout=0.9,
-        steps=2000,
+        steps=1500,
         learning_rate=2e-3,
         learning_rate_warmup=50,
         ema_decay=0.99,
@@ -160,7 +159,9 @@ def override(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
                 raise ValueError(f"setting {key!r}: {name} is no dictionary but {type(current).__name__}")
             changes[name] = {**current, entry: value}
         else:
-            changes[name] = _coerced(key, given if isinstance(current, str) else value, current)
+            changes[name] = _coerced(
+                key, given if isinstance(current, str) else value, current, any_length="..." in str(fields[name].type)
+            )
     return dataclasses.replace(cast(Any, recipe), **changes)
 
 
@@ -171,13 +172,14 @@ def _parsed(text: str) -> Any:
         return text
 
 
-def _coerced(key: str, value: Any, current: Any) -> Any:
+def _coerced(key: str, value: Any, current: Any, any_length: bool = False) -> Any:
     kind = type(current)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if kind is tuple and isinstance(value, list) and len(value) == len(current):
+    if kind is tuple and isinstance(value, list) and (any_length or len(value) == len(current)):
         return tuple(value)
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    shape = f"{len(current)} values as [a, b]" if kind is tuple else kind.__name__
+    count = "any number of" if any_length else len(current) if kind is tuple else 1
+    shape = f"{count} values as [a, b]" if kind is tuple else kind.__name__
     raise ValueError(f"setting {key!r} takes {shape}, like {current!r}; it was given {value!r}")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +20,8 @@ from torch import Tensor
 Loaded = TypeVar("Loaded")
 
 
+SHIPPED = Path(__file__).parent / "shipped"
+"""Folders of weights that come with this package; each is known by its folder's name."""
 FILES = ("*model.safetensors", "*.json", "*.txt")
 """What is read of a hub repository: one precision of the weights, configs, tokenizers."""
 
@@ -32,7 +35,8 @@ class Weights:
     """A folder of pretrained weights on this machine."""
 
     source: str
-    """The hub id, or the folder's absolute path: what finds the weights again from another working directory."""
+    """The hub id, a shipped folder's name, or the folder's absolute path: what finds the weights again from another
+    working directory."""
     folder: Path
     """Where the files lie."""
     name: str
@@ -42,11 +46,17 @@ class Weights:
 
 
 def find_weights(source: str | Path, revision: str | None = None) -> Weights:
-    """The folder of `source`, a local folder or a hub id (`owner/name`) in the local Hugging Face cache.
+    """The folder of `source`: the name of shipped weights (`vlfm-small`), a local folder, or a hub id (`owner/name`) in
+    the local Hugging Face cache.
 
     revision: branch, tag or commit of a hub id; the commit it stands for is recorded. A folder has none.
     Raises CodecUnavailable where nothing is found, ValueError for a revision of a plain folder.
     """
+    shipped = SHIPPED / str(source)
+    if "/" not in str(source) and (shipped / "model_index.json").is_file():
+        if revision is not None:
+            raise ValueError(f"{source} comes with vlfm and has no revision {revision!r}: leave the revision out")
+        return Weights(str(source), shipped, str(source), None)
     folder = Path(source).expanduser()
     if folder.is_dir():
         if revision is not None:
@@ -107,12 +117,27 @@ def load_part(
         if found != expected:
             raise CodecUnavailable(f"{place} holds a {found}, a codec needs {expected} there: pass another folder")
     try:
-        return load(str(folder), local_files_only=True, **safe, **(options or {}))
+        with _without_progress_bars():
+            return load(str(folder), local_files_only=True, **safe, **(options or {}))
     except Exception as error:  # Any failure of a library's loader is the same to the user: these files are no good.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CodecUnavailable(
             f"{place} cannot be loaded ({reason}): fetch its files again, or pass another folder"
         ) from error
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Keeps transformers from drawing a bar of its own for every folder it reads."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def digest_tensors(tensors: Mapping[str, Tensor]) -> str:

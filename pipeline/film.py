@@ -23,9 +23,10 @@ from model.legs_product import product
 from model.legs_select import AUTO, clip_method
 from model.progress import Progress
 from model.video import Frames, check_output, to_frames, write_video
+from model.weights import SHIPPED
 from pipeline.blend import readout_matrix, window
 from pipeline.decode import Probe, decode, probe, shown_size, window_of
-from pipeline.faults import MediaLimits
+from pipeline.faults import DecodeError, MediaLimits
 from pipeline.invert import SharedCodec, to_signed
 from pipeline.shots import shot_starts
 
@@ -327,7 +328,7 @@ def codec_named(name: str) -> dict[str, Any]:
 
     if name == "pixels":
         return PIXELS
-    if "/" in name or Path(name).is_dir():
+    if "/" in name or Path(name).is_dir() or (SHIPPED / name).is_dir():
         return {"kind": "diffusers", "source": name, "inversion_depth": 0}
     try:
         return recipe_named(name).codec
@@ -372,14 +373,15 @@ def run_arguments(options: argparse.Namespace) -> int:
 
     check_output(options.out)  # what cannot be written is not worth the wait
     check_fps(options.fps)
-    reader = FilmReader(
-        options.film,
-        size=options.size,
-        codec=codec_named(options.codec),
-        method=options.method,
-        blend_cuts=options.blend_cuts,
-    )
-    made = interpolate(reader, options.out, options.fps, options.start, options.duration, progress)
+    codec = codec_named(options.codec)
+    try:
+        reader = FilmReader(
+            options.film, size=options.size, codec=codec, method=options.method, blend_cuts=options.blend_cuts
+        )
+        made = interpolate(reader, options.out, options.fps, options.start, options.duration, progress)
+    except DecodeError as error:  # an ingest's table names the film, here the message must
+        name = Path(options.film).name
+        raise DecodeError(error.reason, error.detail if name in error.detail else f"{name}: {error.detail}") from None
     if options.json:
         print(json.dumps(asdict(made)))
         return 0

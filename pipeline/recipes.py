@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.faults import MediaLimits
+from pipeline.gates import FLAG, REJECT, check_gates
 
 OBSERVATIONS = ("every_second", "all", "random")
+METHODS = ("auto", "hold", "linear", "cubic", "lstsq", "bilinear", "paper")
+"""`auto`, and those of model.legs, which recipes do not import: it loads torch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +37,9 @@ class DataRecipe:
     clip's id); the first and the last always do."""
     order: int = 0
     """s, number of coefficients; 0 means twice the observed frames of a full window."""
-    method: str = "cubic"
-    """Projection method of model.legs; `cubic` falls back to `linear` on clips with very uneven times."""
+    method: str = "auto"
+    """Projection method of model.legs. `auto` chooses `cubic` or `linear` for each clip, by leave-one-out over its
+    observed frames; on clips with very uneven times it is `linear`, and so is `cubic`."""
     codec: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {"kind": "linear", "factor": 4, "channels": 12, "scale": 1.0}
     )
@@ -54,6 +58,13 @@ class DataRecipe:
     """Clips in a block: the unit of work, of resume, and of a shard."""
     captions_required: bool = True
     """Whether a film without a caption fails; else it gets the empty caption."""
+    certify_frames: int = 0
+    """How many of a clip's frames are decoded again to measure PSNR and SSIM, spread evenly; 0 takes all of them."""
+    gates: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Bounds on the figures of a clip's certificate (storage.schema.CERTIFICATE): the least where more is better, else
+    the most, as in `gates.psnr_codec=25` or `gates.end_ratio=20`. null is no gate; what was not measured passes."""
+    below_gate: str = REJECT
+    """What becomes of clips outside a gate: `reject` filters them, `flag` keeps them with their `flags` set."""
     tolerate: float = 0.05
     """Share of the films that may fail before the command's exit status is 3."""
     max_pixels: int = 8192 * 4320
@@ -71,19 +82,25 @@ class DataRecipe:
             "size": len(self.size) == 2 and min(self.size) >= 1,
             "observe": self.observe in OBSERVATIONS,
             "order": self.order >= 0,
+            "method": self.method in METHODS,
             "validation_fraction": 0 <= self.validation_fraction < 1,
             "min_observed": self.min_observed >= 1,
             "preview_clips": self.preview_clips >= 0,
             "block_clips": self.block_clips >= 1,
             "tolerate": 0 <= self.tolerate <= 1,
             "timeout": self.timeout > 0,
+            "certify_frames": self.certify_frames >= 0,
+            "below_gate": self.below_gate in (REJECT, FLAG),
             "max_pixels": self.max_pixels >= 1,
             "max_frames": self.max_frames >= 1,
         }
         for field, good in checks.items():
             if not good:
-                hint = f"; choose one of {', '.join(OBSERVATIONS)}" if field == "observe" else ""
+                words = {"observe": OBSERVATIONS, "method": METHODS, "below_gate": (REJECT, FLAG)}.get(field)
+                hint = f"; choose one of {', '.join(words)}" if words else ""
                 raise ValueError(f"recipe {self.name}: {field} = {getattr(self, field)!r} cannot be{hint}")
+        if wrong := check_gates(self.gates):
+            raise ValueError(f"recipe {self.name}: {wrong}")
 
     @property
     def frames_max(self) -> int:
@@ -110,6 +127,8 @@ class DataRecipe:
         fields = dataclasses.asdict(self)
         for field in _HOUSEKEEPING:
             del fields[field]
+        # Whether the codec's networks are compiled is the machine's affair and changes no data.
+        fields["codec"] = {key: value for key, value in self.codec.items() if key != "compiled"}
         # A folder may move; weights are named by the codec's and encoder's own ids once they are loaded.
         return {**fields, "order": self.coefficients, "size": list(self.size)}
 
@@ -123,6 +142,9 @@ _HOUSEKEEPING = (
     "preview_clips",
     "block_clips",
     "captions_required",
+    "certify_frames",
+    "gates",
+    "below_gate",
     "tolerate",
     "max_pixels",
     "max_frames",
@@ -131,8 +153,17 @@ _HOUSEKEEPING = (
 
 
 def demo() -> DataRecipe:
-    """Small pictures through the linear codec: no weights are needed and a CPU is enough."""
-    return DataRecipe(name="demo")
+    """Small pictures through the codec that comes with this package; a CPU is enough."""
+    return DataRecipe(
+        name="demo",
+        codec={"kind": "diffusers", "source": "vlfm-small", "ddim_steps": 20, "inversion_depth": 2, "refinements": 3},
+        certify_frames=8,
+    )
+
+
+def linear() -> DataRecipe:
+    """Small pictures through a fixed block transform: no network, nearly nothing is lost, larger latents."""
+    return DataRecipe(name="linear")
 
 
 def stable_diffusion(folder: str | Path = "stable-diffusion-v1-5/stable-diffusion-v1-5") -> DataRecipe:
@@ -143,6 +174,7 @@ def stable_diffusion(folder: str | Path = "stable-diffusion-v1-5/stable-diffusio
         codec={"kind": "diffusers", "source": str(folder), "ddim_steps": 50, "inversion_depth": 50, "refinements": 3},
         text={"kind": "pretrained", "source": str(folder)},
         preview_clips=16,
+        certify_frames=8,  # all 32 would take a quarter of the UNet's work, 8 take a tenth
     )
 
 

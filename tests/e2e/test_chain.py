@@ -67,7 +67,9 @@ def video(path: Path) -> tuple[int, int, float, int]:
 
 def test_films_become_a_report(vlfm: Say, films: Path, tmp_path: Path) -> None:
     lake, run, report = tmp_path / "lake", tmp_path / "run", tmp_path / "report"
-    status, out, told = vlfm("ingest", films, "--lake", lake, "--set", "size=[32,32]", "--set", "validation_fraction=0")
+    ingest = ["ingest", films, "--lake", lake, "--recipe", "linear"]
+    ingest += ["--set", "size=[32,32]", "--set", "validation_fraction=0"]
+    status, out, told = vlfm(*ingest)
     assert status == 0, out + told
     lines = out.splitlines()
     assert "films: 3 discovered = 3 done + 0 unchanged + 0 filtered + 0 failed" in lines
@@ -100,7 +102,7 @@ def test_films_become_a_report(vlfm: Say, films: Path, tmp_path: Path) -> None:
     assert all(caption in page for caption in captions)
 
     # The same films again: nothing is done, and no version is made.
-    status, out, _ = vlfm("ingest", films, "--lake", lake, "--set", "size=[32,32]", "--set", "validation_fraction=0")
+    status, out, _ = vlfm(*ingest)
     assert status == 0
     assert out.splitlines()[-1] == f"nothing new: version 1 of {lake} is up to date"
     assert list_versions(Lake.open(lake)) == [1]

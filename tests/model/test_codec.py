@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import shutil
 import subprocess
@@ -15,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import codec_diffusers
+from model import codec_batches
 from model.codec import Codec, CodecUnavailable, DiffusersCodec, LinearCodec, codec_from_spec
-from model.codec_diffusers import filled, in_batches
+from model.codec_diffusers import filled
 from model.codec_linear import basis_order, block_basis
 from tests.model.tiny_diffusion import tiny_diffusion, tiny_vae
 
@@ -209,11 +208,11 @@ def test_sixteen_channels_with_shift_and_spread_are_normalised_and_undone(tmp_pa
     frames = picture()
     for name, channels, shift, gain in (("vae16", 16, 0.25, 1.5), ("vae8", 8, 0.5, 0.25)):
         codec = DiffusersCodec.from_pretrained(tmp_path / name, inversion_depth=0)
-        raw = codec._vae.encode(frames).latent_dist.mode()
+        raw = codec._networks.vae.encode(frames).latent_dist.mode()
         latents = codec.encode(frames)
         assert latents.shape == (2, channels, 8, 8)
         torch.testing.assert_close(latents, (raw - shift) * gain)
-        torch.testing.assert_close(codec.decode(latents), codec._vae.decode(raw).sample.clamp(-1, 1))
+        torch.testing.assert_close(codec.decode(latents), codec._networks.vae.decode(raw).sample.clamp(-1, 1))
 
 
 def test_inversion_comes_back_to_the_vaes_own_frames(folder: Path, deep: DiffusersCodec) -> None:
@@ -360,7 +359,7 @@ def test_a_unet_for_other_latents_is_refused(folder: Path, tmp_path: Path) -> No
 def test_a_unet_that_diverges_leaves_no_latents(folder: Path) -> None:
     codec = DiffusersCodec.from_pretrained(folder, ddim_steps=10, inversion_depth=2)
     with torch.no_grad():
-        codec._unet.conv_out.bias.fill_(math.nan)
+        codec._networks.unet.conv_out.bias.fill_(math.nan)
     with pytest.raises(ValueError, match="the noise predictor diverged"):
         codec.encode(picture(), "a ball")
 
@@ -369,37 +368,11 @@ def test_large_frames_go_through_the_vae_in_tiles(folder: Path, monkeypatch: pyt
     codec = DiffusersCodec.from_pretrained(folder, inversion_depth=0)
     frames = picture(1, size=64)
     whole = codec.encode(frames)
-    monkeypatch.setattr(codec_diffusers, "LARGE", 48)
+    monkeypatch.setattr(codec_batches, "LARGE", 48)
     tiled = codec.encode(frames)
     assert tiled.shape == whole.shape == (1, 4, 16, 16)
     assert not torch.equal(tiled, whole)
     assert codec.decode(tiled).shape == frames.shape
-
-
-def test_out_of_memory_halves_the_batch_and_loses_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    sizes = []
-
-    def compute(items: Tensor, text: Tensor | None) -> Tensor:
-        sizes.append(len(items))
-        if len(items) > 2:
-            raise torch.OutOfMemoryError("no more")
-        assert text is not None
-        return items + text
-
-    items, text = torch.arange(10.0).view(10, 1), torch.ones(10, 1)
-    with caplog.at_level(logging.WARNING):
-        results = in_batches(compute, items, text, 8)
-    assert torch.equal(torch.cat(results), items + 1)
-    assert sizes == [8, 4, 2, 2, 2, 2, 2]
-    assert "halved to 4" in caplog.text
-
-
-def test_one_frame_that_does_not_fit_says_so() -> None:
-    def compute(items: Tensor, text: Tensor | None) -> Tensor:
-        raise torch.OutOfMemoryError("no more")
-
-    with pytest.raises(RuntimeError, match=r"one item of 3 x 8 x 8 does not fit.*smaller frames"):
-        in_batches(compute, torch.zeros(2, 3, 8, 8), None, 2)
 
 
 def test_the_batch_does_not_change_the_latents(folder: Path) -> None:

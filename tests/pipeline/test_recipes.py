@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 
 from model.recipes import override
-from pipeline.recipes import DataRecipe, demo, recipe_named, stable_diffusion
+from pipeline.recipes import DataRecipe, demo, linear, recipe_named, stable_diffusion
 from pipeline.rows import observed_frames, split_of
 
 
 def test_names() -> None:
     assert recipe_named("demo") == demo()
+    assert recipe_named("linear") == linear()
     assert recipe_named("stable_diffusion") == stable_diffusion()
     for name in ("nope", "recipe_named", "dataclasses", "override"):
-        with pytest.raises(ValueError, match="is unknown; the recipes are: demo, stable_diffusion"):
+        with pytest.raises(ValueError, match="is unknown; the recipes are: demo, linear, stable_diffusion"):
             recipe_named(name)
 
 
@@ -37,12 +38,15 @@ def test_sizes_follow_from_the_window() -> None:
         ("size", (0, 64)),
         ("observe", "odd"),
         ("order", -1),
+        ("method", "spline"),
         ("validation_fraction", 1.0),
         ("min_observed", 0),
         ("preview_clips", -1),
         ("block_clips", 0),
         ("tolerate", 2.0),
         ("timeout", 0.0),
+        ("certify_frames", -1),
+        ("below_gate", "drop"),
     ],
 )
 def test_impossible_values_are_refused(field: str, value: object) -> None:
@@ -50,9 +54,26 @@ def test_impossible_values_are_refused(field: str, value: object) -> None:
         dataclasses.replace(demo(), **{field: value})
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gates.psnr": 20}, "gates has no figure 'psnr'; choose among psnr_codec, ssim_codec, "),
+        ({"gates.psnr_codec": "high"}, "gates.psnr_codec = 'high' cannot be; give a number, or null for no gate"),
+        ({"gates.end_ratio": float("nan")}, "gates.end_ratio = nan cannot be"),
+        ({"gates.end_ratio": True}, "gates.end_ratio = True cannot be"),
+    ],
+)
+def test_a_gate_is_a_number_on_a_figure_of_the_certificate(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        override(demo(), settings)
+    opened = override(demo(), {"gates.psnr_codec": "21", "gates.residual": "null"})
+    assert opened.gates == {"psnr_codec": 21, "residual": None}
+
+
 def test_only_what_changes_data_is_fingerprinted() -> None:
     changed: dict[str, object] = {"name": "x", "captions_required": False, "observe": "all", "method": "linear"}
     changed |= {"size": (32, 32), "store_latents": False, "text": {"kind": "other"}, "codec": {"kind": "other"}}
+    changed |= {"gates": {"psnr_codec": 20.0}, "below_gate": "flag"}
     housekeeping = set()
     for field in dataclasses.fields(DataRecipe):
         value = getattr(demo(), field.name)
@@ -66,8 +87,15 @@ def test_only_what_changes_data_is_fingerprinted() -> None:
             housekeeping.add(field.name)
     assert housekeeping == {
         *("name", "preview_clips", "block_clips", "captions_required", "tolerate"),
-        *("max_pixels", "max_frames", "timeout"),
+        *("max_pixels", "max_frames", "timeout", "certify_frames", "gates", "below_gate"),
     }
+
+
+def test_a_compiled_codec_makes_the_same_data() -> None:
+    spec = {"kind": "diffusers", "source": "folder"}
+    plain, compiled = (dataclasses.replace(demo(), codec=codec) for codec in (spec, {**spec, "compiled": True}))
+    assert plain.data_fields() == compiled.data_fields()
+    assert compiled.to_json()["codec"]["compiled"] is True
 
 
 def test_an_order_said_is_the_order_meant() -> None:

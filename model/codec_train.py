@@ -1,0 +1,358 @@
+"""`python -m model.codec_train`: trains a small codec in Stable Diffusion's layout on the frames that lakes keep.
+
+Two stages, each resumed where it stands: the autoencoder on small crops (mean square error and a little KL), then
+UNet and text encoder on its latents by predicting noise (Ho, Jain, Abbeel 2020) at the levels of `model.ddim`. Films
+that are held out are never read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from model.checkpoint import Run, load_average, restore, save
+from model.codec_data import Footage, dead_leaves, footage, random_crop, recoloured
+from model.codec_networks import new_autoencoder, new_text_model, new_tokenizer, new_unet, write_folder
+from model.ddim import BETA_END, BETA_START, TRAIN_STEPS
+from model.ema import MovingAverage
+from model.optimizers import set_learning_rate
+from model.program import run_program
+from model.progress import Progress
+from model.recipes import override
+from model.train import StopSignal, mixed_seed, parse_settings
+from storage.fingerprint import fingerprint
+
+EMPTY = 0
+"""Number of the empty caption among the captions of a run."""
+
+
+@dataclass(frozen=True)
+class CodecRecipe:
+    """How a codec is trained."""
+
+    vae_widths: tuple[int, ...] = (16, 32, 96, 160)
+    """Channels of the autoencoder's levels, multiples of 8; four levels give the factor 8."""
+    unet_widths: tuple[int, ...] = (64, 112, 128)
+    """Channels of the UNet's three levels, multiples of 16."""
+    vae_steps: int = 13_000
+    """Steps of the autoencoder."""
+    vae_batch: int = 8
+    """Crops in a step of the autoencoder."""
+    crop: int = 64
+    """Side of a crop in pixels, a multiple of 8."""
+    leaves: float = 0.15
+    """Share of the pictures that are dead leaves."""
+    uncaptioned: float = 0.4
+    """Share of the UNet's pictures that are crops in other colours, mirrored or not, with the empty caption."""
+    kl_weight: float = 3e-4
+    """Weight of the KL divergence per latent value; keeps latents near unit variance and the decoder smooth."""
+    kl_from: int = 1000
+    """Steps without KL; it then rises to its weight in as many. From the start on it empties the latents for good."""
+    vae_learning_rate: float = 1e-3
+    """Peak of AdamW's learning rate for the autoencoder."""
+    unet_steps: int = 8_500
+    """Steps of UNet and text encoder."""
+    unet_batch: int = 16
+    """Latents in a step of the UNet."""
+    unet_learning_rate: float = 1e-3
+    """Peak of AdamW's learning rate for UNet and text encoder."""
+    sides: tuple[int, ...] = (128, 128, 64)
+    """Sides in pixels of the pictures whose latents the UNet sees; steps take turns."""
+    latents: int = 10_240
+    """Pictures whose latents are made once, for each side, and drawn from."""
+    caption_dropout: float = 0.1
+    """Share of the UNet's captions that are left out."""
+    ema_decay: float = 0.998
+    """Decay of the average of the weights, which is what is written."""
+    seed: int = 0
+    """Seed of weights, crops and noise."""
+    save_every: int = 250
+    """Steps between two checkpoints."""
+    hold_out: tuple[str, ...] = ("carphone", "armwrestling")
+    """Films, by name without suffix, that are never trained on."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop; its checkpoint is written."""
+
+
+@dataclass
+class Stage:
+    """One of the two trainings: what it trains, how many steps, and the loss of a step."""
+
+    name: str
+    network: nn.Module
+    steps: int
+    learning_rate: float
+    loss: Callable[[int], dict[str, Tensor]]
+
+    def train(self, folder: Path, recipe: CodecRecipe) -> None:
+        """Goes on from the newest checkpoint to the last step. Raises Stopped on SIGTERM or Ctrl-C."""
+        run = Run(folder / self.name)
+        average = MovingAverage(self.network, recipe.ema_decay)
+        matrices = [p for p in self.network.parameters() if p.ndim > 1]
+        rest = [p for p in self.network.parameters() if p.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": 1e-2}, {"params": rest, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.99))
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+        done = restore(run.checkpoint(), self.network, average, [optimizer]) if run.steps() else 0
+        progress = Progress(self.name, self.steps, "steps", done, every=30)
+        stop = StopSignal()
+        run.root.mkdir(parents=True, exist_ok=True)
+        sums: dict[str, float] = {}
+        with run.log.open("a") as log:
+            for step in range(done, self.steps):
+                set_learning_rate(optimizer, min(1.0, (step + 1) / 200) * cosine(step / self.steps))
+                losses = self.loss(step)
+                losses["loss"].backward()
+                nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                average.update(self.network)
+                for name, value in losses.items():
+                    sums[name] = sums.get(name, 0.0) + float(value.detach()) / 50
+                if not math.isfinite(sums["loss"]):
+                    raise FloatingPointError(f"{self.name}: the loss is not finite at step {step}; lower the rate")
+                if step % 50 == 49:
+                    log.write(json.dumps({"step": step + 1, **{k: round(v, 6) for k, v in sums.items()}}) + "\n")
+                    log.flush()
+                    note = "  ".join(f"{name} {value:.4f}" for name, value in sums.items())
+                    progress.update(step + 1, note)
+                    sums = {}
+                last = step + 1 == self.steps
+                if last or (step + 1) % recipe.save_every == 0 or stop.seen:
+                    save(run, step + 1, self.network, average, [optimizer], keep=1)
+                if stop.seen and not last:
+                    raise Stopped(f"stopped at step {step + 1} of {self.name}; the same command goes on from there")
+        load_average(run.checkpoint(), self.network)
+        self.network.eval()
+
+
+def cosine(share: float) -> float:
+    """From 1 at 0 down to 0.01 at 1."""
+    return 0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2
+
+
+def pictures(lakes: Sequence[Sequence[Footage]], count: int, recipe: CodecRecipe, step: int) -> Tensor:
+    """A step's crops for the autoencoder, (count, 3, crop, crop) in [-1, 1]; lakes have equal shares."""
+    random = np.random.default_rng([recipe.seed, 1, step])
+    made = []
+    for _ in range(count):
+        if random.random() < recipe.leaves:
+            made.append(dead_leaves(recipe.crop, random))
+            continue
+        clips = lakes[int(random.integers(len(lakes)))]
+        crop = random_crop(clips[int(random.integers(len(clips)))], recipe.crop, 0.35, random)
+        made.append(recoloured(crop, random))
+    return torch.stack(made) * 2 - 1
+
+
+def autoencoder_stage(vae: nn.Module, lakes: Sequence[Sequence[Footage]], recipe: CodecRecipe) -> Stage:
+    """Mean square error of the reconstruction, and the KL divergence of the latents."""
+    network: Any = vae
+    for norm in vae.modules():
+        if isinstance(norm, nn.GroupNorm):  # its gradient in bfloat16 takes five times as long on a CPU
+            norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+
+    def errors(batch: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = network.encode(batch).latent_dist
+            made = network.decode(posterior.mean + posterior.std * noise).sample
+        mean, log_variance = posterior.mean.float(), posterior.logvar.float()
+        kl = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
+        return (made.float() - batch).square().mean(), kl
+
+    def loss(step: int) -> dict[str, Tensor]:
+        batch = pictures(lakes, recipe.vae_batch, recipe, step).contiguous(memory_format=torch.channels_last)
+        generator = torch.Generator().manual_seed(mixed_seed(recipe.seed, 1, step))
+        side = recipe.crop // 8
+        error, kl = errors(batch, torch.randn(recipe.vae_batch, 4, side, side, generator=generator))
+        rise = min(1.0, max(0.0, step / max(recipe.kl_from, 1) - 1))
+        return {"loss": error + rise * recipe.kl_weight * kl, "error": error, "kl": kl}
+
+    return Stage("vae", vae, recipe.vae_steps, recipe.vae_learning_rate, loss)
+
+
+def captioned(
+    lakes: Sequence[Sequence[Footage]], side: int, recipe: CodecRecipe, random: np.random.Generator
+) -> tuple[Tensor, str]:
+    """A picture for the UNet, (3, side, side) in [0, 1], and its caption.
+
+    Captions name colours and sides, so what is recoloured or mirrored has the empty one.
+    """
+    kind = random.random()
+    if kind < recipe.leaves:
+        return dead_leaves(side, random), ""
+    clips = lakes[int(random.integers(len(lakes)))]
+    clip = clips[int(random.integers(len(clips)))]
+    picture = random_crop(clip, side, 0.7, random)
+    if kind < recipe.leaves + recipe.uncaptioned:
+        return recoloured(picture, random), ""
+    return picture, clip.caption
+
+
+@torch.no_grad()
+def make_latents(
+    vae: nn.Module, lakes: Sequence[Sequence[Footage]], recipe: CodecRecipe, folder: Path
+) -> tuple[dict[int, tuple[Tensor, Tensor]], list[str], float]:
+    """Scaled latents (N, 4, h, h) of each side with their captions' numbers (N,); the captions; the scaling factor.
+
+    Made once and kept in the run. The scaling factor gives the latents of the first side unit variance.
+    """
+    network: Any = vae
+    captions = ["", *sorted({clip.caption for clips in lakes for clip in clips})]
+    numbers = {caption: number for number, caption in enumerate(captions)}
+    file = folder / "latents.safetensors"
+    if not file.is_file():
+        tensors: dict[str, Tensor] = {}
+        for side in sorted(set(recipe.sides)):
+            progress = Progress(f"latents {side}", recipe.latents, "pictures", every=10)
+            rows, which = [], []
+            for first in range(0, recipe.latents, 32):
+                random = np.random.default_rng([recipe.seed, 2, side, first])
+                chosen = [captioned(lakes, side, recipe, random) for _ in range(min(32, recipe.latents - first))]
+                batch = torch.stack([picture for picture, _ in chosen]) * 2 - 1
+                rows.append(network.encode(batch).latent_dist.mode().contiguous())
+                which += [numbers[caption] for _, caption in chosen]
+                progress.update(len(which))
+            tensors[f"latents{side}"], tensors[f"captions{side}"] = torch.cat(rows).contiguous(), torch.tensor(which)
+        save_file(tensors, file)
+    tensors = load_file(file)
+    scale = 1 / float(tensors[f"latents{recipe.sides[0]}"].std())
+    sets = {side: (tensors[f"latents{side}"] * scale, tensors[f"captions{side}"]) for side in set(recipe.sides)}
+    return sets, captions, scale
+
+
+def noise_levels() -> Tensor:
+    """(1000,) cumulative products of 1 - beta, float32, as in `model.ddim`."""
+    betas = torch.linspace(math.sqrt(BETA_START), math.sqrt(BETA_END), TRAIN_STEPS, dtype=torch.float64) ** 2
+    return (1 - betas).cumprod(0).float()
+
+
+class Denoiser(nn.Module):
+    """UNet and text encoder together: what predicts noise from a caption."""
+
+    def __init__(self, unet: nn.Module, text_model: nn.Module) -> None:
+        super().__init__()
+        self.unet, self.text_model = unet, text_model
+
+    def forward(self, latents: Tensor, ddim_step: Tensor, tokens: Tensor) -> Tensor:
+        """Noise (B, 4, h, w) in latents of that shape at ddim_step (B,), for captions as tokens (B, L)."""
+        text = self.text_model(input_ids=tokens).last_hidden_state
+        noise: Tensor = self.unet(latents, ddim_step, encoder_hidden_states=text).sample
+        return noise.float()
+
+
+def denoiser_stage(
+    denoiser: Denoiser, sets: dict[int, tuple[Tensor, Tensor]], captions: Sequence[str], recipe: CodecRecipe
+) -> Stage:
+    """Mean square error of the predicted noise at levels drawn evenly."""
+    levels = noise_levels()
+    tokens = new_tokenizer()(list(captions), padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+
+    def loss(step: int) -> dict[str, Tensor]:
+        latents, which = sets[recipe.sides[step % len(recipe.sides)]]
+        generator = torch.Generator().manual_seed(mixed_seed(recipe.seed, 2, step))
+        chosen = torch.randint(len(latents), (recipe.unet_batch,), generator=generator)
+        clean, number = latents[chosen], which[chosen]
+        dropped = torch.rand(len(chosen), generator=generator) < recipe.caption_dropout
+        number = torch.where(dropped, EMPTY, number)
+        # Evenly spread over the levels within a batch, which quiets the loss.
+        place = (torch.arange(len(chosen)) + torch.rand(len(chosen), generator=generator)) / len(chosen)
+        ddim_step = (place * TRAIN_STEPS).long()
+        noise = torch.randn(clean.shape, generator=generator)
+        level = levels[ddim_step].view(-1, 1, 1, 1)
+        noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = denoiser(noisy.contiguous(memory_format=torch.channels_last), ddim_step, tokens[number])
+        return {"loss": (predicted - noise).square().mean()}
+
+    return Stage("unet", denoiser, recipe.unet_steps, recipe.unet_learning_rate, loss)
+
+
+def train_codec(lakes: Sequence[str | Path], folder: Path, out: Path, recipe: CodecRecipe) -> Path:
+    """Trains, or goes on training, in `folder`, and writes the codec to `out`.
+
+    Raises:
+        ValueError: a lake without frames, or a run that was begun with another recipe.
+        Stopped: SIGTERM or Ctrl-C; the same call goes on.
+    """
+    about = json.loads(json.dumps(asdict(recipe)))
+    run = Run(folder)
+    if run.file.is_file() and run.read()["recipe"] != about:
+        raise ValueError(f"the run {folder} was begun with another recipe; give another --run, or the same settings")
+    run.write({"recipe": about})
+    clips = footage(lakes, recipe.hold_out)
+    torch.manual_seed(recipe.seed)
+    vae = new_autoencoder(recipe.vae_widths)
+    denoiser = Denoiser(new_unet(recipe.unet_widths), new_text_model())
+    for network in (vae, denoiser):
+        cast(Any, network).to(memory_format=torch.channels_last)
+    autoencoder_stage(vae, clips, recipe).train(folder, recipe)
+    sets, captions, scale = make_latents(vae, clips, recipe, folder)
+    denoiser_stage(denoiser, sets, captions, recipe).train(folder, recipe)
+    cast(Any, vae).register_to_config(scaling_factor=scale)
+    films = sorted({clip.film for lake in clips for clip in lake})
+    record = {
+        "recipe": about,
+        "films": films,
+        "frames": sum(len(clip.frames) for lake in clips for clip in lake),
+        "captions": len(captions),
+        "footage": fingerprint(sorted([clip.film, clip.caption] for lake in clips for clip in lake)),
+        "losses": {stage: _last_losses(Run(folder / stage).log) for stage in ("vae", "unet")},
+    }
+    write_folder(out, vae, denoiser.unet, denoiser.text_model, record)
+    return out
+
+
+def _last_losses(log: Path) -> dict[str, float]:
+    """The mean of the last ten lines of a log."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()[-10:]]
+    return {name: round(float(np.mean([row[name] for row in rows])), 5) for name in (rows[-1] if rows else {})}
+
+
+def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    """Add the program's options to a parser; returns what runs them."""
+    parser.add_argument(
+        "--lake", action="append", required=True, metavar="DIR",
+        help="a lake made with --set preview_clips=100000; several have equal shares",
+    )  # fmt: skip
+    parser.add_argument("--run", required=True, metavar="DIR", help="where the training is kept; it is resumed")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the codec, in Stable Diffusion's layout")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
+        help="override a field of CodecRecipe, e.g. --set vae_steps=2000; may be given several times",
+    )  # fmt: skip
+    return run_arguments
+
+
+def run_arguments(options: argparse.Namespace) -> int:
+    """Train as the options say."""
+    recipe = override(CodecRecipe(), parse_settings(options.settings))
+    try:
+        print(train_codec(options.lake, Path(options.run), Path(options.out), recipe))
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 130
+    return 0
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Entry of `python -m model.codec_train`."""
+    return run_program("model.codec_train", (__doc__ or "").splitlines()[0], arguments, given)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""Training of a small codec: on frames of a lake, resumed bit by bit, written as a folder that the codec reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model import codec_train
+from model.codec import DiffusersCodec
+from model.codec_data import Footage, dead_leaves, footage, random_crop, recoloured
+from model.codec_train import CodecRecipe, Stopped, cosine, main, noise_levels, pictures, train_codec
+from model.ddim import DDIMSchedule
+from model.prompts import pretrained_text_encoder
+from model.recipes import override
+from storage.layout import Lake
+from tests.model.tiny_lake import make_lake
+
+TINY = CodecRecipe(
+    vae_steps=3, vae_batch=2, crop=32, unet_steps=3, unet_batch=2, sides=(32,), latents=4, save_every=2, kl_from=1,
+    hold_out=(), vae_widths=(8, 8, 8, 8), unet_widths=(16, 16, 16),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lake(tmp_path_factory: pytest.TempPathFactory) -> Lake:
+    return make_lake(tmp_path_factory.mktemp("codec") / "lake")
+
+
+@pytest.fixture(scope="module")
+def trained(lake: Lake, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("codec")
+    return train_codec([lake.root], folder / "run", folder / "small", TINY)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{part}/{name}": value
+        for part, file in (("vae", "diffusion_pytorch_model"), ("unet", "diffusion_pytorch_model"),
+                           ("text_encoder", "model"))
+        for name, value in load_file(folder / part / f"{file}.safetensors").items()
+    }  # fmt: skip
+
+
+def test_the_folder_is_a_codec_with_its_text_encoder(trained: Path) -> None:
+    plain = DiffusersCodec.from_pretrained(trained, inversion_depth=0)
+    assert (plain.channels, plain.factor) == (4, 8)
+    frames = torch.rand(2, 3, 64, 32) * 2 - 1
+    latents = plain.encode(frames)
+    assert latents.shape == (2, 4, 8, 4)
+    assert plain.decode(latents).shape == frames.shape
+    full = DiffusersCodec.from_pretrained(trained, ddim_steps=10, inversion_depth=2, refinements=1)
+    assert full.encode(frames, "a ball").shape == (2, 4, 8, 4)
+    embedding, _ = pretrained_text_encoder(trained).encode(["a red ball"])
+    assert embedding.shape == (1, 77, 128)
+    assert {value.dtype for value in weights(trained).values()} == {torch.float16}
+    assert not [path for path in trained.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".ckpt")]
+
+
+def test_the_latents_of_the_first_side_have_unit_variance(trained: Path) -> None:
+    made = load_file(trained.parent / "run" / "latents.safetensors")["latents32"]
+    scale = DiffusersCodec.from_pretrained(trained, inversion_depth=0).scale
+    assert scale * float(made.std()) == pytest.approx(1, rel=1e-4)
+
+
+def test_the_record_names_films_recipe_and_losses(trained: Path, lake: Lake) -> None:
+    record = json.loads((trained / "training.json").read_text())
+    assert record["recipe"]["vae_steps"] == 3
+    assert record["films"] == sorted({clip.film for clip in footage([lake.root])[0]})
+    assert set(record["losses"]) == {"vae", "unet"}
+    assert str(lake.root) not in json.dumps(record)
+
+
+@pytest.mark.parametrize("stage", ["autoencoder_stage", "denoiser_stage"])
+def test_a_stopped_training_goes_on_bit_by_bit(
+    stage: str, trained: Path, lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = getattr(codec_train, stage)
+
+    def stopping(*arguments: Any) -> codec_train.Stage:
+        made = make(*arguments)
+        loss = made.loss
+
+        def stopped(step: int) -> dict[str, torch.Tensor]:
+            if step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return dict(loss(step))
+
+        return dataclasses.replace(made, loss=stopped)
+
+    monkeypatch.setattr(codec_train, stage, stopping)
+    with pytest.raises(Stopped, match="step 2"):
+        train_codec([lake.root], tmp_path / "run", tmp_path / "small", TINY)
+    assert not (tmp_path / "small").exists()
+    monkeypatch.undo()
+    train_codec([lake.root], tmp_path / "run", tmp_path / "small", TINY)
+    mine, theirs = weights(tmp_path / "small"), weights(trained)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_another_recipe_is_refused(trained: Path, lake: Lake) -> None:
+    with pytest.raises(ValueError, match="another recipe"):
+        train_codec([lake.root], trained.parent / "run", trained, dataclasses.replace(TINY, seed=1))
+
+
+def test_films_that_are_held_out_are_never_read(lake: Lake, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    names = sorted({Path(clip.film).stem for clip in footage([lake.root])[0]})
+    left = footage([lake.root], names[:1])[0]
+    assert {Path(clip.film).stem for clip in left} == set(names[1:])
+    with pytest.raises(ValueError, match="besides the held-out films"):
+        footage([lake.root], names)
+    folders = ["--lake", str(lake.root), "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    assert main([*folders, "--set", f"hold_out={json.dumps(names)}"]) == 1
+    assert "besides the held-out films" in capsys.readouterr().err
+    assert "carphone" in CodecRecipe().hold_out
+    assert "armwrestling" in CodecRecipe().hold_out
+
+
+def test_crops_keep_to_the_frame_and_the_range() -> None:
+    ramp = np.broadcast_to(np.arange(0, 240, 4, dtype=np.uint8)[None, None, :, None], (2, 40, 60, 3))
+    clip = Footage("film.mp4", "a ramp", np.array(ramp))
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        crop = random_crop(clip, 16, 0.5, random)
+        assert crop.shape == (3, 16, 16)
+        slope = float((crop[0, 8, -3] - crop[0, 8, 2]) * 255 / 11 / 4)  # frame columns for one of the crop's
+        assert 20 / 16 - 0.15 <= slope <= 40 / 16 + 0.15
+        changed = recoloured(crop, random)
+        assert changed.shape == crop.shape
+        assert 0 <= float(changed.min()) <= float(changed.max()) <= 1
+    assert random_crop(clip, 40, 0.1, random).shape == (3, 40, 40)
+
+
+def test_leaves_are_pictures_with_edges() -> None:
+    leaves = dead_leaves(32, np.random.default_rng(3))
+    assert leaves.shape == (3, 32, 32)
+    assert 0 <= float(leaves.min()) <= float(leaves.max()) <= 1
+    assert float(leaves.std()) > 0.05
+    assert torch.equal(leaves, dead_leaves(32, np.random.default_rng(3)))
+
+
+def test_fields_change_the_crops(lake: Lake) -> None:
+    lakes = footage([lake.root])
+    first = pictures(lakes, 4, TINY, 0)
+    assert torch.equal(first, pictures(lakes, 4, TINY, 0))
+    for change in ({"seed": 1}, {"leaves": 1.0}):
+        assert not torch.equal(first, pictures(lakes, 4, dataclasses.replace(TINY, **change), 0))
+    assert pictures(lakes, 4, dataclasses.replace(TINY, crop=16), 0).shape == (4, 3, 16, 16)
+    assert not torch.equal(first, pictures(lakes, 4, TINY, 1))
+
+
+def test_noise_levels_are_those_of_the_inversion() -> None:
+    levels = noise_levels().double()
+    schedule = DDIMSchedule(10)
+    for (a, b), here, below in zip(schedule.steps, schedule.timesteps, (0, *schedule.timesteps[:-1]), strict=True):
+        assert a == pytest.approx(math.sqrt(levels[below] / levels[here]), rel=1e-5)
+        assert b == pytest.approx(math.sqrt(1 - levels[below]) - a * math.sqrt(1 - levels[here]), rel=1e-4, abs=1e-6)
+
+
+def test_sides_and_films_are_set_in_any_number() -> None:
+    recipe = override(CodecRecipe(), {"sides": "[64]", "hold_out": '["a", "b", "c"]'})
+    assert (recipe.sides, recipe.hold_out) == ((64,), ("a", "b", "c"))
+    with pytest.raises(ValueError, match="any number of values"):
+        override(CodecRecipe(), {"sides": "64"})
+
+
+def test_the_learning_rate_falls_to_a_hundredth() -> None:
+    assert cosine(0) == 1
+    assert cosine(1) == pytest.approx(0.01)
+    assert all(cosine(k / 10) > cosine((k + 1) / 10) for k in range(10))
