@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from model.program import is_expected
+from model.program import add_settings_option, is_expected, parse_settings
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -77,7 +77,9 @@ def ingest(sub: argparse.ArgumentParser) -> Run:
     """Options of `vlfm ingest`."""
     add_source_options(sub)
     sub.add_argument("--lake", required=True, metavar="DIR", help="folder of the dataset; made when it is not there")
-    sub.add_argument("--recipe", default="demo", metavar="NAME", help="data recipe: demo (default), stable_diffusion")
+    sub.add_argument(
+        "--recipe", default="demo", metavar="NAME", help="data recipe: demo (default), linear, stable_diffusion"
+    )
     add_settings_option(sub, "rate=8")
     sub.add_argument("--limit", type=int, metavar="N", help="only the first N films")
     sub.add_argument("--plan", action="store_true", help="say what would be done, and do nothing")
@@ -88,8 +90,6 @@ def ingest(sub: argparse.ArgumentParser) -> Run:
 
 def run_ingest(options: argparse.Namespace) -> int:
     """Run the flow `ingest`, visible in Prefect; or with --plan only say what it would do."""
-    from model.train import parse_settings
-
     settings: dict[str, Any] = dict(parse_settings(options.settings))
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit is {options.limit}; it must be at least 1")
@@ -311,18 +311,6 @@ def add_source_options(sub: argparse.ArgumentParser) -> None:
         "--captions",
         metavar="FILE",
         help="table with the columns file and caption; else captions.csv in the folder, or clip.txt beside clip.mp4",
-    )
-
-
-def add_settings_option(sub: argparse.ArgumentParser, example: str) -> None:
-    """Single fields of a recipe."""
-    sub.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="settings",
-        help=f"override a field of the recipe, e.g. --set {example}; may be given several times",
     )
 
 

@@ -41,8 +41,8 @@ def footage(lakes: Sequence[str | Path], hold_out: Sequence[str] = ()) -> list[l
     Raises:
         ValueError: a lake has nothing left to train on; the message names it and the mend.
     """
-    found = []
-    for lake in lakes:
+    found: dict[str, list[Footage]] = {}
+    for lake in dict.fromkeys(map(str, lakes)):  # one that is named twice, for a double share, is read once
         clips = Clips(*lake_and_version(lake, None))
         kept = [
             Footage(clip.about["film"], clip.about["caption"], _kept_frames(clip))
@@ -55,13 +55,19 @@ def footage(lakes: Sequence[str | Path], hold_out: Sequence[str] = ()) -> list[l
                 f"lake {lake} has no clip with frames besides the held-out films; ingest films with "
                 "`--set preview_clips=100000`"
             )
-        found.append(kept)
-    return found
+        found[lake] = kept
+    return [found[str(lake)] for lake in lakes]
 
 
 def _kept_frames(clip: Clip) -> NDArray[np.uint8]:
     frames: NDArray[np.uint8] = clip.members["preview"][np.isfinite(clip.members["frame_time"])]
     return frames
+
+
+def drawn(lakes: Sequence[Sequence[Footage]], random: np.random.Generator) -> Footage:
+    """A random clip; each lake has an equal share."""
+    clips = lakes[int(random.integers(len(lakes)))]
+    return clips[int(random.integers(len(clips)))]
 
 
 def random_crop(clip: Footage, side: int, least: float, random: np.random.Generator) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from model.ddim import SCHEDULER_VALUES
-from model.prompt_words import merges, vocabulary
-from model.prompts import END, START
+from model.prompt_words import vocabulary
+from model.prompts import END, START, bundled_tokenizer
 
 TEXT_WIDTH, TEXT_LENGTH = 128, 77
 
@@ -66,14 +66,6 @@ def new_text_model() -> nn.Module:
     )  # fmt: skip
 
 
-def new_tokenizer() -> Any:
-    """The CLIPTokenizer of the bundled vocabulary."""
-    from transformers import CLIPTokenizer
-
-    pairs: Any = list(merges())  # annotated as strings, taken as pairs
-    return CLIPTokenizer(vocab=vocabulary(), merges=pairs, model_max_length=TEXT_LENGTH)
-
-
 def write_folder(
     folder: Path, vae: nn.Module, unet: nn.Module | None, text_model: nn.Module | None, record: Mapping[str, Any]
 ) -> None:
@@ -88,7 +80,7 @@ def write_folder(
             network.half().save_pretrained(folder / name, safe_serialization=True)
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"]}
     if unet is not None:
-        new_tokenizer().save_pretrained(folder / "tokenizer")
+        bundled_tokenizer(TEXT_LENGTH).save_pretrained(folder / "tokenizer")
         (folder / "scheduler").mkdir(exist_ok=True)
         scheduler = {"_class_name": "DDIMScheduler", **SCHEDULER_VALUES}
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=1) + "\n")

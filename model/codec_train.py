@@ -22,15 +22,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.checkpoint import Run, load_average, restore, save
-from model.codec_data import Footage, dead_leaves, footage, random_crop, recoloured
-from model.codec_networks import new_autoencoder, new_text_model, new_tokenizer, new_unet, write_folder
-from model.ddim import BETA_END, BETA_START, TRAIN_STEPS
+from model.codec_data import Footage, dead_leaves, drawn, footage, random_crop, recoloured
+from model.codec_networks import TEXT_LENGTH, new_autoencoder, new_text_model, new_unet, write_folder
+from model.ddim import TRAIN_STEPS, noise_levels
 from model.ema import MovingAverage
-from model.optimizers import set_learning_rate
-from model.program import run_program
+from model.optimizers import adamw, set_learning_rate
+from model.program import add_settings_option, parse_settings, run_program
 from model.progress import Progress
+from model.prompts import bundled_tokenizer
 from model.recipes import override
-from model.train import StopSignal, mixed_seed, parse_settings
+from model.train import StopSignal, mixed_seed
 from storage.fingerprint import fingerprint
 
 EMPTY = 0
@@ -101,12 +102,7 @@ class Stage:
         """Goes on from the newest checkpoint to the last step. Raises Stopped on SIGTERM or Ctrl-C."""
         run = Run(folder / self.name)
         average = MovingAverage(self.network, recipe.ema_decay)
-        matrices = [p for p in self.network.parameters() if p.ndim > 1]
-        rest = [p for p in self.network.parameters() if p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": 1e-2}, {"params": rest, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.99))
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
+        optimizer = adamw(self.network.parameters(), self.learning_rate, weight_decay=1e-2, second_beta=0.99)
         done = restore(run.checkpoint(), self.network, average, [optimizer]) if run.steps() else 0
         progress = Progress(self.name, self.steps, "steps", done, every=30)
         stop = StopSignal()
@@ -153,9 +149,7 @@ def pictures(lakes: Sequence[Sequence[Footage]], count: int, recipe: CodecRecipe
         if random.random() < recipe.leaves:
             made.append(dead_leaves(recipe.crop, random))
             continue
-        clips = lakes[int(random.integers(len(lakes)))]
-        crop = random_crop(clips[int(random.integers(len(clips)))], recipe.crop, 0.35, random)
-        made.append(recoloured(crop, random))
+        made.append(recoloured(random_crop(drawn(lakes, random), recipe.crop, 0.35, random), random))
     return torch.stack(made) * 2 - 1
 
 
@@ -195,8 +189,7 @@ def captioned(
     kind = random.random()
     if kind < recipe.leaves:
         return dead_leaves(side, random), ""
-    clips = lakes[int(random.integers(len(lakes)))]
-    clip = clips[int(random.integers(len(clips)))]
+    clip = drawn(lakes, random)
     picture = random_crop(clip, side, 0.7, random)
     if kind < recipe.leaves + recipe.uncaptioned:
         return recoloured(picture, random), ""
@@ -235,12 +228,6 @@ def make_latents(
     return sets, captions, scale
 
 
-def noise_levels() -> Tensor:
-    """(1000,) cumulative products of 1 - beta, float32, as in `model.ddim`."""
-    betas = torch.linspace(math.sqrt(BETA_START), math.sqrt(BETA_END), TRAIN_STEPS, dtype=torch.float64) ** 2
-    return (1 - betas).cumprod(0).float()
-
-
 class Denoiser(nn.Module):
     """UNet and text encoder together: what predicts noise from a caption."""
 
@@ -259,8 +246,9 @@ def denoiser_stage(
     denoiser: Denoiser, sets: dict[int, tuple[Tensor, Tensor]], captions: Sequence[str], recipe: CodecRecipe
 ) -> Stage:
     """Mean square error of the predicted noise at levels drawn evenly."""
-    levels = noise_levels()
-    tokens = new_tokenizer()(list(captions), padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+    levels = torch.from_numpy(noise_levels()).float()
+    tokenizer = bundled_tokenizer(TEXT_LENGTH)
+    tokens = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
 
     def loss(step: int) -> dict[str, Tensor]:
         latents, which = sets[recipe.sides[step % len(recipe.sides)]]
@@ -331,10 +319,7 @@ def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
     )  # fmt: skip
     parser.add_argument("--run", required=True, metavar="DIR", help="where the training is kept; it is resumed")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the codec, in Stable Diffusion's layout")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
-        help="override a field of CodecRecipe, e.g. --set vae_steps=2000; may be given several times",
-    )  # fmt: skip
+    add_settings_option(parser, "vae_steps=2000", "a field of CodecRecipe")
     return run_arguments
 
 

@@ -19,6 +19,7 @@ from types import MappingProxyType
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 PredictNoise = Callable[[Tensor, Tensor], Tensor]
@@ -49,6 +50,12 @@ ENOUGH_DB = 75.0
 """A round trip this good needs no comparison: latents are stored in float16, whose rounding alone is about 73 dB."""
 
 
+def noise_levels() -> NDArray[np.float64]:
+    """(1000,) float64: at each ddim_step the share of the clean latents' power, the cumulative product of 1 - beta."""
+    betas = np.linspace(math.sqrt(BETA_START), math.sqrt(BETA_END), TRAIN_STEPS) ** 2
+    return np.asarray(np.cumprod(1 - betas), dtype=np.float64)
+
+
 @dataclass(frozen=True)
 class DDIMSchedule:
     """A grid of noise levels, lowest first.
@@ -74,8 +81,7 @@ class DDIMSchedule:
     @cached_property
     def steps(self) -> tuple[tuple[float, float], ...]:
         """(a, b) of each level: sampling from it to the one below is `a x + b eps`. Below the first lies step 0."""
-        betas = np.linspace(math.sqrt(BETA_START), math.sqrt(BETA_END), TRAIN_STEPS) ** 2
-        alphas = np.cumprod(1 - betas)
+        alphas = noise_levels()
         pairs = []
         for here, below in zip(self.timesteps, (0, *self.timesteps[:-1]), strict=True):
             a = math.sqrt(alphas[below] / alphas[here])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from model.dit import Backbone
@@ -14,11 +17,7 @@ def make_optimizers(backbone: Backbone, recipe: TrainRecipe) -> list[Optimizer]:
     use_muon = recipe.matrix_learning_rate > 0
     held = {id(p) for p in inner} if use_muon else set()
     rest = [p for p in backbone.parameters() if id(p) not in held]
-    groups = [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizers: list[Optimizer] = [AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))]
+    optimizers: list[Optimizer] = [adamw(rest, recipe.learning_rate, recipe.weight_decay, 0.95)]
     if use_muon:
         optimizers.append(
             Muon(
@@ -29,9 +28,25 @@ def make_optimizers(backbone: Backbone, recipe: TrainRecipe) -> list[Optimizer]:
             )
         )
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
+        _remember_peak(optimizer)
     return optimizers
+
+
+def adamw(parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float, second_beta: float) -> AdamW:
+    """AdamW whose weight decay leaves out vectors (biases, norms); `set_learning_rate` knows its peak."""
+    held = list(parameters)
+    groups = [
+        {"params": [p for p in held if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in held if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = AdamW(groups, lr=learning_rate, betas=(0.9, second_beta))
+    _remember_peak(optimizer)
+    return optimizer
+
+
+def _remember_peak(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        group["peak"] = group["lr"]
 
 
 def learning_rate_factor(step: int, recipe: TrainRecipe) -> float:

@@ -24,6 +24,30 @@ def is_expected(error: Exception, also: Sequence[str] = ()) -> bool:
     )
 
 
+def add_settings_option(parser: argparse.ArgumentParser, example: str, what: str = "a field of the recipe") -> None:
+    """Add `--set key=value` to a parser, which `parse_settings` and model.recipes.override take from there."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="settings",
+        help=f"override {what}, e.g. --set {example}; may be given several times",
+    )
+
+
+def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
+    """`key=value` texts as a dictionary.
+
+    Raises:
+        ValueError: a text without `=`.
+    """
+    for pair in pairs:
+        if "=" not in pair:
+            raise ValueError(f"--set takes key=value; it was given {pair!r}")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
 def run_program(name: str, description: str, options: Options, given: Sequence[str] | None = None) -> int:
     """Parses `given` (None: the command line) and runs it; the exit status, 1 with one line for an expected error."""
     parser = argparse.ArgumentParser(prog=name, description=description)

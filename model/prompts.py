@@ -113,6 +113,14 @@ def pretrained_text_encoder(
     return _checked(TextEncoder(model, tokenizer, weights.name, spec, device), digest)
 
 
+def bundled_tokenizer(length: int = 77) -> CLIPTokenizer:
+    """The CLIPTokenizer over the words of `model.prompt_words`; captions have at most `length` tokens."""
+    from transformers import CLIPTokenizer
+
+    pairs: Any = list(merges())  # annotated as strings, taken as pairs
+    return CLIPTokenizer(vocab=vocabulary(), merges=pairs, model_max_length=length)
+
+
 def builtin_text_encoder(device: str = "cpu", digest: str | None = None) -> TextEncoder:
     """A CLIP text encoder that needs no download: 64 wide, 4 layers, fixed pseudo-random weights, a bundled vocabulary.
 
@@ -123,11 +131,9 @@ def builtin_text_encoder(device: str = "cpu", digest: str | None = None) -> Text
     The weights come from SHAKE-256, not from a library's random generator, so they are the same bits on every machine
     and with every version. digest: the one they must have, if given; raises ValueError where it differs.
     """
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel
 
-    numbers = vocabulary()
-    pairs: Any = list(merges())  # annotated as strings, taken as pairs
-    tokenizer = CLIPTokenizer(vocab=numbers, merges=pairs, model_max_length=77)
+    numbers, tokenizer = vocabulary(), bundled_tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(numbers), hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
         hidden_act="tanh", max_position_embeddings=77,

@@ -32,7 +32,7 @@ from model.ema import MovingAverage
 from model.methods.base import ClipBatch, Method
 from model.methods.vlfm import make_vlfm
 from model.optimizers import learning_rate_factor, make_optimizers, set_learning_rate
-from model.program import run_program
+from model.program import add_settings_option, parse_settings, run_program
 from model.progress import Progress
 from model.recipes import TrainRecipe, override, train_recipe
 from storage.layout import Lake
@@ -350,14 +350,7 @@ def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
     )
     parser.add_argument("--recipe", default="base", metavar="NAME", help="training recipe: base (default) or demo")
     parser.add_argument("--version", type=int, metavar="N", help="version of the dataset (default: the newest)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="settings",
-        help="override a field of the recipe, e.g. --set steps=2000; may be given several times",
-    )
+    add_settings_option(parser, "steps=2000")
     return run_arguments
 
 
@@ -368,18 +361,6 @@ def run_arguments(options: argparse.Namespace) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"checkpoint: {folder}")
     return 0
-
-
-def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
-    """`key=value` texts as a dictionary.
-
-    Raises:
-        ValueError: a text without `=`.
-    """
-    for pair in pairs:
-        if "=" not in pair:
-            raise ValueError(f"--set takes key=value; it was given {pair!r}")
-    return dict(pair.split("=", 1) for pair in pairs)
 
 
 def main(arguments_given: Sequence[str] | None = None) -> int:

@@ -45,6 +45,11 @@ class Weights:
     """Commit of the hub's repository; None for a plain folder."""
 
 
+def is_shipped(source: str | Path) -> bool:
+    """Whether `source` names weights that come with this package."""
+    return "/" not in str(source) and (SHIPPED / source / "model_index.json").is_file()
+
+
 def find_weights(source: str | Path, revision: str | None = None) -> Weights:
     """The folder of `source`: the name of shipped weights (`vlfm-small`), a local folder, or a hub id (`owner/name`) in
     the local Hugging Face cache.
@@ -52,11 +57,10 @@ def find_weights(source: str | Path, revision: str | None = None) -> Weights:
     revision: branch, tag or commit of a hub id; the commit it stands for is recorded. A folder has none.
     Raises CodecUnavailable where nothing is found, ValueError for a revision of a plain folder.
     """
-    shipped = SHIPPED / str(source)
-    if "/" not in str(source) and (shipped / "model_index.json").is_file():
+    if is_shipped(source):
         if revision is not None:
             raise ValueError(f"{source} comes with vlfm and has no revision {revision!r}: leave the revision out")
-        return Weights(str(source), shipped, str(source), None)
+        return Weights(str(source), SHIPPED / source, str(source), None)
     folder = Path(source).expanduser()
     if folder.is_dir():
         if revision is not None:

@@ -23,7 +23,7 @@ from model.legs_product import product
 from model.legs_select import AUTO, clip_method
 from model.progress import Progress
 from model.video import Frames, check_output, to_frames, write_video
-from model.weights import SHIPPED
+from model.weights import is_shipped
 from pipeline.blend import readout_matrix, window
 from pipeline.decode import Probe, decode, probe, shown_size, window_of
 from pipeline.faults import DecodeError, MediaLimits
@@ -319,7 +319,7 @@ def _with_next(chunks: Iterable[_Chunk]) -> Iterator[tuple[_Chunk, _Chunk | None
 
 
 def codec_named(name: str) -> dict[str, Any]:
-    """The spec of a codec from one word: `pixels`, a data recipe, or a folder or hub id in Stable Diffusion format.
+    """The spec of a codec from one word: `pixels`, a data recipe, `vlfm-small`, or a diffusers folder or hub id.
 
     Raises:
         ValueError: it is none of these.
@@ -328,7 +328,7 @@ def codec_named(name: str) -> dict[str, Any]:
 
     if name == "pixels":
         return PIXELS
-    if "/" in name or Path(name).is_dir() or (SHIPPED / name).is_dir():
+    if "/" in name or Path(name).is_dir() or is_shipped(name):
         return {"kind": "diffusers", "source": name, "inversion_depth": 0}
     try:
         return recipe_named(name).codec
@@ -352,7 +352,7 @@ def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
         "--codec",
         default="pixels",
         metavar="NAME",
-        help="pixels (default, loses nothing), a data recipe, or a folder or hub id in Stable Diffusion format",
+        help="pixels (default, loses nothing), a data recipe, vlfm-small, or a folder or hub id in diffusers format",
     )
     parser.add_argument(
         "--method", default=AUTO, choices=METHODS, help="projection; auto (default) chooses cubic or linear by the film"

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from model.codec import DiffusersCodec
 from model.codec_data import Footage, footage, random_crop
-from model.codec_train import noise_levels
-from model.ddim import TRAIN_STEPS
+from model.ddim import TRAIN_STEPS, noise_levels
 from model.legs import evaluate, project, projection_matrix
 from model.metrics import psnr, ssim
 from model.prompts import TextEncoder, pretrained_text_encoder
@@ -124,7 +123,7 @@ class NoiseLoss:
         self.unet = unet.from_pretrained(folder / "unet", low_cpu_mem_usage=False).eval().requires_grad_(False)
         self.text: TextEncoder = pretrained_text_encoder(folder)
         self.steps = ((torch.arange(levels) + 0.5) * TRAIN_STEPS / levels).long()
-        self.levels = noise_levels()[self.steps]
+        self.levels = torch.from_numpy(noise_levels()).float()[self.steps]
 
     @torch.no_grad()
     def of_clip(self, latents: Tensor, caption: str, seed: int) -> float:

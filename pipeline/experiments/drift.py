@@ -25,12 +25,12 @@ from model.checkpoint import Run
 from model.data import Clip, Clips, lake_and_version
 from model.methods.vlfm import make_vlfm
 from model.metrics import decibels, psnr
-from model.program import run_program
+from model.program import add_settings_option, parse_settings, run_program
 from model.progress import Progress
 from model.recipes import TrainRecipe, override
 from model.sample import Sampler, SampleSettings
 from model.solver import Trajectory
-from model.train import parse_settings, train
+from model.train import train
 from pipeline.experiments.looks import Looks
 from pipeline.experiments.per_frame import make_per_frame, sample_frames, times_of
 from storage.fingerprint import fingerprint, short_id
@@ -336,14 +336,7 @@ def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
     parser.add_argument("--lake", required=True, metavar="DIR", help="a lake that `vlfm ingest` wrote")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the networks, drift.md and drift.json")
     parser.add_argument("--steps", type=int, metavar="N", help="optimiser steps of each network (default 1200)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="settings",
-        help="override a field of the recipe that all networks share, e.g. --set width=192; may be given several times",
-    )
+    add_settings_option(parser, "width=192", "a field of the recipe that all networks share")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON, with every clip's figures")
     return run_arguments
 

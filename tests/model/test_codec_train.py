@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from model import codec_train
 from model.codec import DiffusersCodec
 from model.codec_data import Footage, dead_leaves, footage, random_crop, recoloured
-from model.codec_train import CodecRecipe, Stopped, cosine, main, noise_levels, pictures, train_codec
-from model.ddim import DDIMSchedule
+from model.codec_train import CodecRecipe, Stopped, cosine, main, pictures, train_codec
+from model.ddim import DDIMSchedule, noise_levels
 from model.prompts import pretrained_text_encoder
 from model.recipes import override
 from storage.layout import Lake
@@ -160,7 +160,7 @@ def test_fields_change_the_crops(lake: Lake) -> None:
 
 
 def test_noise_levels_are_those_of_the_inversion() -> None:
-    levels = noise_levels().double()
+    levels = noise_levels()
     schedule = DDIMSchedule(10)
     for (a, b), here, below in zip(schedule.steps, schedule.timesteps, (0, *schedule.timesteps[:-1]), strict=True):
         assert a == pytest.approx(math.sqrt(levels[below] / levels[here]), rel=1e-5)
