@@ -157,7 +157,9 @@ def killed_by(status: int) -> str | None:
     return None
 
 
-_ERROR = re.compile("error|invalid|corrupt|broken|missing|unrecognized|unknown|unsupported|no such|not found|denied", re.I)
+_ERROR = re.compile(
+    "error|invalid|corrupt|broken|missing|unrecognized|unknown|unsupported|no such|not found|denied", re.I
+)
 
 
 def last_words(status: int, errors: str) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable
@@ -16,6 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from model.ffmpeg import Ffmpeg, NoFfmpeg, encoders, environment, find_ffmpeg
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -25,31 +25,32 @@ Frames = NDArray[np.uint8]
 SUFFIXES = (".mp4", ".gif", ".webp", ".png")
 
 
-class NoFfmpeg(OSError):
-    """There is no ffmpeg; the message says how to get one."""
+ENCODERS = {
+    "libx264": ("-crf", "12"),
+    "libopenh264": ("-b:v", "{bits}"),
+    "mpeg4": ("-q:v", "2"),
+}
+"""Encoders of an mp4 and their options, the best first; `bits` a second that are plenty."""
 
 
 def ffmpeg_binary() -> str:
-    """The ffmpeg to use: VLFM_FFMPEG, else the system's, else the static one of imageio-ffmpeg.
+    """Path of the ffmpeg to use. Raises as `model.ffmpeg.find_ffmpeg`."""
+    return find_ffmpeg().path
+
+
+def mp4_encoder(ffmpeg: Ffmpeg) -> str:
+    """The first of `ENCODERS` that this ffmpeg has.
 
     Raises:
-        NoFfmpeg: there is none.
+        NoFfmpeg: it has none; the message names them.
     """
-    chosen = os.environ.get("VLFM_FFMPEG")
-    if chosen:
-        found = shutil.which(chosen)
-        if found is None:
-            raise NoFfmpeg(f"VLFM_FFMPEG={chosen} is no program; unset it or name an ffmpeg")
-        return found
-    system = shutil.which("ffmpeg")
-    if system:
-        return system
-    try:
-        import imageio_ffmpeg
-
-        return str(imageio_ffmpeg.get_ffmpeg_exe())
-    except (ImportError, RuntimeError):
-        raise NoFfmpeg("no ffmpeg found; `pip install imageio-ffmpeg` brings one") from None
+    found = next((name for name in ENCODERS if name in encoders(ffmpeg.path)), None)
+    if found is None:
+        raise NoFfmpeg(
+            f"{ffmpeg.path} ({ffmpeg.version}) has no encoder for an mp4 ({', '.join(ENCODERS)}); "
+            "write a .gif or .webp, or name another ffmpeg with VLFM_FFMPEG"
+        )
+    return found
 
 
 def to_frames(pictures: Tensor) -> Frames:
@@ -70,20 +71,21 @@ def check_output(path: str | Path) -> None:
     """Whether a video can be written to `path`: its suffix is known, and an mp4 has an ffmpeg.
 
     Raises:
-        ValueError, NoFfmpeg: it cannot; the message says the mend.
+        ValueError, NoFfmpeg: it cannot; the message says the remedy.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         what = suffix or "a file without suffix"
         raise ValueError(f"{Path(path).name}: cannot write {what}; use {', '.join(SUFFIXES)}")
     if suffix == ".mp4":
-        ffmpeg_binary()
+        mp4_encoder(find_ffmpeg())
 
 
 def write_video(path: str | Path, frames: Frames | Iterable[Frames], rate: float) -> Path:
     """Write frames at `rate` frames per second; the suffix says how.
 
-    `.mp4` is H.264 through ffmpeg, `.gif` and `.webp` are animations, `.png` is a strip of all frames side by side.
+    `.mp4` is H.264 through ffmpeg (MPEG-4 where it has no encoder for that), `.gif` and `.webp` are animations, `.png`
+    is a strip of all frames side by side.
 
     frames: all of them, or batches of them one after the other; an mp4 then needs the memory of one batch.
 
@@ -137,16 +139,19 @@ def _write_mp4(path: Path, size: tuple[int, int], batches: Iterable[Frames], rat
     height, width = (side + side % 2 for side in size)  # an odd size does not fit 4:2:0
     # A temporary name keeps a half-written file from looking whole.
     part = path.with_name(f".{path.stem}.part.mp4")
+    ffmpeg = find_ffmpeg()
+    encoder = mp4_encoder(ffmpeg)
+    options = [option.format(bits=int(height * width * rate) // 2 + 100_000) for option in ENCODERS[encoder]]
     command = [
-        *(ffmpeg_binary(), "-nostdin", "-v", "error", "-y"),
+        *(ffmpeg.path, "-nostdin", "-v", "error", "-y"),
         *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", repr(float(rate)), "-i", "pipe:"),
         # Players guess the colours of a film that does not name them, and guess otherwise for large pictures.
         *("-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt709", "-color_primaries", "bt709"),
-        *("-color_trc", "bt709", "-color_range", "tv", "-c:v", "libx264", "-crf", "12", "-pix_fmt", "yuv420p"),
+        *("-color_trc", "bt709", "-color_range", "tv", "-c:v", encoder, *options, "-pix_fmt", "yuv420p"),
         *("-movflags", "+faststart", str(part)),
     ]
     with tempfile.TemporaryFile() as told:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=told)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=told, env=environment())
         assert process.stdin is not None
         try:
             with contextlib.suppress(BrokenPipeError):  # ffmpeg has ended; its last line says why

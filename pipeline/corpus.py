@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline.decode import ffmpeg_binary
+from model.ffmpeg import Ffmpeg, encoders, environment, find_ffmpeg, last_words
 from pipeline.scenes import BRIGHT, DARK, SCENES, Palette, Scene
 from storage.fingerprint import file_digest, fingerprint
 from storage.layout import write_atomic
@@ -41,6 +41,8 @@ FORMATS = (  # container, encoder, its options
     ("mov", "mjpeg", "-q:v 2 -pix_fmt yuvj420p"),
     ("webm", "libvpx-vp9", "-crf 16 -b:v 0 -deadline realtime -cpu-used 8"),
 )
+COMMON = (("mpeg4", "-q:v 2"), ("mjpeg", "-q:v 2 -pix_fmt yuvj420p"), ("ffv1", ""))
+"""Encoders that ffmpeg has of its own, for films whose encoder it lacks; the first that there is."""
 IRREGULAR = 5  # the index of the film whose frames come at a variable rate
 
 
@@ -62,8 +64,9 @@ class FilmPlan:
 def plan_films(seed: int = 0, films: int = 32, encoders: frozenset[str] | None = None) -> list[FilmPlan]:
     """The films a corpus will hold, in order; a pure function of its arguments.
 
-    `encoders` are those the ffmpeg at hand has (None: all of FORMATS); a film whose encoder is missing takes mpeg4.
-    Raises ValueError unless 1 <= films <= 128 (above, the captions would run out of colours to differ in).
+    `encoders` are those the ffmpeg at hand has (None: all of FORMATS); a film whose encoder is missing
+    takes the first of COMMON. Raises ValueError unless 1 <= films <= 128 (above, the captions would run out of
+    colours to differ in).
     """
     if not 1 <= films <= 128:
         raise ValueError(f"films must be between 1 and 128, not {films}")
@@ -84,7 +87,8 @@ def plan_films(seed: int = 0, films: int = 32, encoders: frozenset[str] | None =
         if irregular:
             container, encoder, options = FORMATS[8]
         if encoders is not None and encoder not in encoders:
-            container, encoder, options = ("avi" if container == "webm" else container), "mpeg4", "-q:v 2"
+            encoder, options = next(((name, words) for name, words in COMMON if name in encoders), COMMON[0])
+            container = "avi" if container == "webm" else container
         width, height = SIZES[index % len(SIZES)]
         plans.append(
             FilmPlan(
@@ -102,7 +106,7 @@ def plan_films(seed: int = 0, films: int = 32, encoders: frozenset[str] | None =
     return plans
 
 
-def film_command(ffmpeg: str, plan: FilmPlan, target: Path) -> list[str]:
+def film_command(ffmpeg: Ffmpeg, plan: FilmPlan, target: Path) -> list[str]:
     """The ffmpeg command that draws one film into `target` (its suffix chooses the container)."""
     half = SHORT_SIDE / 2
     scale = SHORT_SIDE / min(plan.width, plan.height)
@@ -114,11 +118,11 @@ def film_command(ffmpeg: str, plan: FilmPlan, target: Path) -> list[str]:
     filters = f"format=gbrp,geq=r='{red}':g='{green}':b='{blue}',scale={plan.width}:{plan.height}:flags=bicubic"
     if plan.irregular:  # leaves gaps of 1 to 4 forty-eighths of a second
         filters += ",select='not(eq(mod(n,5),2)+eq(mod(n,7),3)+eq(mod(n,7),4))'"
-    command = [ffmpeg, "-hide_banner", "-loglevel", "error", "-nostdin", "-y", "-filter_threads", "1"]
+    command = [ffmpeg.path, "-hide_banner", "-loglevel", "error", "-nostdin", "-y", "-filter_threads", "1"]
     command += ["-f", "lavfi", "-i", f"{source},{filters}", "-an", "-c:v", plan.encoder, "-threads", "1"]
     if "-pix_fmt" not in plan.options:
         command += ["-pix_fmt", "yuv420p"]
-    command += [*plan.options, "-fps_mode", "vfr" if plan.irregular else "cfr"]
+    command += [*plan.options, f"-{ffmpeg.sync_option}", "vfr" if plan.irregular else "cfr"]
     # Bit-exact muxing leaves out dates and random ids, so that equal seeds give equal bytes.
     return [*command, "-fflags", "+bitexact", "-flags:v", "+bitexact", str(target)]
 
@@ -132,12 +136,13 @@ def make_corpus(folder: Path, seed: int = 0, films: int = 32, progress: Progress
 
     Raises:
         ValueError: unless 1 <= films <= 128.
+        NoFfmpeg: there is no ffmpeg that works.
         OSError: ffmpeg could not make a film (a full disk too); its message is in it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    ffmpeg = ffmpeg_binary()
-    plans = plan_films(seed, films, _encoders(ffmpeg))
+    ffmpeg = find_ffmpeg()
+    plans = plan_films(seed, films, encoders(ffmpeg.path))
     keys = {plan.file: fingerprint({"drawing": DRAWING, "plan": asdict(plan)}) for plan in plans}
     record = folder / ".corpus.json"
     made = _made_before(record)
@@ -167,13 +172,14 @@ def make_corpus(folder: Path, seed: int = 0, films: int = 32, progress: Progress
     return captions
 
 
-def _draw_film(ffmpeg: str, plan: FilmPlan, folder: Path) -> str:
+def _draw_film(ffmpeg: Ffmpeg, plan: FilmPlan, folder: Path) -> str:
     """Draws one film under a temporary name and renames it; returns the sha256 of its bytes."""
     unfinished = folder / f".unfinished-{plan.file}"
     try:
-        run = subprocess.run(film_command(ffmpeg, plan, unfinished), capture_output=True, text=True, timeout=300)
+        command = film_command(ffmpeg, plan, unfinished)
+        run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300, env=environment())
         if run.returncode != 0 or not unfinished.is_file():
-            raise OSError(f"ffmpeg could not draw {plan.file} in {folder}: {run.stderr.strip()[-400:]}")
+            raise OSError(f"{ffmpeg} could not draw {plan.file} in {folder}: {last_words(run.returncode, run.stderr)}")
         os.replace(unfinished, folder / plan.file)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -191,8 +197,3 @@ def _made_before(record: Path) -> dict[str, dict[str, str]]:
 def _is_made(path: Path, key: str, made: dict[str, dict[str, str]]) -> bool:
     entry = made.get(path.name, {})
     return entry.get("plan") == key and path.is_file() and entry.get("sha256") == file_digest(path)
-
-
-def _encoders(ffmpeg: str) -> frozenset[str]:
-    run = subprocess.run([ffmpeg, "-hide_banner", "-encoders"], capture_output=True, text=True, timeout=60)
-    return frozenset(line.split()[1] for line in run.stdout.splitlines() if len(line.split()) > 1)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import re
-import subprocess
-import threading
+import time
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,15 +18,16 @@ from pathlib import Path
 
 import numpy as np
 
-from model import video
-from pipeline.faults import DecodeError, MediaLimits, check_readable, cut_short, diagnosis, ended_early
+from model.ffmpeg import FRAME, SWITCHES, TIME_BASE, Ffmpeg, NoFfmpeg, find_ffmpeg, reading_options
+from pipeline.faults import DecodeError, MediaLimits, check_readable, cut_short, diagnosis, ended_early, tool_failed
+from pipeline.process import FfmpegProcess, PacketTable, too_many_frames
 
-# A playlist renamed .mp4 is refused by its demuxer's name; containers that can point to other files are not listed.
-FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf"
 # Containers whose packet times are the decoder's frame times, and whose seeks land at or before the time asked for.
 EXACT_FORMATS = ("mov,", "matroska,")
 DISCARDED = 4  # packet flag: decoded but outside the edit list, never shown
 NO_TIME = -(2**63)
+LAG = 5.0
+"""Seconds that the time of a frame may come after the frame itself; ffmpeg prints it before, a wrapper may be slow."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Probe:
     width: int
     height: int
 
-    @property
+    @functools.cached_property
     def times(self) -> np.ndarray:
         """(frames,) float64 seconds since the film's first frame."""
         return np.asarray((self.ticks - self.ticks[0]) * float(self.time_base), dtype=np.float64)
@@ -80,34 +81,31 @@ class Window:
     """Stored time (seconds) of a keyframe at or before the first kept frame; None decodes from the beginning."""
 
 
-@functools.cache
-def ffmpeg_binary() -> str:
-    """The ffmpeg to use, as `model.video.ffmpeg_binary` finds it.
+def ffmpeg_tool() -> Ffmpeg:
+    """The ffmpeg to use, as `model.ffmpeg.find_ffmpeg` finds it.
 
     Raises:
-        DecodeError: `no_ffmpeg`, there is none.
+        DecodeError: `no_ffmpeg`, there is none that works.
     """
     try:
-        return video.ffmpeg_binary()
-    except video.NoFfmpeg as error:
+        return find_ffmpeg()
+    except NoFfmpeg as error:
         raise DecodeError("no_ffmpeg", str(error)) from None
 
 
-def _input_options(limits: MediaLimits) -> dict[str, object]:
-    return {
-        "threads": 1,
-        "protocol_whitelist": "file,pipe",
-        "format_whitelist": FORMATS,
-        "max_pixels": limits.max_pixels,
-        "err_detect": "explode",
-    }
+def ffmpeg_binary() -> str:
+    """Path of the ffmpeg to use. Raises as `ffmpeg_tool`."""
+    return ffmpeg_tool().path
 
 
-def _command(stream: object) -> list[str]:
+def _command(tool: Ffmpeg, stream: object) -> list[str]:
     import ffmpeg
 
-    switches = ("-hide_banner", "-nostdin", "-nostats", "-loglevel", "info", "-xerror", "-copyts")
-    return list(ffmpeg.compile(ffmpeg.overwrite_output(stream).global_args(*switches), cmd=ffmpeg_binary()))
+    return list(ffmpeg.compile(ffmpeg.overwrite_output(stream).global_args(*SWITCHES), cmd=tool.path))
+
+
+def _too_slow(path: Path, limits: MediaLimits) -> DecodeError:
+    return DecodeError("timeout", f"reading {path.name} took over {limits.timeout:g} s; raise timeout")
 
 
 def probe(path: Path, limits: MediaLimits | None = None) -> Probe:
@@ -116,70 +114,90 @@ def probe(path: Path, limits: MediaLimits | None = None) -> Probe:
     Formats whose packet times cannot be trusted (AVI, MPEG, FLV, Ogg) are decoded once instead.
 
     Raises:
-        DecodeError: empty_file, not_a_video, no_video_stream, truncated, corrupt, too_large, timeout, unreadable.
+        DecodeError: empty_file, not_a_video, no_video_stream, truncated, corrupt, too_large, timeout, unreadable,
+            no_ffmpeg, decoder_failed.
     """
     import ffmpeg
 
     limits = limits or MediaLimits()
-    check_readable(path)
-    source = ffmpeg.input(f"file:{path}", **_input_options(limits))
-    packets = _command(ffmpeg.output(source, "pipe:", map="0:V:0", c="copy", f="framecrc"))
-    status, output, errors = _run(packets, path, limits)
-    table = [line.split(",") for line in output.splitlines() if line and not line.startswith("#")]
-    if status != 0 or not table or ended_early(errors) or cut_short(path):
-        raise diagnosis(path, errors, frames=len(table), limits=limits)
-    if len(table) > limits.max_frames:
-        raise DecodeError("too_large", f"{len(table)} frames; the recipe allows {limits.max_frames} (max_frames)")
-    header = dict(line[1:].split(": ", 1) for line in output.splitlines() if line.startswith("#") and ": " in line)
+    check_readable(path, limits)
+    tool = ffmpeg_tool()
+    source = ffmpeg.input(f"file:{path}", **reading_options(limits.max_pixels))
+    command = _command(tool, ffmpeg.output(source, "pipe:", map="0:V:0", c="copy", f="framecrc"))
+    packets = PacketTable(tool, limits)
+    with FfmpegProcess(command) as process:
+        deadline = time.monotonic() + limits.timeout
+        try:
+            packets.read(process, deadline)
+            status = process.finish(deadline)
+        except TimeoutError:
+            raise _too_slow(path, limits) from None
+        errors = process.messages
+    if status != 0 or not len(packets) or ended_early(errors) or cut_short(path, limits.timeout):
+        raise diagnosis(path, errors, len(packets), limits, tool, status)
+    header = packets.header
+    if "tb 0" not in header:
+        raise tool_failed(tool, "it lists packets without a time base")
     time_base = Fraction(header["tb 0"])
     width, height = (int(side) for side in header.get("dimensions 0", "0x0").split("x"))
     if width * height > limits.max_pixels:
-        raise DecodeError("too_large", f"frames of {width}x{height}; the recipe allows {limits.max_pixels} pixels")
-    shown = [(int(row[2]), int(row[3]), _flags(row)) for row in table if not _flags(row) & DISCARDED]
-    ticks = np.array(sorted(tick for tick, _, _ in shown), dtype=np.int64)
+        detail = f"frames of {width}x{height}; the recipe allows {limits.max_pixels} pixels; raise max_pixels if wanted"
+        raise DecodeError("too_large", detail)
+    shown, durations, flags = packets.columns[:, packets.columns[2] & DISCARDED == 0]
+    order = np.argsort(shown, kind="stable")
+    ticks = shown[order]
     container = re.search(r"^Input #0, (.*), from ", errors, re.MULTILINE)
     exact = container is not None and container.group(1).startswith(EXACT_FORMATS)
-    if exact and len(ticks) and ticks[0] > NO_TIME and (len(ticks) == 1 or np.diff(ticks).min() > 0):
-        last = max(shown)[1]
-        keyframes = np.array(sorted(tick for tick, _, flags in shown if flags & 1), dtype=np.int64)
+    if exact and len(ticks) and ticks[0] > NO_TIME and (ticks[1:] > ticks[:-1]).all():
+        last = int(durations[order[-1]])
+        keyframes = ticks[flags[order] & 1 == 1]
     else:
-        ticks, time_base, last = _decoded_times(path, limits)
+        ticks, time_base, last = _decoded_times(path, limits, tool)
         keyframes = np.array([], dtype=np.int64)
+    if int(ticks[-1]) - int(ticks[0]) >= 2**62:
+        raise DecodeError("corrupt", "its times differ by more than can be counted; re-encode it or remove it")
     usual = float(np.median(np.diff(ticks))) if len(ticks) > 1 else 0.0
     last_duration = float((last if last > 0 else usual) * time_base)
     return Probe(ticks, time_base, last_duration, keyframes, header.get("codec_id 0", "unknown"), width, height)
 
 
-def _flags(row: list[str]) -> int:
-    """Packet flags of a framecrc line, which leaves out those of a plain keyframe."""
-    for field in row[6:]:
-        if field.strip().startswith("F="):
-            return int(field.strip()[2:], 16)
-    return 1
+def _decoded_times(path: Path, limits: MediaLimits, tool: Ffmpeg) -> tuple[np.ndarray, Fraction, int]:
+    """Presentation times from decoding the whole film: (ticks, time base, ticks of the last frame's duration).
 
-
-_FRAME = re.compile(r"showinfo.* n: *\d+ pts: *(-?\d+) .*?duration: *(-?\d+)")
-_TIME_BASE = re.compile(r"showinfo.* config in time_base: (\d+/\d+)")
-
-
-def _decoded_times(path: Path, limits: MediaLimits) -> tuple[np.ndarray, Fraction, int]:
-    """Presentation times from decoding the whole film: (ticks, time base, ticks of the last frame's duration)."""
+    Versions before 6.0 do not print durations; theirs is 0.
+    """
     import ffmpeg
 
-    source = ffmpeg.input(f"file:{path}", **_input_options(limits))
+    found = array("q")
+    last = 0
+
+    def listen(line: str) -> None:
+        nonlocal last
+        if frame := FRAME.search(line):
+            found.append(int(frame[1]))
+            last = int(frame[2] or 0)
+            if len(found) > limits.max_frames:
+                raise too_many_frames(limits)
+
+    source = ffmpeg.input(f"file:{path}", **reading_options(limits.max_pixels))
     shown = source["V:0"].filter("showinfo", checksum=0)
-    status, _, errors = _run(_command(ffmpeg.output(shown, "pipe:", f="null", fps_mode="passthrough")), path, limits)
-    found = [(int(tick), int(length)) for tick, length in _FRAME.findall(errors)]
-    base = _TIME_BASE.search(errors)
+    output = ffmpeg.output(shown, "pipe:", f="null", **{tool.sync_option: "passthrough"})
+    with FfmpegProcess(_command(tool, output), listen) as process:
+        try:
+            status = process.finish(time.monotonic() + limits.timeout)
+        except TimeoutError:
+            raise _too_slow(path, limits) from None
+        errors = process.messages
+    base = re.search(TIME_BASE.pattern, errors, re.MULTILINE)
     if status != 0 or not found or base is None:
-        raise diagnosis(path, errors, frames=len(found), limits=limits)
-    ticks = np.array([tick for tick, _ in found], dtype=np.int64)
-    if len(ticks) > 1 and np.diff(ticks).min() <= 0:
+        raise diagnosis(path, errors, len(found), limits, tool, status)
+    ticks = np.array(found, dtype=np.int64)
+    if (ticks[1:] <= ticks[:-1]).any():
         raise DecodeError("corrupt", "presentation times do not increase; re-encode the film")
-    return ticks, Fraction(base.group(1)), found[-1][1]
+    return ticks, Fraction(base.group(1)), last
 
 
-_SHOWN_SIZE = re.compile(r"showinfo.* n: *0 .*? s:(\d+)x(\d+) ")
+_SHOWN_SIZE = re.compile(r"^\[Parsed_showinfo_\d+ @ [^\]]*\] n: *0 .*? s:(\d+)x(\d+) ")
 
 
 def shown_size(path: Path, limits: MediaLimits | None = None) -> tuple[int, int]:
@@ -190,24 +208,49 @@ def shown_size(path: Path, limits: MediaLimits | None = None) -> tuple[int, int]
     """
     import ffmpeg
 
-    check_readable(path)
     limits = limits or MediaLimits()
+    check_readable(path, limits)
+    tool = ffmpeg_tool()
+    found: list[tuple[int, int]] = []
+
+    def listen(line: str) -> None:
+        if size := _SHOWN_SIZE.search(line):
+            found.append((int(size[2]), int(size[1])))
+
     # A width that only the shape of the pixels gives is rounded to an even one, which every encoder takes.
     wide = "if(eq(sar,1)+eq(sar,0),iw,2*trunc(iw*sar/2+0.5))"
-    source = ffmpeg.input(f"file:{path}", **_input_options(limits))
+    source = ffmpeg.input(f"file:{path}", **reading_options(limits.max_pixels))
     frames = source["V:0"].filter("scale", wide, "ih").filter("showinfo")
-    _, _, errors = _run(_command(ffmpeg.output(frames, "pipe:", f="null", **{"frames:v": 1})), path, limits)
-    found = _SHOWN_SIZE.search(errors)
-    if found is None:
-        raise diagnosis(path, errors, frames=0, limits=limits)
-    return int(found[2]), int(found[1])
+    command = _command(tool, ffmpeg.output(frames, "pipe:", f="null", **{"frames:v": 1}))
+    with FfmpegProcess(command, listen) as process:
+        try:
+            status = process.finish(time.monotonic() + limits.timeout)
+        except TimeoutError:
+            raise _too_slow(path, limits) from None
+    if not found:
+        raise diagnosis(path, process.messages, 0, limits, tool, status)
+    return found[0]
+
+
+def window_count(film: Probe, duration: float, start: float = 0.0, end: float | None = None) -> int:
+    """How many full windows start, start + T, ... there are, those in gaps included; a tail is left out."""
+    last = min(film.seconds, end) if end is not None else film.seconds
+    return max(0, int(np.floor((last + film.tolerance - start) / duration)))
 
 
 def window_starts(film: Probe, duration: float, start: float = 0.0, end: float | None = None) -> list[float]:
-    """Starts (seconds since the first frame) of the full windows: start, start + T, ...; a tail is left out."""
-    last = min(film.seconds, end) if end is not None else film.seconds
-    count = max(0, int(np.floor((last + film.tolerance - start) / duration)))
-    return [start + index * duration for index in range(count)]
+    """Starts (seconds since the first frame) of the full windows that hold frames.
+
+    Those in a gap are left out: where the times jump there may be billions.
+    """
+    count = window_count(film, duration, start, end)
+    near = np.floor((film.times + film.tolerance - start) / duration)
+    held = []
+    for number in (near - 1, near, near + 1):  # by a rounding a frame at an edge is in the window beside
+        times = film.times - (start + number * duration)
+        inside = (times >= -film.tolerance) & (times < duration - film.tolerance) & (number >= 0) & (number < count)
+        held.append(number[inside])
+    return [start + int(number) * duration for number in np.unique(np.concatenate(held))]
 
 
 def select_frames(film: Probe, start: float, duration: float, rate: float) -> Window:
@@ -216,16 +259,19 @@ def select_frames(film: Probe, start: float, duration: float, rate: float) -> Wi
     Every slot of the grid start + k / rate keeps the frame nearest to it, if one is nearer to it than to other slots;
     so a film of `rate` or less keeps all its frames.
     """
-    times = film.times - start
+    # A part of the times that surely holds the window, so that a window costs its own frames and not all the film's.
+    slack = 0.01 + 1e-9 * abs(start)
+    first, last = np.searchsorted(film.times, [start - slack, start + duration + slack])
+    times = film.times[first:last] - start
     inside = np.flatnonzero((times >= -film.tolerance) & (times < duration - film.tolerance))
     slots = np.floor(times[inside] * rate + 0.5).astype(np.int64)
     # Rounded, so that of two frames equally near the earlier one is kept and not the one that rounding prefers.
     distance = np.round(np.abs(times[inside] * rate - slots), 6)
     order = np.lexsort((distance, slots))
-    _, first = np.unique(slots[order], return_index=True)
-    kept = inside[order[first]]
+    _, begins = np.unique(slots[order], return_index=True)
+    kept = inside[order[begins]]
     kept = kept[np.floor(times[kept] * rate + 0.5) < np.ceil(duration * rate - 1e-9)] if len(kept) else kept
-    return window_of(film, kept, start)
+    return window_of(film, first + kept, start)
 
 
 def window_of(film: Probe, kept: Sequence[int] | np.ndarray, start: float = 0.0) -> Window:
@@ -233,9 +279,9 @@ def window_of(film: Probe, kept: Sequence[int] | np.ndarray, start: float = 0.0)
     ticks = film.ticks[kept]
     seek = None
     if len(ticks):
-        before = film.keyframes[film.keyframes <= ticks[0]]
+        before = int(np.searchsorted(film.keyframes, ticks[0], side="right"))
         # From the first keyframe there is nothing to gain, and a plain start is always right.
-        seek = float(before[-1] * film.time_base) if len(before) > 1 else None
+        seek = float(film.keyframes[before - 1] * film.time_base) if before > 1 else None
     frame_time = np.maximum(film.times[kept] - start, 0.0)
     return Window(start, tuple(int(tick) for tick in ticks), tuple(float(time) for time in frame_time), seek)
 
@@ -249,7 +295,7 @@ def decode(
     is stored in the film is applied. The times that the decoder reports are checked.
 
     Raises:
-        DecodeError: truncated, corrupt, timeout, ...; windows already given stay valid.
+        DecodeError: truncated, corrupt, timeout, decoder_failed, ...; windows already given stay valid.
     """
     if not windows:
         return
@@ -261,7 +307,7 @@ def decode(
             given += 1
             yield frames
     except DecodeError as error:
-        if seek is None or error.reason == "timeout":
+        if seek is None or error.reason not in ("corrupt", "truncated"):
             raise
         # A broken index sends the seek astray: what is missing is read again from the beginning.
         yield from _stream(path, windows[given:], size, limits, None)
@@ -272,9 +318,10 @@ def _stream(
 ) -> Iterator[np.ndarray]:
     import ffmpeg
 
-    check_readable(path)
+    check_readable(path, limits)
+    tool = ffmpeg_tool()
     height, width = size
-    options = _input_options(limits)
+    options = reading_options(limits.max_pixels)
     if seek is not None:
         options |= {"seek_timestamp": 1, "noaccurate_seek": None, "ss": f"{seek:.6f}"}
     source = ffmpeg.input(f"file:{path}", **options)
@@ -284,29 +331,50 @@ def _stream(
     frames = frames.filter("crop", across, down, exact=1).filter("scale", width, height, flags="bilinear")
     frames = frames.filter("format", "rgb24").filter("setsar", 1)
     total = sum(len(window.ticks) for window in windows)
-    wanted = {"f": "rawvideo", "pix_fmt": "rgb24", "fps_mode": "passthrough", "frames:v": total}
-    command = _command(ffmpeg.output(frames, "pipe:", **wanted))
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    times = _Times(process)
-    try:
+    wanted = {"f": "rawvideo", "pix_fmt": "rgb24", tool.sync_option: "passthrough", "frames:v": total}
+    times: list[int] = []
+
+    def listen(line: str) -> None:
+        if frame := FRAME.search(line):
+            times.append(int(frame[1]))
+
+    with FfmpegProcess(_command(tool, ffmpeg.output(frames, "pipe:", **wanted)), listen) as process:
         for window in windows:
-            expected = len(window.ticks) * height * width * 3
-            pixels = _read(process, expected, limits.timeout)
-            if pixels is None:
-                raise DecodeError("timeout", f"no frames for {limits.timeout:g} s at {window.start:g} s; raise timeout")
-            if times.take(len(window.ticks)) != list(window.ticks) or pixels.size < expected:
-                process.kill()
-                times.join()
-                got = pixels.size // (height * width * 3)
-                raise diagnosis(path, times.text(), frames=got, limits=limits, where=window.start)
-            yield pixels.reshape(-1, height, width, 3)
-    finally:
-        process.kill()
-        process.wait()
-        times.join()
-        for pipe in (process.stdout, process.stderr):
-            if pipe is not None:
-                pipe.close()
+            pixels = np.empty((len(window.ticks), height, width, 3), dtype=np.uint8)
+            try:
+                filled = process.read_into(pixels.reshape(-1).data, time.monotonic() + limits.timeout)
+            except TimeoutError:
+                detail = f"no frames for {limits.timeout:g} s at {window.start:g} s; raise timeout"
+                raise DecodeError("timeout", detail) from None
+            if filled < pixels.size:
+                got = filled // (height * width * 3)
+                status = _status(process)
+                raise diagnosis(path, process.messages, got, limits, tool, status, window.start)
+            _hear_times(process, times, len(window.ticks))
+            heard, times[: len(window.ticks)] = times[: len(window.ticks)], []
+            if len(heard) < len(window.ticks):
+                what = f"{len(window.ticks)} frames came and {len(heard)} times in the window at {window.start:g} s"
+                raise tool_failed(tool, what)
+            if heard != list(window.ticks):
+                status = _status(process)
+                raise diagnosis(path, process.messages, len(heard), limits, tool, status, window.start)
+            yield pixels
+
+
+def _hear_times(process: FfmpegProcess, times: list[int], count: int) -> None:
+    """Reads messages until `count` times are there; they are printed before the frames that have come."""
+    try:
+        process.listen(lambda: len(times) >= count, time.monotonic() + LAG)
+    except TimeoutError:
+        return
+
+
+def _status(process: FfmpegProcess) -> int | None:
+    """The exit status of an ffmpeg that gave wrong or too few frames; None where it goes on."""
+    try:
+        return process.finish(time.monotonic() + LAG)
+    except TimeoutError:
+        return None
 
 
 def _selection(windows: Sequence[Window]) -> str:
@@ -322,76 +390,3 @@ def _sum(terms: Sequence[str]) -> str:
     """A sum as a balanced tree: ffmpeg takes expressions of up to 100 levels, and a plain chain has one a term."""
     half = len(terms) // 2
     return terms[0] if len(terms) == 1 else f"({_sum(terms[:half])}+{_sum(terms[half:])})"
-
-
-def _read(process: subprocess.Popen[bytes], count: int, timeout: float) -> np.ndarray | None:
-    """Up to `count` bytes, fewer at the end of the stream; None where the time ran out (only waiting counts)."""
-    assert process.stdout is not None
-    late = threading.Event()
-
-    def stop() -> None:
-        late.set()
-        process.kill()
-
-    timer = threading.Timer(timeout, stop)
-    timer.daemon = True
-    timer.start()
-    try:
-        pixels = np.empty(count, dtype=np.uint8)
-        view = memoryview(pixels.data)
-        filled = 0
-        while filled < count:
-            got = process.stdout.readinto(view[filled:])  # type: ignore[attr-defined]
-            if not got:
-                break
-            filled += got
-    finally:
-        timer.cancel()
-    return None if late.is_set() else pixels[:filled]
-
-
-class _Times:
-    """Reads ffmpeg's messages in a thread: frame times into a queue, the last lines kept for a diagnosis."""
-
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._found: list[int] = []
-        self._lines: list[str] = []
-        self._ended = False
-        self._news = threading.Condition()
-        self._thread = threading.Thread(target=self._read, args=(process.stderr,), daemon=True)
-        self._thread.start()
-
-    def _read(self, stream: Iterator[bytes]) -> None:
-        for line in stream:
-            text = line.decode("utf-8", "replace").rstrip()
-            frame = _FRAME.search(text)
-            with self._news:
-                if frame:
-                    self._found.append(int(frame.group(1)))
-                elif "showinfo" not in text:
-                    self._lines = [*self._lines[-199:], text]
-                self._news.notify()
-        with self._news:
-            self._ended = True
-            self._news.notify()
-
-    def take(self, count: int) -> list[int]:
-        """The next `count` times (ticks), fewer where the stream ended."""
-        with self._news:
-            self._news.wait_for(lambda: len(self._found) >= count or self._ended, timeout=30)
-            taken, self._found = self._found[:count], self._found[count:]
-            return taken
-
-    def text(self) -> str:
-        return "\n".join(self._lines)
-
-    def join(self) -> None:
-        self._thread.join(timeout=5)
-
-
-def _run(command: list[str], path: Path, limits: MediaLimits) -> tuple[int, str, str]:
-    try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=limits.timeout)
-    except subprocess.TimeoutExpired:
-        raise DecodeError("timeout", f"reading {path.name} took over {limits.timeout:g} s; raise timeout") from None
-    return done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace")

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.block import Block, cut_blocks
-from pipeline.decode import Probe, ffmpeg_binary, probe, select_frames, window_starts
-from pipeline.faults import DecodeError
+from pipeline.decode import Probe, ffmpeg_binary, probe, select_frames, window_count, window_starts
+from pipeline.faults import DecodeError, digest_of
 from pipeline.gates import BELOW_GATE, Judgement, judge, rejection
 from pipeline.recipes import DataRecipe
 from pipeline.rows import caption_id, failure_row, film_row, observed_frames, split_of
 from pipeline.source import FilmEntry, FilmFailure, discover
 from pipeline.stage import ClipPlan
-from storage.fingerprint import file_digest, fingerprint, short_id
+from storage.fingerprint import fingerprint, short_id
 from storage.layout import Lake
 from storage.version import Version, latest, list_versions, load, read_manifest
 
@@ -288,7 +288,7 @@ def _read_film(entry: FilmEntry, digest: str, recipe: DataRecipe) -> tuple[FilmS
     state = FilmState(film_row(entry.film, entry.caption, entry.bytes, entry.modified_ns))
     try:
         film = probe(entry.path, recipe.limits)
-        state.row["sha256"] = digest or file_digest(entry.path)
+        state.row["sha256"] = digest or digest_of(entry.path, recipe.limits)
     except DecodeError as error:
         state.row |= {"status": "failed", "reason": error.reason, "detail": error.detail}
         return state, None
@@ -312,14 +312,21 @@ def _plan_clips(
 ) -> list[ClipPlan]:
     """The new clips of one film; fills in `state` and the failures of windows."""
     recipe, digest = plan.recipe, state.row["sha256"]
+    count = window_count(film, recipe.duration, entry.start, entry.end)
     starts = window_starts(film, recipe.duration, entry.start, entry.end)
-    if not starts:
+    if not count:
         length = (min(film.seconds, entry.end) if entry.end is not None else film.seconds) - entry.start
         detail = (
             f"{max(length, 0):.3g} s of video, the window takes {recipe.duration:g} s; set duration or leave it out"
         )
         state.row |= {"status": "filtered", "reason": "shorter_than_window", "detail": detail}
         return []
+    if len(starts) < count:
+        detail = (
+            f"{count - len(starts)} of {count} windows hold no frame: its times jump; re-encode it if they should not"
+        )
+        gaps = {"status": "filtered", "reason": "too_few_frames", "detail": detail}
+        plan.failures.append(failure_row(entry.film, "plan", gaps))
     clips: list[ClipPlan] = []
     outside: list[str] = []
     for start in starts:

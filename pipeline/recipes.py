@@ -73,6 +73,8 @@ class DataRecipe:
     """Most frames in a film."""
     timeout: float = 120.0
     """Longest wait in seconds for ffmpeg to read a film's times, or the frames of one clip."""
+    max_bytes: int = 2**38
+    """Largest file of a film, in bytes."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for values that no run could work with; the message names the field."""
@@ -93,6 +95,7 @@ class DataRecipe:
             "below_gate": self.below_gate in (REJECT, FLAG),
             "max_pixels": self.max_pixels >= 1,
             "max_frames": self.max_frames >= 1,
+            "max_bytes": self.max_bytes >= 1,
         }
         for field, good in checks.items():
             if not good:
@@ -120,7 +123,7 @@ class DataRecipe:
     @property
     def limits(self) -> MediaLimits:
         """What a film may cost."""
-        return MediaLimits(self.max_pixels, self.max_frames, self.timeout)
+        return MediaLimits(self.max_pixels, self.max_frames, self.timeout, self.max_bytes)
 
     def data_fields(self) -> dict[str, Any]:
         """The fields that change data. Two recipes that agree here give the same clips and share their latents."""
@@ -149,6 +152,7 @@ _HOUSEKEEPING = (
     "max_pixels",
     "max_frames",
     "timeout",
+    "max_bytes",
 )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,12 +59,20 @@ def bytes_digest(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def file_digest(path: str | Path) -> str:
-    """The sha256 of a file's bytes, read in pieces of 1 MiB. Raises OSError as `open` does."""
+def file_digest(path: str | Path, seconds: float = math.inf) -> str:
+    """The sha256 of a file's bytes, read in pieces of 1 MiB.
+
+    Raises:
+        TimeoutError: it took longer than this many seconds.
+        OSError: as `open` does.
+    """
     digest = hashlib.sha256()
+    deadline = time.monotonic() + seconds
     with open(path, "rb") as file:
         while piece := file.read(_READ_BYTES):
             digest.update(piece)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"reading {path} took over {seconds:g} s")
     return digest.hexdigest()
 
 

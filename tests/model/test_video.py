@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from model.video import NoFfmpeg, check_output, ffmpeg_binary, from_frames, picture_bytes, to_frames, write_video
+from model.ffmpeg import NoFfmpeg, find_ffmpeg
+from model.video import check_output, ffmpeg_binary, from_frames, picture_bytes, to_frames, write_video
 
 
 def frames(count: int = 12, height: int = 32, width: int = 48) -> np.ndarray:
@@ -28,7 +29,8 @@ def frames(count: int = 12, height: int = 32, width: int = 48) -> np.ndarray:
 
 def read_back(path: Path) -> tuple[np.ndarray, float]:
     """Frames and frame rate as ffmpeg finds them in the file."""
-    command = [ffmpeg_binary(), "-i", str(path), "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    command = [ffmpeg_binary(), "-i", str(path), f"-{find_ffmpeg().sync_option}", "passthrough"]
+    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     run = subprocess.run(command, capture_output=True, check=True)
     told = re.search(r"Video: h264.*?yuv420p.*?, (\d+)x(\d+).*?, ([\d.]+) fps", run.stderr.decode())
     assert told is not None, run.stderr.decode()
@@ -142,7 +144,8 @@ def test_a_film_names_its_colours(tmp_path: Path) -> None:
 
 def test_a_failing_ffmpeg_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "ffmpeg"
-    broken.write_text("#!/bin/sh\ncat > /dev/null\necho first >&2\necho the disk is full >&2\nexit 1\n")
+    fails = "cat > /dev/null; echo first >&2; echo the disk is full >&2; exit 1"
+    broken.write_text(f'#!/bin/sh\ncase "$*" in *film.part.mp4*) {fails};; esac\nexec {ffmpeg_binary()} "$@"\n')
     broken.chmod(0o755)
     monkeypatch.setenv("VLFM_FFMPEG", str(broken))
     with pytest.raises(OSError, match=r"^ffmpeg could not write .*film.mp4: the disk is full$"):

@@ -35,6 +35,20 @@ def make_scene(path: Path, *output: str, rate: str = "24", seconds: float = 4.0,
     return path
 
 
+def turn(film: Path, turned: Path) -> Path:
+    """A copy of an mp4 that is shown turned by 90 degrees, by the matrix in its track header.
+
+    (ffmpeg's options for it differ among versions.)
+    """
+    data = film.read_bytes()
+    upright = b"".join(number.to_bytes(4, "big") for number in (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30))
+    left = b"".join((number % 2**32).to_bytes(4, "big") for number in (0, -1 << 16, 0, 1 << 16, 0, 0, 0, 0, 1 << 30))
+    header = data.index(b"tkhd")
+    place = data.index(upright, header)
+    turned.write_bytes(data[:place] + left + data[place + len(left) :])
+    return turned
+
+
 @pytest.fixture(scope="session")
 def film() -> Film:
     return make_film

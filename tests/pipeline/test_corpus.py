@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from model.ffmpeg import Ffmpeg, find_ffmpeg
 from pipeline.corpus import FilmPlan, film_command, make_corpus, plan_films
 from pipeline.decode import ffmpeg_binary
 
@@ -22,7 +23,7 @@ def read_film(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """All frames of a film as float64 (N, 64, 64, 3) in [0, 1], centre crop, and their times in seconds."""
     filters = f"showinfo,scale={SIDE}:{SIDE}:force_original_aspect_ratio=increase,crop={SIDE}:{SIDE}"
     command = [ffmpeg_binary(), "-hide_banner", "-nostdin", "-xerror", "-threads", "1", "-i", str(path), "-vf", filters]
-    command += ["-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    command += [f"-{find_ffmpeg().sync_option}", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     run = subprocess.run(command, capture_output=True, check=True)
     times = np.array([float(time) for time in re.findall(rb"pts_time:\s*([\d.]+)", run.stderr)])
     frames = np.frombuffer(run.stdout, np.uint8).reshape(len(times), SIDE, SIDE, 3)
@@ -154,7 +155,7 @@ def test_a_number_of_films_out_of_range_is_refused(films: int, tmp_path: Path) -
 
 
 def test_a_film_that_cannot_be_made_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(ffmpeg: str, plan: FilmPlan, target: Path) -> list[str]:
+    def broken(ffmpeg: Ffmpeg, plan: FilmPlan, target: Path) -> list[str]:
         return [*film_command(ffmpeg, plan, target)[:-1], "-frames:v", "nonsense", str(target)]
 
     monkeypatch.setattr("pipeline.corpus.film_command", broken)

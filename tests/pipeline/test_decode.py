@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from model.ffmpeg import find_ffmpeg
 from pipeline.decode import decode, ffmpeg_binary, probe, select_frames, window_of, window_starts
 from pipeline.faults import DecodeError, MediaLimits
+from tests.pipeline.conftest import turn
 
 Film = Callable[..., Path]
 GREY = ("-pix_fmt", "yuv420p", "-vf", "scale=out_range=full", "-color_range", "pc")
@@ -83,7 +85,15 @@ def test_every_kept_frame_is_the_right_one(
 def test_variable_rate_keeps_real_times(film: Film, tmp_path: Path) -> None:
     kept = [0, 1, 2, 7, 9, 10, 19, 20, 33, 34, 40, 47]
     chosen = "+".join(f"eq(n,{k})" for k in kept)
-    output = ("-vf", f"select='{chosen}',scale=out_range=full", "-fps_mode", "vfr", *SHARP, "-pix_fmt", "yuv444p")
+    output = (
+        "-vf",
+        f"select='{chosen}',scale=out_range=full",
+        f"-{find_ffmpeg().sync_option}",
+        "vfr",
+        *SHARP,
+        "-pix_fmt",
+        "yuv444p",
+    )
     path = film(tmp_path / "vfr.mp4", *output, "-color_range", "pc", rate="48", seconds=1)
     found = probe(path)
     np.testing.assert_allclose(found.times, np.array(kept) / 48, atol=1e-4)
@@ -162,9 +172,7 @@ def test_rotation_and_pixel_shape(scene: Film, tmp_path: Path) -> None:
     left = "color=black:size=64x32:rate=8:duration=1,drawbox=x=0:y=0:w=16:h=32:color=white:t=fill"
     base = [ffmpeg_binary(), "-v", "error", "-f", "lavfi", "-i", left, *SHARP]
     subprocess.run([*base, str(path)], check=True)
-    turned = tmp_path / "turned.mp4"
-    copy = [ffmpeg_binary(), "-v", "error", "-display_rotation", "90", "-i", str(path), "-c", "copy", str(turned)]
-    subprocess.run(copy, check=True)
+    turned = turn(path, tmp_path / "turned.mp4")
     (frames,) = decode(turned, [select_frames(probe(turned), 0.0, 1.0, 8)], (64, 32))
     rows = frames[0].mean(axis=(1, 2))
     assert max(rows[:16].mean(), rows[48:].mean()) > 200
@@ -252,7 +260,7 @@ def test_bad_films_have_a_reason(film: Film, tmp_path: Path, kind: str, reason: 
         probe(bad_film(kind, tmp_path, film))
     assert caught.value.reason == reason
     assert "\n" not in caught.value.detail
-    assert ";" in caught.value.detail, "the line says the mend"
+    assert ";" in caught.value.detail, "the line says the remedy"
 
 
 def test_limits(film: Film, tmp_path: Path) -> None:
@@ -300,9 +308,5 @@ def test_no_process_is_left(film: Film, tmp_path: Path) -> None:
 
 def test_a_chosen_ffmpeg_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLFM_FFMPEG", "/nowhere/ffmpeg")
-    ffmpeg_binary.cache_clear()
-    try:
-        with pytest.raises(DecodeError, match="VLFM_FFMPEG=/nowhere/ffmpeg is no program"):
-            ffmpeg_binary()
-    finally:
-        ffmpeg_binary.cache_clear()
+    with pytest.raises(DecodeError, match="no_ffmpeg: VLFM_FFMPEG=/nowhere/ffmpeg is no program"):
+        ffmpeg_binary()

@@ -12,13 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from model.video import NoFfmpeg, from_frames, to_frames
+from model.ffmpeg import NoFfmpeg
+from model.video import from_frames, to_frames
 from pipeline import film as module
 from pipeline.decode import decode, ffmpeg_binary, probe, shown_size, window_of
 from pipeline.faults import DecodeError, MediaLimits
 from pipeline.film import FilmReader, codec_named, frame_size, interpolate, wanted_times
 from pipeline.recipes import recipe_named
 from tests.model.tiny_diffusion import tiny_diffusion
+from tests.pipeline.conftest import turn
 
 Film = Callable[..., Path]
 SHARP = ("-c:v", "libx264", "-qp", "0", "-preset", "ultrafast", "-pix_fmt", "yuv444p")
@@ -175,9 +177,7 @@ def test_pixels_that_are_not_square_are_shown_square(scene: Film, tmp_path: Path
     path = scene(tmp_path / "wide.mp4", "-vf", "setsar=4/3", *SHARP, size="60x40", seconds=0.5)
     assert shown_size(path) == (40, 80)
     assert FilmReader(path).size == (40, 80)
-    turned = tmp_path / "turned.mp4"
-    command = [ffmpeg_binary(), "-v", "error", "-display_rotation", "90", "-i", str(path), "-c", "copy", str(turned)]
-    subprocess.run(command, check=True)
+    turned = turn(path, tmp_path / "turned.mp4")
     height, width = shown_size(turned)
     assert height > width, "on its side, as a phone records"
 

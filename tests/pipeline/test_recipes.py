@@ -87,7 +87,7 @@ def test_only_what_changes_data_is_fingerprinted() -> None:
             housekeeping.add(field.name)
     assert housekeeping == {
         *("name", "preview_clips", "block_clips", "captions_required", "tolerate"),
-        *("max_pixels", "max_frames", "timeout", "certify_frames", "gates", "below_gate"),
+        *("max_pixels", "max_frames", "max_bytes", "timeout", "certify_frames", "gates", "below_gate"),
     }
 
 
