@@ -189,6 +189,8 @@ def _decoded_times(path: Path, limits: MediaLimits, tool: Ffmpeg) -> tuple[np.nd
             raise _too_slow(path, limits) from None
         errors = process.messages
     base = re.search(TIME_BASE.pattern, errors, re.MULTILINE)
+    if status == 0 and not found and re.search(r"^frame= *[1-9]", errors, re.MULTILINE):
+        raise tool_failed(tool, "it prints no times of the frames that it decodes")
     if status != 0 or not found or base is None:
         raise diagnosis(path, errors, len(found), limits, tool, status)
     ticks = np.array(found, dtype=np.int64)

@@ -42,6 +42,8 @@ HELD = 2**28
 """Bytes that the latents of three chunks may take before chunks are made smaller."""
 DECODED = 1500
 """Frames that one ffmpeg process is asked for: it is told each by name, and a command has a longest length."""
+READ_OUT = 4096
+"""Frames whose readout is held at once; between two frames of a film with a gap any number may be due."""
 NEIGHBOURS = 16
 """Frames outside the part that is asked for that its paths know of."""
 SAMPLED = 2**16
@@ -235,11 +237,12 @@ class FilmReader:
             until = math.inf if following is None else following.times[0]
             due = wanted[done : done + int(np.searchsorted(wanted[done:], until))]
             times = (before.times if before else None, here.times, after.times if after else None)
-            readout = readout_matrix(*times, due, left, right)
             parts = [part.latents for part in (before, here, after) if part is not None]
             together = max(CHUNK[0], len(here.times))
-            for first in range(0, len(due), together):
-                yield self._shown(readout[first : first + together], parts)
+            for some in np.array_split(due, range(READ_OUT, len(due), READ_OUT)):
+                readout = readout_matrix(*times, some, left, right)
+                for first in range(0, len(some), together):
+                    yield self._shown(readout[first : first + together], parts)
             done += len(due)
             before, left = here, right
             if done == len(wanted):

@@ -129,7 +129,7 @@ class FfmpegProcess:
             text = line[:LONGEST_LINE].decode("utf-8", "replace").rstrip()
             if _ACCOUNT.search(text) and len(self._account) < MOST_LINES:
                 self._account.append(text)
-            elif "showinfo" not in text:
+            elif not text.startswith("[Parsed_showinfo"):
                 self._last.append(text)
             if self._on_line is not None:
                 self._on_line(text)

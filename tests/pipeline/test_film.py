@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model.ffmpeg import NoFfmpeg
+from model.ffmpeg import NoFfmpeg, find_ffmpeg
 from model.video import from_frames, to_frames
 from pipeline import film as module
 from pipeline.decode import decode, ffmpeg_binary, probe, shown_size, window_of
@@ -142,7 +142,7 @@ def test_nothing_is_blended_across_a_cut(cut: Path) -> None:
 def test_times_that_are_not_regular_are_real(film: Film, tmp_path: Path) -> None:
     kept = [0, 1, 2, 7, 9, 10, 19, 20, 33, 34, 40, 47]
     chosen = "+".join(f"eq(n,{k})" for k in kept)
-    output = ("-vf", f"select='{chosen}',scale=out_range=full", "-fps_mode", "vfr", *SHARP)
+    output = ("-vf", f"select='{chosen}',scale=out_range=full", f"-{find_ffmpeg().sync_option}", "vfr", *SHARP)
     path = film(tmp_path / "vfr.mp4", *output, "-color_range", "pc", rate="48", seconds=1)
     reader = FilmReader(path)
     frames = read_at(reader, np.arange(47) / 48)
