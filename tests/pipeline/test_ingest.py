@@ -141,7 +141,7 @@ def test_nothing_new_touches_nothing(films: Path, tmp_path: Path, monkeypatch: p
         raise AssertionError(f"opened {values}")
 
     monkeypatch.setattr(pipeline.plan, "probe", refuse)
-    monkeypatch.setattr(pipeline.plan, "file_digest", refuse)
+    monkeypatch.setattr(pipeline.plan, "digest_of", refuse)
     before = sorted(path for path in (tmp_path / "lake").rglob("*") if "failures" not in path.parts)
     report = make(films, tmp_path / "lake", runner=NoWork())
     assert (report.version, report.published, report.exit_status) == (1, False, 0)
