@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from model.ffmpeg import Ffmpeg, NoFfmpeg, encoders, environment, find_ffmpeg
+from model.ffmpeg import Ffmpeg, NoFfmpeg, encoders, environment, find_ffmpeg, killed_by, last_words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -169,8 +169,9 @@ def _write_mp4(path: Path, size: tuple[int, int], batches: Iterable[Frames], rat
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
         told.seek(0)
-        lines = told.read().decode(errors="replace").strip().splitlines() or ["no message"]
+        lines = told.read().decode(errors="replace").strip().splitlines()
     if process.returncode:
         part.unlink(missing_ok=True)
-        raise OSError(f"ffmpeg could not write {path}: {lines[-1]}")
+        why = lines[-1] if lines and not killed_by(process.returncode) else last_words(process.returncode, "")
+        raise OSError(f"ffmpeg could not write {path}: {why}")
     part.replace(path)

@@ -67,9 +67,13 @@ def check_readable(path: Path, limits: MediaLimits | None = None) -> None:
     except FileNotFoundError:
         raise DecodeError("film_missing", f"{path.name} is not there; correct the table or add the film") from None
     except OSError as error:
-        denied = error.errno in (errno.EACCES, errno.EPERM)
-        remedy = "check its permissions" if denied else "check the disk, and run again"
-        raise DecodeError("unreadable", f"{error.strerror}; {remedy}") from None
+        raise _unreadable(error) from None
+
+
+def _unreadable(error: OSError) -> DecodeError:
+    denied = error.errno in (errno.EACCES, errno.EPERM)
+    remedy = "check its permissions" if denied else "check the disk, and run again"
+    return DecodeError("unreadable", f"{error.strerror}; {remedy}")
 
 
 def digest_of(path: Path, limits: MediaLimits) -> str:
@@ -127,7 +131,16 @@ def diagnosis(
 
     status: ffmpeg's exit status; None where it was stopped.
     """
-    place = "" if where is None else f" in the window at {where:g} s"
+    try:
+        place = "" if where is None else f" in the window at {where:g} s"
+        return _diagnosis(path, errors, frames, limits, tool, status, place)
+    except OSError as error:
+        return _unreadable(error)
+
+
+def _diagnosis(
+    path: Path, errors: str, frames: int, limits: MediaLimits, tool: Ffmpeg, status: int | None, place: str
+) -> DecodeError:
     fault = next((line for line in errors.splitlines() if _TOOL.search(line)), None)
     if (status is not None and killed_by(status)) or fault is not None:
         return tool_failed(tool, last_words(status or 0, fault or errors) + place)

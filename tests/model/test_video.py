@@ -15,6 +15,7 @@ from PIL import Image
 
 from model.ffmpeg import NoFfmpeg, find_ffmpeg
 from model.video import check_output, ffmpeg_binary, from_frames, picture_bytes, to_frames, write_video
+from tests.model.ffmpeg_shims import shim
 
 
 def frames(count: int = 12, height: int = 32, width: int = 48) -> np.ndarray:
@@ -142,13 +143,18 @@ def test_a_film_names_its_colours(tmp_path: Path) -> None:
     assert np.abs(found.astype(int) - red[0, 0, 0]).max() <= 3
 
 
-def test_a_failing_ffmpeg_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = tmp_path / "ffmpeg"
-    fails = "cat > /dev/null; echo first >&2; echo the disk is full >&2; exit 1"
-    broken.write_text(f'#!/bin/sh\ncase "$*" in *film.part.mp4*) {fails};; esac\nexec {ffmpeg_binary()} "$@"\n')
-    broken.chmod(0o755)
-    monkeypatch.setenv("VLFM_FFMPEG", str(broken))
-    with pytest.raises(OSError, match=r"^ffmpeg could not write .*film.mp4: the disk is full$"):
+@pytest.mark.parametrize(
+    ("fails", "why"),
+    [
+        ("cat > /dev/null; echo first >&2; echo the disk is full >&2; exit 1", "the disk is full"),
+        ("cat > /dev/null; echo first >&2; kill -9 $$", r"killed by SIGKILL \(out of memory\?\)"),
+        ("exit 7", "it ended with status 7 and no message"),
+    ],
+)
+def test_a_failing_ffmpeg_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, why: str) -> None:
+    script = f'case "$*" in *film.part.mp4*) {fails};; esac\nexec "$REAL" "$@"'
+    monkeypatch.setenv("VLFM_FFMPEG", str(shim(tmp_path / "ffmpeg", script)))
+    with pytest.raises(OSError, match=rf"^ffmpeg could not write .*film.mp4: {why}$"):
         write_video(tmp_path / "film.mp4", frames(3), 8)
     assert not (tmp_path / "film.mp4").exists()
 
