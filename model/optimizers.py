@@ -115,7 +115,8 @@ class Updates:
             FloatingPointError: more than `allowed` steps in a row were not finite; raised in all processes alike.
         """
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.clip).detach()
-        finite = torch.isfinite(loss.detach()) & torch.isfinite(norm)
+        loss = loss.detach()
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
         # Gradients are averages over the processes and their norm the same in all, but the loss is not.
         bad, stop = self.processes.any(~finite, stop)
         for optimizer in self.optimizers:

@@ -171,7 +171,7 @@ def test_a_codecs_training_skips_and_ends_alike(tmp_path: Path, kind: str) -> No
 
         return of
 
-    with pytest.raises(FloatingPointError, match="step 21 .* 11 steps in a row where 10 are allowed"):
+    with pytest.raises(FloatingPointError, match=r"step 21 .* 11 steps in a row where 10 are allowed"):
         Stage("vae", network, 60, 1e-2, loss({3, *range(11, 60)})).train(tmp_path, recipe)
     run = Run(tmp_path / "vae")
     assert run.steps() == [9]

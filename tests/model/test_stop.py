@@ -196,7 +196,8 @@ def test_nothing_outlives_a_launcher_that_is_killed(lake: Lake, tmp_path: Path) 
         assert running.gone_within(20), running.left()
 
 
-def test_a_process_that_fails_ends_the_others_with_its_status(tmp_path: Path) -> None:
+def test_a_process_that_fails_ends_the_others_with_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.launch.GRACE", 0.5)
     code = "import os, sys, time; time.sleep(0 if os.environ['RANK'] == '1' else 1000); sys.exit(7)"
     began = time.monotonic()
     assert launch([sys.executable, "-c", code], 2) == 7
@@ -335,6 +336,8 @@ def test_outside_the_main_thread_nothing_is_remembered() -> None:
 def test_the_demo_does_not_go_on_with_half_a_model(
     lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for name in ("PREFECT_SERVER_ANALYTICS_ENABLED", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"):
+        monkeypatch.setenv(name, os.environ.get(name, "CRITICAL"))  # main() sets them where they are unset
     monkeypatch.setattr("flows.demo._ingest", lambda *_: (1, 0))
     inner = model.train.gradients
 
