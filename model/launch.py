@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 
 from model.processes import LAUNCHER
@@ -32,7 +33,7 @@ def launch(command: Sequence[str], count: int) -> int:
     """
     with StopSignal() as stop:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-        threads = max(1, len(os.sched_getaffinity(0)) // count)
+        threads = max(1, torch.get_num_threads() // count)
         shared = {
             "OMP_NUM_THREADS": str(threads),
             **os.environ,
