@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from model.program import add_settings_option, is_expected, parse_settings
+from model.stop import STOPPED, Stopped, hold_signals
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -20,11 +21,15 @@ your own films:          vlfm ingest films/ --captions captions.csv --lake lake
                          vlfm train --lake lake --run run --recipe demo
                          vlfm sample --run run --prompt "a red ball bounces" --fps 24 --out ball.mp4
                          vlfm evaluate --run run --lake lake --out report
+
+exit status:             0 done, 1 an error, 2 wrong usage, 3 an ingest lost more films than tolerated,
+                         75 a training was asked to stop and left a checkpoint: the same command goes on,
+                         130 interrupted
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of `vlfm`; returns the exit status: 0, 1 on an error, 3 where an ingest lost more films than tolerated."""
+    """Entry of `vlfm`; returns the exit status, as EPILOG lists them."""
     # Telemetry is off unless a person turned it on. Prefect logs to its UI; the lines here are ours.
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -34,9 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     given = list(sys.argv[1:] if arguments is None else arguments)
     name = next((word for word in given if not word.startswith("-")), None)
+    if name == "train" and arguments is None:
+        hold_signals()  # importing torch takes seconds; a signal meanwhile waits for the trainer, which answers with 75
     options = parser(name).parse_args(given)
     try:
         return int(options.run_it(options))
+    except Stopped as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
+        return STOPPED
     except KeyboardInterrupt:
         print("\ninterrupted; everything finished is kept, the same command goes on from there", file=sys.stderr)
         return 130

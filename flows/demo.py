@@ -106,9 +106,7 @@ def _train(lake: Path, run: Path, number: int, steps: int | None) -> Path:
     done = Run(run).steps()
     if done and done[-1] >= chosen.steps:
         _say(f"train      {done[-1]} steps are done already")
-    train(lake, run, chosen, number)
-    if Run(run).steps()[-1] < chosen.steps:
-        raise KeyboardInterrupt  # a signal ended the training early, with a checkpoint; half a model is no demo
+    train(lake, run, chosen, number)  # a signal raises Stopped: half a model is no demo
     return run
 
 

@@ -88,32 +88,64 @@ def save(
     optimizers: Sequence[Optimizer],
     keep: int,
 ) -> Path:
-    """Write a checkpoint under a temporary name, rename it, and remove all but the newest `keep`."""
+    """Write a checkpoint under a temporary name, rename it, and remove all but the newest `keep`.
+
+    Raises:
+        FloatingPointError: a tensor is not finite; nothing is written and nothing removed.
+    """
+    files = tensors_by_file(backbone, average, optimizers)
     final = run.root / "checkpoints" / f"step-{step:08d}"
     part = final.with_name(f".part-{step:08d}")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in backbone.state_dict().items()}, part / "backbone.safetensors")
-    save_file({k: v.contiguous() for k, v in average.tensors.items()}, part / "average.safetensors")
-    groups: list[Any] = []
-    tensors: dict[str, Tensor] = {}
-    for number, optimizer in enumerate(optimizers):
-        state = optimizer.state_dict()
-        groups.append(state["param_groups"])
-        for index, values in state["state"].items():
-            for name, value in values.items():
-                tensors[f"{number}.{index}.{name}"] = torch.as_tensor(value).contiguous()
-    save_file(tensors, part / "optimizers.safetensors")
+    for name, tensors in files.items():
+        save_file({k: v.contiguous() for k, v in tensors.items()}, part / f"{name}.safetensors")
+    groups = [optimizer.state_dict()["param_groups"] for optimizer in optimizers]
     state_file = {"step": step, "average_updates": average.updates, "optimizers": groups}
     (part / "state.json").write_text(json.dumps(state_file))
-    for path in part.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    for path in (*part.iterdir(), part):
+        _force(path)
     shutil.rmtree(final, ignore_errors=True)
     part.rename(final)
+    _force(final.parent)  # the rename is safe on disk only when its folder is; only then may the old ones go
     for old in run.steps()[:-keep]:
         shutil.rmtree(run.root / "checkpoints" / f"step-{old:08d}", ignore_errors=True)
     return final
+
+
+def tensors_by_file(
+    backbone: nn.Module, average: MovingAverage, optimizers: Sequence[Optimizer]
+) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint holds, all of it finite: tensors by name, by the name of their file without suffix.
+
+    Raises:
+        FloatingPointError: a tensor is not finite.
+    """
+    files: dict[str, dict[str, Tensor]] = {"backbone": dict(backbone.state_dict()), "average": dict(average.tensors)}
+    files["optimizers"] = {
+        f"{number}.{index}.{name}": torch.as_tensor(value)
+        for number, optimizer in enumerate(optimizers)
+        for index, values in optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+    }
+    every = {f"{file}/{name}": value for file, tensors in files.items() for name, value in tensors.items()}
+    finite = torch.stack([torch.isfinite(value).all().cpu() for value in every.values()])
+    if not finite.all():
+        name = list(every)[int(finite.int().argmin())]
+        raise FloatingPointError(
+            f"the tensor {name} is not finite, so no checkpoint is written; those that there are stay: "
+            "start another run with a lower learning rate"
+        )
+    return files
+
+
+def _force(path: Path) -> None:
+    """Have a file or a folder on disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def restore(folder: Path, backbone: nn.Module, average: MovingAverage, optimizers: Sequence[Optimizer]) -> int:

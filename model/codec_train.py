@@ -26,16 +26,22 @@ from model.codec_data import Footage, dead_leaves, drawn, footage, random_crop, 
 from model.codec_networks import TEXT_LENGTH, new_autoencoder, new_text_model, new_unet, write_folder
 from model.ddim import TRAIN_STEPS, noise_levels
 from model.ema import MovingAverage
-from model.optimizers import adamw, set_learning_rate
+from model.optimizers import Updates, adamw, set_learning_rate
+from model.processes import Processes
 from model.program import add_settings_option, parse_settings, run_program
 from model.progress import Progress
 from model.prompts import bundled_tokenizer
 from model.recipes import override
-from model.train import StopSignal, mixed_seed
+from model.stop import Stopped, StopSignal
+from model.train import mixed_seed
 from storage.fingerprint import fingerprint
 
 EMPTY = 0
 """Number of the empty caption among the captions of a run."""
+ALONE = Processes(0, 1, torch.device("cpu"))
+"""A codec is trained by one process."""
+BAD_STEPS_ALLOWED = 10
+"""Steps in a row that may be skipped because loss or gradient are not finite; one more ends the run."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +90,6 @@ class CodecRecipe:
     """Films, by name without suffix, that are never trained on."""
 
 
-class Stopped(Exception):
-    """The run was asked to stop; its checkpoint is written."""
-
-
 @dataclass
 class Stage:
     """One of the two trainings: what it trains, how many steps, and the loss of a step."""
@@ -99,39 +101,45 @@ class Stage:
     loss: Callable[[int], dict[str, Tensor]]
 
     def train(self, folder: Path, recipe: CodecRecipe) -> None:
-        """Goes on from the newest checkpoint to the last step. Raises Stopped on SIGTERM or Ctrl-C."""
+        """Goes on from the newest checkpoint to the last step.
+
+        Raises:
+            Stopped: SIGTERM or Ctrl-C; the same call goes on.
+            FloatingPointError: too many steps in a row are not finite; the last good checkpoint stays.
+        """
         run = Run(folder / self.name)
         average = MovingAverage(self.network, recipe.ema_decay)
         optimizer = adamw(self.network.parameters(), self.learning_rate, weight_decay=1e-2, second_beta=0.99)
+        updates = Updates(self.network, average, [optimizer], 1.0, BAD_STEPS_ALLOWED, run.root, ALONE)
         done = restore(run.checkpoint(), self.network, average, [optimizer]) if run.steps() else 0
         progress = Progress(self.name, self.steps, "steps", done, every=30)
-        stop = StopSignal()
         run.root.mkdir(parents=True, exist_ok=True)
         sums: dict[str, float] = {}
-        with run.log.open("a") as log:
+        summed, due = 0, False
+        with StopSignal() as stop, run.log.open("a") as log:
             for step in range(done, self.steps):
                 set_learning_rate(optimizer, min(1.0, (step + 1) / 200) * cosine(step / self.steps))
                 losses = self.loss(step)
                 losses["loss"].backward()
-                nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                average.update(self.network)
-                for name, value in losses.items():
-                    sums[name] = sums.get(name, 0.0) + float(value.detach()) / 50
-                if not math.isfinite(sums["loss"]):
-                    raise FloatingPointError(f"{self.name}: the loss is not finite at step {step}; lower the rate")
+                update = updates.apply(step + 1, losses["loss"], stop.seen)
+                if update.applied:
+                    for name, value in losses.items():
+                        sums[name] = sums.get(name, 0.0) + float(value.detach())
+                    summed += 1
                 if step % 50 == 49:
-                    log.write(json.dumps({"step": step + 1, **{k: round(v, 6) for k, v in sums.items()}}) + "\n")
+                    means = {name: round(value / max(summed, 1), 6) for name, value in sums.items()}
+                    log.write(json.dumps({"step": step + 1, **means}) + "\n")
                     log.flush()
-                    note = "  ".join(f"{name} {value:.4f}" for name, value in sums.items())
-                    progress.update(step + 1, note)
-                    sums = {}
+                    note = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+                    progress.update(step + 1, note + f"  {updates.skipped} bad steps skipped" * bool(updates.skipped))
+                    sums, summed = {}, 0
                 last = step + 1 == self.steps
-                if last or (step + 1) % recipe.save_every == 0 or stop.seen:
+                due = due or (step + 1) % recipe.save_every == 0
+                if last or update.stop or (due and update.applied):
+                    due = False
                     save(run, step + 1, self.network, average, [optimizer], keep=1)
-                if stop.seen and not last:
-                    raise Stopped(f"stopped at step {step + 1} of {self.name}; the same command goes on from there")
+                if update.stop and not last:
+                    raise Stopped(step + 1, f" of {self.name}")
         load_average(run.checkpoint(), self.network)
         self.network.eval()
 
@@ -326,11 +334,7 @@ def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
 def run_arguments(options: argparse.Namespace) -> int:
     """Train as the options say."""
     recipe = override(CodecRecipe(), parse_settings(options.settings))
-    try:
-        print(train_codec(options.lake, Path(options.run), Path(options.out), recipe))
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        return 130
+    print(train_codec(options.lake, Path(options.run), Path(options.out), recipe))
     return 0
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from model.legs import derivative_torch
 from model.methods.base import ClipBatch
+from model.stop import end_with_trainer
 from storage.layout import Lake
 from storage.shards import ShardReader
 from storage.version import Version
@@ -151,7 +152,7 @@ class Collate:
 
 
 def loader(clips: Clips, steps: Steps, collate: Collate, workers: int) -> DataLoader[Clip]:
-    """Batches of the steps, in order; with workers they are read ahead."""
+    """Batches of the steps, in order; with workers they are read ahead, by processes that end with this one."""
     return DataLoader(
         clips,
         batch_sampler=steps,
@@ -160,6 +161,7 @@ def loader(clips: Clips, steps: Steps, collate: Collate, workers: int) -> DataLo
         persistent_workers=False,
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context="spawn" if workers else None,
+        worker_init_fn=end_with_trainer if workers else None,
     )
 
 

@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from model.stop import STOPPED, Stopped
+
 Options = Callable[[argparse.ArgumentParser], Callable[[argparse.Namespace], int]]
 """Adds a program's options to a parser and returns what runs them."""
 
@@ -49,12 +51,22 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def run_program(name: str, description: str, options: Options, given: Sequence[str] | None = None) -> int:
-    """Parses `given` (None: the command line) and runs it; the exit status, 1 with one line for an expected error."""
+    """Parses `given` (None: the command line) and runs it.
+
+    Returns:
+        The exit status: 1 with one line for an expected error, 75 for a training that stopped with a checkpoint.
+    """
     parser = argparse.ArgumentParser(prog=name, description=description)
     run_it = options(parser)
     parsed = parser.parse_args(given)
     try:
         return run_it(parsed)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return STOPPED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except Exception as error:
         if not is_expected(error):
             raise

@@ -70,6 +70,8 @@ class TrainRecipe:
     """Last share of the run over which the learning rate falls linearly to 0, in [0, 1]."""
     gradient_clip: float = 1.0
     """Largest global gradient norm."""
+    bad_steps_allowed: int = 10
+    """Steps in a row that may be skipped because loss or gradient are not finite; one more ends the run."""
     ema_decay: float = 0.999
     """Decay of the exponential moving average of the weights, per step; sampling uses the average."""
     precision: str = "float32"

@@ -1,6 +1,8 @@
 """The trainer: reads the shards of one version, and nothing else of the pipeline.
 
-Run it as `vlfm train`, or on N processes as `torchrun --nproc-per-node=N -m model.train --lake DIR --run-dir DIR`.
+Run it as `vlfm train`, on N processes of this machine as `vlfm train --processes N`, on those of several machines as
+`torchrun ... -m model.train --lake DIR --run-dir DIR`. Exit statuses: 0 the run is finished, 75 it was asked to stop
+and the same command goes on (model.stop.STOPPED), 1 an error.
 """
 
 from __future__ import annotations
@@ -8,53 +10,41 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from model import checkpoint
 from model.checkpoint import Run
 from model.data import Clips, Collate, Steps, curve_scales, lake_and_version, loader
 from model.dit import Backbone, BackboneConfig
 from model.ema import MovingAverage
+from model.launch import launch
 from model.methods.base import ClipBatch, Method
 from model.methods.vlfm import make_vlfm
-from model.optimizers import learning_rate_factor, make_optimizers, set_learning_rate
+from model.optimizers import Updates, learning_rate_factor, make_optimizers, set_learning_rate
+from model.processes import Processes, given_rank, join_processes
 from model.program import add_settings_option, parse_settings, run_program
 from model.progress import Progress
 from model.recipes import TrainRecipe, override, train_recipe
+from model.stop import STOPPED, Stopped, StopSignal, signals_held
 from storage.layout import Lake
 from storage.version import Version, read_empty_text
 
-UNCHECKED = {"steps", "log_every", "checkpoint_every", "checkpoints_kept", "validate_every", "loader_workers"}
+UNCHECKED = {
+    "steps", "log_every", "checkpoint_every", "checkpoints_kept", "validate_every", "loader_workers",
+    "bad_steps_allowed",
+}  # fmt: skip
 """Fields of the recipe that a resumed run may change."""
 MakeMethod = Callable[[TrainRecipe, Mapping[str, Any], float, float], Method]
-
-
-@dataclasses.dataclass(frozen=True)
-class Processes:
-    """This process among those of the run."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-    @property
-    def first(self) -> bool:
-        """Whether this process writes what the run leaves behind."""
-        return self.rank == 0
 
 
 def train(
@@ -62,27 +52,35 @@ def train(
 ) -> Path:
     """Train on one version of a lake until the recipe's last step, resuming where the run stands.
 
-    SIGTERM and Ctrl-C end the run after the step in flight, with a checkpoint. Another method than VLFM is what
-    `method` makes of the same arguments.
+    A step whose loss or gradient is not finite changes nothing and is logged. SIGTERM and Ctrl-C end the run after the
+    step in flight, with a checkpoint. Another method than VLFM is what `method` makes of the same arguments.
 
     Returns:
-        The folder of the last checkpoint.
+        The folder of the last checkpoint; the run is finished.
 
     Raises:
+        Stopped: SIGTERM or Ctrl-C came before the last step; the same call goes on.
         ValueError, FileNotFoundError: bad settings, or no such lake, version or shard; the message says the mend.
-        FloatingPointError: the loss is not finite; the last good checkpoint stays.
+        FloatingPointError: too many steps in a row are not finite; the last good checkpoint stays.
     """
-    opened, chosen = lake_and_version(lake, version)
-    processes = join_processes()
-    try:
-        return _train(opened, Run(Path(run)), recipe, chosen, processes, method)
-    finally:
-        if processes.world > 1:
-            dist.destroy_process_group()
+    with StopSignal() as stop:
+        opened, chosen = lake_and_version(lake, version)
+        processes = join_processes()
+        try:
+            return _train(opened, Run(Path(run)), recipe, chosen, processes, method, stop)
+        finally:
+            if processes.world > 1:
+                dist.destroy_process_group()
 
 
 def _train(
-    lake: Lake, run: Run, recipe: TrainRecipe, version: Version, processes: Processes, make_method: MakeMethod
+    lake: Lake,
+    run: Run,
+    recipe: TrainRecipe,
+    version: Version,
+    processes: Processes,
+    make_method: MakeMethod,
+    stop: StopSignal,
 ) -> Path:
     clips = Clips(lake, version, "train")
     about = describe(recipe, version, clips)
@@ -97,6 +95,9 @@ def _train(
     backbone = Backbone(BackboneConfig(**about["backbone"])).to(processes.device)
     average = MovingAverage(backbone, recipe.ema_decay)
     optimizers = make_optimizers(backbone, recipe)
+    updates = Updates(
+        backbone, average, optimizers, recipe.gradient_clip, recipe.bad_steps_allowed, run.root, processes
+    )
     method = make_method(recipe, version.clip, about["mean_scale"], about["derivative_scale"])
     done = checkpoint.restore(run.checkpoint(), backbone, average, optimizers) if run.steps() else 0
     trained = DistributedDataParallel(backbone) if processes.world > 1 else backbone
@@ -104,73 +105,74 @@ def _train(
     steps = Steps(len(clips), recipe.batch, recipe.seed, done, recipe.steps, processes.rank, processes.world)
     validation = Clips(lake, version, "validation")
 
-    stop = StopSignal()
+    if processes.any(stop.seen)[0]:
+        raise Stopped(done)
     progress = Progress("train", recipe.steps, "steps", done) if processes.first else None
     with Log(run, enabled=processes.first) as log:
         log.event(event="start", step=done, clips=len(clips), parameters=sum(p.numel() for p in backbone.parameters()))
-        waited, began = 0.0, time.perf_counter()
-        batches = iter(loader(clips, steps, collate, recipe.loader_workers))
+        waited, began, due = 0.0, time.perf_counter(), False
+        with signals_held():  # a signal to the whole process group must not end the workers
+            batches = iter(loader(clips, steps, collate, recipe.loader_workers))
         for step in range(done + 1, recipe.steps + 1):
             before = time.perf_counter()
             batch = next(batches).to(processes.device)
             waited += time.perf_counter() - before
             for optimizer in optimizers:
                 set_learning_rate(optimizer, learning_rate_factor(step, recipe))
-            losses = optimise(trained, backbone, method, batch, optimizers, recipe, step, processes)
-            average.update(backbone)
+            losses = gradients(trained, method, batch, recipe, step, processes)
+            update = updates.apply(step, losses["loss"], stop.seen)
+            last = step == recipe.steps
 
-            if step % recipe.log_every == 0 or step == recipe.steps:
-                values = {name: float(value) for name, value in across(losses, processes).items()}
-                if not math.isfinite(values["loss"]):
-                    raise FloatingPointError(
-                        f"the loss is {values['loss']} at step {step}; the last good checkpoint stays in {run.root}: "
-                        "lower --set learning_rate=... and start another run"
-                    )
+            if not update.applied:
+                log.event(event="skipped", step=step, reason="the loss or its gradient is not finite")
+            if step % recipe.log_every == 0 or last:
+                means = processes.mean({**losses, "gradient_norm": update.gradient_norm}) if update.applied else {}
+                values = {name: float(value) for name, value in means.items()}
                 seconds = time.perf_counter() - began
                 count = (step - done - 1) % recipe.log_every + 1
                 rate = count * recipe.batch * recipe.times_per_clip / seconds
                 log.scalars(step, **values, samples_per_second=rate, data_wait=waited / seconds)
                 if progress is not None:
-                    progress.update(step, f"loss {values['loss']:.4f}  mean {values['mean']:.4f}")
+                    note = "  ".join(f"{name} {values[name]:.4f}" for name in ("loss", "mean") if values)
+                    progress.update(step, note + f"  {updates.skipped} bad steps skipped" * bool(updates.skipped))
                 waited, began = 0.0, time.perf_counter()
             aside = time.perf_counter()
-            if len(validation) and (step % recipe.validate_every == 0 or step == recipe.steps):
-                value = validate(backbone, average, method, validation, collate, recipe, processes)
-                log.scalars(step, validation_loss=value)
-            ending = stop.asked(processes)
-            if processes.first and (step % recipe.checkpoint_every == 0 or step == recipe.steps or ending):
-                checkpoint.save(run, step, backbone, average, optimizers, recipe.checkpoints_kept)
-            began += time.perf_counter() - aside
-            if ending and step < recipe.steps:
+            # While steps are skipped, no checkpoint takes the place of one from before.
+            due = due or step % recipe.checkpoint_every == 0
+            if last or update.stop or (due and update.applied):
+                due = False
                 if processes.first:
-                    print(f"stopped at step {step} with a checkpoint; the same command goes on", file=sys.stderr)
-                break
-        log.event(event="end", step=step)
+                    checkpoint.save(run, step, backbone, average, optimizers, recipe.checkpoints_kept)
+                else:  # so that all processes raise, or none
+                    checkpoint.tensors_by_file(backbone, average, optimizers)
+            if update.stop and not last:
+                log.event(event="stop", step=step)
+                if processes.world > 1:
+                    dist.barrier()
+                raise Stopped(step)
+            if len(validation) and (last or step % recipe.validate_every == 0):
+                value = validate(backbone, average, method, validation, collate, recipe, processes, stop)
+                if value is not None:
+                    log.scalars(step, validation_loss=value)
+            began += time.perf_counter() - aside
+        log.event(event="end", step=recipe.steps, skipped=updates.skipped)
     if processes.world > 1:
         dist.barrier()
     return run.checkpoint()
 
 
-def optimise(
-    trained: nn.Module,
-    backbone: nn.Module,
-    method: Method,
-    batch: ClipBatch,
-    optimizers: Sequence[Optimizer],
-    recipe: TrainRecipe,
-    step: int,
-    processes: Processes,
+def gradients(
+    trained: nn.Module, method: Method, batch: ClipBatch, recipe: TrainRecipe, step: int, processes: Processes
 ) -> dict[str, Tensor]:
-    """One step: loss, gradients, clipped, applied. Noise and times depend on seed, step and process alone."""
+    """A step's losses, detached; their gradients are left in the network.
+
+    Noise and times depend on seed, step and process alone.
+    """
     generator = torch.Generator(processes.device).manual_seed(mixed_seed(recipe.seed, step, processes.rank))
     with torch.autocast(processes.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
         losses = method.loss(trained, batch, generator)
     losses["loss"].backward()
-    norm = nn.utils.clip_grad_norm_(backbone.parameters(), recipe.gradient_clip)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return {**{name: value.detach() for name, value in losses.items()}, "gradient_norm": norm.detach()}
+    return {name: value.detach() for name, value in losses.items()}
 
 
 @torch.no_grad()
@@ -182,15 +184,21 @@ def validate(
     collate: Collate,
     recipe: TrainRecipe,
     processes: Processes,
+    stop: StopSignal,
     most: int = 256,
-) -> float:
-    """Loss of the averaged weights on the validation split, with the same times and noise every time."""
+) -> float | None:
+    """Loss of the averaged weights on the validation split, with the same times and noise every time.
+
+    None where a signal came meanwhile: the checkpoint is more urgent.
+    """
     weights = {name: value.detach().clone() for name, value in backbone.named_parameters()}
     average.copy_to(backbone)
     backbone.eval()
     chosen = range(min(len(clips), most))
     total = 0.0
     for start in range(0, len(chosen), recipe.batch):
+        if stop.seen:
+            break
         part = [clips[i] for i in chosen[start : start + recipe.batch]]
         generator = torch.Generator(processes.device).manual_seed(mixed_seed(recipe.seed, start, -1))
         with torch.autocast(processes.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
@@ -199,7 +207,7 @@ def validate(
     backbone.train()
     for name, value in backbone.named_parameters():
         value.copy_(weights[name])
-    return total / len(chosen)
+    return None if stop.seen else total / len(chosen)
 
 
 def describe(recipe: TrainRecipe, version: Version, clips: Clips) -> dict[str, Any]:
@@ -258,52 +266,6 @@ def mixed_seed(*parts: int) -> int:
     return mixed >> 1
 
 
-def join_processes() -> Processes:
-    """This process's place, from torchrun's environment; alone where there is none."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    rank, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda", local) if gpu else torch.device("cpu")
-    if gpu:
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if gpu else "gloo")
-    return Processes(rank, world, device)
-
-
-def across(values: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
-    """The mean of named scalars over the processes."""
-    if processes.world == 1:
-        return dict(values)
-    joined = torch.stack([value.float() for value in values.values()])
-    dist.all_reduce(joined)
-    return dict(zip(values, joined / processes.world, strict=True))
-
-
-class StopSignal:
-    """Remembers SIGTERM and Ctrl-C, so that a step in flight ends whole; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.seen = False
-        try:
-            self.before: dict[int, Any] = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not in the main thread, as inside a Prefect task
-            self.before = {}
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.seen = True
-        for each, handler in self.before.items():
-            signal.signal(each, handler)
-
-    def asked(self, processes: Processes) -> bool:
-        """Whether any process was asked to stop."""
-        if processes.world == 1:
-            return self.seen
-        flag = torch.tensor(float(self.seen), device=processes.device)
-        dist.all_reduce(flag)
-        return bool(flag > 0)
-
-
 class Log:
     """Scalars as JSON lines and for TensorBoard."""
 
@@ -350,21 +312,60 @@ def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
     )
     parser.add_argument("--recipe", default="base", metavar="NAME", help="training recipe: base (default) or demo")
     parser.add_argument("--version", type=int, metavar="N", help="version of the dataset (default: the newest)")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes on this machine, one for each GPU or several on the CPU (default: 1)",
+    )
     add_settings_option(parser, "steps=2000")
+    parser.epilog = (
+        f"Exit status: 0 the run is finished; {STOPPED} it was asked to stop (SIGTERM or Ctrl-C) and left a "
+        "checkpoint, the same command goes on; 1 an error."
+    )
     return run_arguments
 
 
 def run_arguments(options: argparse.Namespace) -> int:
     """Train as the options say."""
     recipe = override(train_recipe(options.recipe), parse_settings(options.settings))
-    folder = train(options.lake, options.run, recipe, options.version)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if options.processes != 1:
+        return run_processes(options, recipe)
+    try:
+        folder = train(options.lake, options.run, recipe, options.version)
+    except (Stopped, FloatingPointError) as end:
+        if given_rank() == 0:
+            raise
+        return STOPPED if isinstance(end, Stopped) else 1  # all processes end alike, and the first says so
+    if given_rank() == 0:
         print(f"checkpoint: {folder}")
     return 0
 
 
+def run_processes(options: argparse.Namespace, recipe: TrainRecipe) -> int:
+    """Train as several processes on this machine.
+
+    Raises:
+        ValueError: a number of processes that cannot be; the message says the mend.
+    """
+    count = options.processes
+    if count < 1:
+        raise ValueError(f"--processes is {count}; it must be at least 1")
+    if "WORLD_SIZE" in os.environ:
+        raise ValueError("--processes starts processes of its own; leave it out under torchrun")
+    if recipe.batch % count:
+        raise ValueError(f"batch {recipe.batch} is no multiple of the {count} processes; set it with --set batch=...")
+    if torch.cuda.is_available() and count > torch.cuda.device_count():
+        raise ValueError(f"--processes is {count}, but this machine has {torch.cuda.device_count()} GPUs")
+    command = [sys.executable, "-m", "model.train", "--lake", options.lake, "--run-dir", options.run]
+    command += ["--recipe", options.recipe, *(f"--set={pair}" for pair in options.settings)]
+    command += [] if options.version is None else ["--version", str(options.version)]
+    return launch(command, count)
+
+
 def main(arguments_given: Sequence[str] | None = None) -> int:
-    """Entry of `torchrun -m model.train`."""
+    """Entry of `python -m model.train` and `torchrun -m model.train`."""
     return run_program("model.train", "Train on the shards of one version of a lake.", arguments, arguments_given)
 
 

@@ -198,8 +198,6 @@ def experiment(lake: str | Path, out: str | Path, recipe: TrainRecipe) -> list[R
         if not run.steps() or run.steps()[-1] < chosen.steps:
             print(f"network {number} of {len(VARIANTS)}: {variant.name}", file=sys.stderr)
             train(lake, run.root, chosen, version.number, make_per_frame if variant.per_frame else make_vlfm)
-        if run.steps()[-1] < chosen.steps:
-            raise KeyboardInterrupt
         rows += sampled(variant, run, clips)
     rows = [*references(Sampler(run.root), clips), *rows]
     write_atomic(out / "drift.json", json.dumps(as_json(rows), indent=1).encode())

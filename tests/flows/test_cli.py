@@ -21,7 +21,7 @@ from tests.storage.sample_lake import publish_clips
 ROOT = Path(__file__).parents[2]
 OPTIONS = {
     "ingest": ["SOURCE", "--lake", "--captions", "--recipe", "--set", "--limit", "--plan", "--ray-address", "--json"],
-    "train": ["--lake", "--run", "--recipe", "--version", "--set"],
+    "train": ["--lake", "--run", "--recipe", "--version", "--set", "--processes", "75"],
     "sample": ["--run", "--prompt", "--start", "--image", "--fps", "--duration", "--out", "--seed", "--guidance"],
     "interpolate": ["FILM", "--fps", "--out", "--start", "--duration", "--size", "--codec", "--method", "--json"],
     "evaluate": ["--run", "--lake", "--out", "--seed", "--json"],
@@ -80,6 +80,7 @@ def test_help_answers_without_the_heavy_libraries() -> None:
         assert name in run.stdout
         assert summary in " ".join(run.stdout.split())
     assert "vlfm demo" in run.stdout
+    assert "75 a training was asked to stop" in run.stdout
 
 
 def test_every_command_is_tested_here() -> None:

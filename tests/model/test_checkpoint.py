@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,38 @@ def test_the_same_step_can_be_written_again(tmp_path: Path) -> None:
     trained.step()
     folder = trained.save(run, 7)
     assert torch.equal(load_file(folder / "backbone.safetensors")["0.weight"], trained.backbone[0].weight)
+
+
+@pytest.mark.parametrize("where", ["backbone/0.weight", "average/2.bias", "optimizers/0.0.exp_avg"])
+def test_what_is_not_finite_is_never_written(tmp_path: Path, where: str) -> None:
+    run, trained = Run(tmp_path), Trained(2)
+    good = trained.save(run, 1, keep=1)
+    tensor = {
+        "backbone/0.weight": trained.backbone[0].weight.data,
+        "average/2.bias": trained.average.tensors["2.bias"],
+        "optimizers/0.0.exp_avg": next(iter(trained.optimizers[0].state.values()))["exp_avg"],
+    }[where]
+    tensor.flatten()[-1] = float("inf")
+    with pytest.raises(FloatingPointError, match=f"the tensor {where} is not finite, so no checkpoint is written"):
+        trained.save(run, 2, keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [good.name]
+
+
+def test_the_folder_is_on_disk_before_old_checkpoints_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, trained = Run(tmp_path), Trained(1)
+    trained.save(run, 1, keep=1)
+    checkpoints, seen = tmp_path / "checkpoints", []
+    fsync = os.fsync
+
+    def note(handle: int) -> None:
+        if os.path.samestat(os.fstat(handle), checkpoints.stat()):
+            seen.append(run.steps())
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", note)
+    trained.save(run, 2, keep=1)
+    assert seen == [[1, 2]]
+    assert run.steps() == [2]
 
 
 def test_missing_and_damaged_runs_are_one_line(tmp_path: Path) -> None:

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from model import codec_train
 from model.codec import DiffusersCodec
 from model.codec_data import Footage, dead_leaves, footage, random_crop, recoloured
-from model.codec_train import CodecRecipe, Stopped, cosine, main, pictures, train_codec
+from model.codec_train import CodecRecipe, cosine, main, pictures, train_codec
 from model.ddim import DDIMSchedule, noise_levels
 from model.prompts import pretrained_text_encoder
 from model.recipes import override
+from model.stop import Stopped
 from storage.layout import Lake
 from tests.model.tiny_lake import make_lake
 

@@ -21,6 +21,7 @@ from model.methods.vlfm import VLFM, curve
 from model.optimizers import learning_rate_factor
 from model.path import WarmupPath
 from model.recipes import TrainRecipe, override, train_recipe
+from model.stop import STOPPED
 from model.train import main, mixed_seed, train
 from storage import version
 from storage.layout import Lake
@@ -138,7 +139,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(lake: Lake, tmp_path: Path) -> 
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    assert process.returncode == STOPPED, errors
     assert "with a checkpoint; the same command goes on" in errors
     assert Run(run).steps()[-1] >= 3
 
@@ -237,7 +238,7 @@ def test_every_field_of_the_recipe_changes_something(lake: Lake, tmp_path: Path)
         "context_dropout": 0.1, "batch": 2, "times_per_clip": 1, "steps": 4, "learning_rate": 1e-4,
         "matrix_learning_rate": 1e-3, "weight_decay": 0.5, "learning_rate_warmup": 1, "learning_rate_decay": 1.0,
         "gradient_clip": 1e-3, "ema_decay": 0.0, "precision": "bfloat16", "seed": 1, "checkpoint_every": 1,
-        "checkpoints_kept": 1, "log_every": 2, "validate_every": 2, "loader_workers": None,
+        "checkpoints_kept": 1, "log_every": 2, "validate_every": 2, "loader_workers": None, "bad_steps_allowed": None,
     }  # fmt: skip
     base = override(TINY, {"steps": 3, "checkpoint_every": 1, "weight_decay": 0.01, "validate_every": 3})
     assert set(changes) == {field.name for field in dataclasses.fields(TrainRecipe)}

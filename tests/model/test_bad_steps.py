@@ -1,0 +1,184 @@
+"""A loss or gradient that is not finite costs its step and nothing else, in both trainers and on several processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Container
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model.checkpoint import Run
+from model.codec_train import CodecRecipe, Stage
+from model.methods.vlfm import make_vlfm
+from model.recipes import override
+from model.train import train
+from storage.layout import Lake
+from tests.model.test_train import TINY, environment, logged, weights
+from tests.model.tiny_lake import make_lake
+
+RECIPE = override(
+    TINY, {"steps": 40, "log_every": 20, "checkpoint_every": 3, "checkpoints_kept": 2, "validate_every": 40}
+)
+NAN = float("nan")
+SPOIL: dict[str, Callable[[Tensor], Tensor]] = {
+    "loss": lambda loss: loss * NAN,
+    "loss alone": lambda loss: loss + NAN,
+    "gradient alone": lambda loss: nan_gradient(loss),
+}
+
+
+def nan_gradient(loss: Tensor) -> Tensor:
+    loss.register_hook(lambda gradient: gradient * NAN)
+    return loss
+
+
+class Spoiled:
+    """A method whose loss is spoiled at some steps, counted from `done`; validation is left alone."""
+
+    def __init__(self, method: Any, bad: Container[int], kind: str, done: int = 0) -> None:
+        self.method, self.bad, self.kind, self.step = method, bad, kind, done
+
+    def loss(self, backbone: nn.Module, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = self.method.loss(backbone, batch, generator)
+        if torch.is_grad_enabled():
+            self.step += 1
+            if self.step in self.bad:
+                losses = {**losses, "loss": SPOIL[self.kind](losses["loss"])}
+        return losses
+
+
+def spoiled(bad: Container[int], kind: str = "loss", done: int = 0) -> Callable[..., Any]:
+    return lambda *arguments: Spoiled(make_vlfm(*arguments), bad, kind, done)
+
+
+def skipped(run: Path) -> list[int]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if line.get("event") == "skipped"]
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def finite(tensors: dict[str, Tensor]) -> bool:
+    return all(bool(torch.isfinite(value).all()) for value in tensors.values())
+
+
+@pytest.fixture(scope="module")
+def lake(tmp_path_factory: pytest.TempPathFactory) -> Lake:
+    return make_lake(tmp_path_factory.mktemp("bad") / "lake")
+
+
+@pytest.fixture(scope="module")
+def healthy(lake: Lake, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("healthy") / "run"
+    train(lake.root, run, override(RECIPE, {"checkpoints_kept": 20}))
+    return run
+
+
+@pytest.mark.parametrize("kind", SPOIL)
+def test_a_bad_step_changes_nothing_the_last_one_neither(lake: Lake, tmp_path: Path, kind: str) -> None:
+    run = tmp_path / "run"
+    train(lake.root, run, RECIPE, method=spoiled({31, 32, 40}, kind))
+    assert skipped(run) == [31, 32, 40]
+    assert Run(run).steps() == [39, 40]
+    assert finite(weights(run, 39))
+    assert same(weights(run, 39), weights(run, 40))
+    assert json.loads((Run(run).checkpoint() / "state.json").read_text())["average_updates"] == 37
+    assert set(logged(run, "loss")) == {20}, "the mean over a bad step is not logged"
+
+
+@pytest.mark.parametrize("kind", SPOIL)
+def test_many_in_a_row_end_the_run_and_the_good_checkpoints_stay(
+    lake: Lake, healthy: Path, tmp_path: Path, kind: str
+) -> None:
+    run, recipe = tmp_path / "run", override(RECIPE, {"bad_steps_allowed": 5})
+    with pytest.raises(FloatingPointError, match=r"step 36 .* 6 steps in a row where 5 are allowed; the last") as error:
+        train(lake.root, run, recipe, method=spoiled(range(31, 99), kind))
+    assert "\n" not in str(error.value)
+    assert Run(run).steps() == [27, 30]
+    assert same(weights(run, 27), weights(healthy, 27))
+    assert same(weights(run, 30), weights(healthy, 30))
+    train(lake.root, run, RECIPE)
+    assert same(weights(run), weights(healthy))
+
+
+def test_a_checkpoint_that_is_due_waits_for_a_good_step(lake: Lake, tmp_path: Path) -> None:
+    recipe = override(RECIPE, {"checkpoint_every": 15, "checkpoints_kept": 9})
+    train(lake.root, tmp_path / "run", recipe, method=spoiled({15, 16}))
+    assert Run(tmp_path / "run").steps() == [17, 30, 40]
+
+
+def test_the_number_allowed_is_checked_and_old_runs_without_it_go_on(lake: Lake, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match="bad_steps_allowed is -1; it must be 0 or more"):
+        train(lake.root, run, override(TINY, {"bad_steps_allowed": -1}))
+    train(lake.root, run, override(TINY, {"steps": 3}))
+    about = Run(run).read()
+    del about["recipe"]["bad_steps_allowed"]
+    Run(run).write(about)
+    train(lake.root, run, override(TINY, {"bad_steps_allowed": 0}))
+    assert Run(run).steps()[-1] == 6
+
+
+PROGRAM = """
+import os, sys
+from model.train import train
+from tests.model.test_bad_steps import RECIPE, spoiled
+from model.recipes import override
+rank = int(os.environ["RANK"])
+try:
+    recipe = override(RECIPE, {"steps": 12, "bad_steps_allowed": 1})
+    train(sys.argv[1], sys.argv[2], recipe, method=spoiled({2, 8, 9} if rank else (), "loss alone"))
+except FloatingPointError as error:
+    print(rank, error, flush=True)
+"""
+
+
+def test_processes_agree_when_one_of_them_has_a_bad_loss(lake: Lake, tmp_path: Path) -> None:
+    run, code = tmp_path / "run", tmp_path / "program.py"
+    code.write_text(PROGRAM)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(code)]
+    done = subprocess.run(
+        [*launch, str(lake.root), str(run)], text=True, capture_output=True, env=environment(), timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in "01":
+        assert f"{rank} the loss or its gradient is not finite at step 9" in done.stdout
+    assert skipped(run) == [2, 8]
+    assert Run(run).steps() == [3, 6]
+    assert finite(weights(run))
+    train(lake.root, run, override(RECIPE, {"steps": 12}))
+    assert Run(run).steps()[-1] == 12
+
+
+@pytest.mark.parametrize("kind", SPOIL)
+def test_a_codecs_training_skips_and_ends_alike(tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    network = nn.Linear(4, 4)
+    recipe = CodecRecipe(save_every=3)
+
+    def loss(bad: Container[int]) -> Callable[[int], dict[str, Tensor]]:
+        def of(step: int) -> dict[str, Tensor]:
+            value = network(torch.linspace(-1, 1, 4)).square().mean()
+            return {"loss": SPOIL[kind](value) if step + 1 in bad else value}
+
+        return of
+
+    with pytest.raises(FloatingPointError, match=r"step 21 .* 11 steps in a row where 10 are allowed"):
+        Stage("vae", network, 60, 1e-2, loss({3, *range(11, 60)})).train(tmp_path, recipe)
+    run = Run(tmp_path / "vae")
+    assert run.steps() == [9]
+    assert json.loads((run.checkpoint() / "state.json").read_text())["average_updates"] == 8
+    Stage("vae", network, 60, 1e-2, loss({60})).train(tmp_path, recipe)
+    assert run.steps() == [60]
+    assert finite(weights(tmp_path / "vae"))
+    (line,) = [json.loads(text) for text in run.log.read_text().splitlines()]
+    assert line["step"] == 50
+    assert 0 < line["loss"] < 1
