@@ -73,26 +73,38 @@ def _diffusers(module: ModuleType) -> None:
     module.DiffusersCodec.encode_with_certificate = perturbed
 
 
-def _stage(stage: Any, name: str) -> None:
-    """What a stage of the pipeline hands on in 16 bits."""
-    process = stage.process
+def _invert(module: ModuleType) -> None:
+    stored = module.InvertStage._stored
+
+    @functools.wraps(stored)
+    def perturbed(self: Any, work: Any, latents: Any) -> Any:
+        found = stored(self, work, latents)
+        if found.failure is None:
+            found.latents = neighbours(found.latents)
+        return found
+
+    module.InvertStage._stored = perturbed
+
+
+def _project(module: ModuleType) -> None:
+    process = module.ProjectStage.process
 
     @functools.wraps(process)
     def perturbed(self: Any, works: Any) -> Iterator[Any]:
         for work in process(self, works):
             if work.failure is None:
-                setattr(work, name, neighbours(getattr(work, name)))
+                work.coefficients = neighbours(work.coefficients)
             yield work
 
-    stage.process = perturbed
+    module.ProjectStage.process = perturbed
 
 
 WRAPPED: dict[str, Callable[[ModuleType], None]] = {
     "model.prompts": _prompts,
     "model.codec_linear": _linear,
     "model.codec_diffusers": _diffusers,
-    "pipeline.invert": lambda module: _stage(module.InvertStage, "latents"),
-    "pipeline.project": lambda module: _stage(module.ProjectStage, "coefficients"),
+    "pipeline.invert": _invert,
+    "pipeline.project": _project,
 }
 
 
