@@ -4,7 +4,7 @@ BIN := .venv/bin
 SOURCE ?=
 CAPTIONS ?=
 
-.PHONY: setup demo test bench bench-gpu lint clean
+.PHONY: setup demo test test-perturbed bench bench-gpu lint clean
 
 setup: .venv/installed
 
@@ -28,6 +28,10 @@ lint: setup
 
 test: lint
 	@$(BIN)/python -m pytest
+
+# Once more as on another processor: every embedding and latent is off by one unit in the last place (tests/perturb).
+test-perturbed: setup
+	@VLFM_TEST_PERTURB=1 $(BIN)/python -m pytest
 
 bench: setup
 	@$(BIN)/python -m tests.bench

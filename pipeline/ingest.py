@@ -36,11 +36,14 @@ BlockResult = dict[str, Any]
 
 
 def embed_captions(plan: IngestPlan) -> Texts | None:
-    """Embeddings of the captions of the new clips; None where there are none, and no encoder is loaded."""
+    """Embeddings of the captions of the new clips; None where there are none, and no encoder is loaded.
+
+    Raises as `pipeline.embed.embed`.
+    """
     if not plan.blocks:
         return None
     begin = time.perf_counter()
-    texts = embed((clip.caption for clip in plan.clips), plan.recipe.text)
+    texts = embed((clip.caption for clip in plan.clips), plan.recipe.text, plan.lake, plan.base)
     plan.seconds["embed"] = time.perf_counter() - begin
     return texts
 

@@ -27,6 +27,7 @@ import numpy as np
 
 from storage.fingerprint import bytes_digest, canonical_json, file_digest, fingerprint, merkle_root
 from storage.layout import Lake, LakeError, create_exclusive, version_naming, write_atomic
+from storage.rounding import check_rounding
 from storage.schema import CLIP_SCHEMA, FILM_SCHEMA, REJECTED_SCHEMA, check_format, completed, table_of
 from storage.shards import DamagedShard, ShardInfo, ShardReader
 
@@ -208,24 +209,34 @@ def read_manifest(lake: Lake, version: Version, table: str = "clips") -> Any:
 def write_empty_text(lake: Lake, text_id: str, embedding: np.ndarray[Any, Any]) -> dict[str, str]:
     """Keep the empty caption's embedding, (length, D) float16, for trainers: the `empty` entry of `Version.text`.
 
+    What a version keeps for this encoder already stays as it is, and `embedding` may differ from it by rounding.
+
     Raises:
         ValueError: not two axes of float16.
-        LakeError: a version names the file with other contents.
+        LakeError: a version keeps one that differs by more than rounding.
         DiskFull: no room.
     """
     if embedding.ndim != 2 or embedding.dtype != np.float16:
         raise ValueError(f"the empty caption's embedding: {embedding.dtype} {embedding.shape}, not float16 (length, D)")
+    path = _empty_text_path(lake, text_id)
+    if (number := version_naming(path)) is not None:
+        kept = load(lake, number)
+        check_rounding(f"the empty caption's embedding by {text_id}", read_empty_text(lake, kept), embedding)
+        return dict(kept.text["empty"])
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(embedding), version=(1, 0), allow_pickle=False)
-    data = buffer.getvalue()
-    path = lake.texts / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', text_id).strip('.-')}-empty.npy"
-    if not path.exists() or path.read_bytes() != data:
-        if (number := version_naming(path)) is not None:
-            raise LakeError(
-                f"{path} belongs to version {number} and holds another embedding; give the encoder a new id"
-            )
-        write_atomic(path, data)
-    return {"path": f"{lake.texts.name}/{path.name}", "sha256": bytes_digest(data)}
+    write_atomic(path, buffer.getvalue())
+    return {"path": f"{lake.texts.name}/{path.name}", "sha256": bytes_digest(buffer.getvalue())}
+
+
+def kept_empty_text(lake: Lake, text_id: str) -> np.ndarray[Any, Any] | None:
+    """The empty caption's embedding by this encoder, (length, D) float16, that a version keeps; None where none does.
+
+    Raises:
+        LakeError: the file is missing or altered.
+    """
+    number = version_naming(_empty_text_path(lake, text_id))
+    return None if number is None else read_empty_text(lake, load(lake, number))
 
 
 def read_empty_text(lake: Lake, version: Version) -> np.ndarray[Any, Any]:
@@ -340,6 +351,10 @@ def _checked_bytes(lake: Lake, entry: Mapping[str, Any]) -> bytes:
     if bytes_digest(data) != entry["sha256"]:
         raise LakeError(f"{path}: wrong checksum; {_MEND}")
     return data
+
+
+def _empty_text_path(lake: Lake, text_id: str) -> Path:
+    return lake.texts / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', text_id).strip('.-')}-empty.npy"
 
 
 def _path(lake: Lake, number: int) -> Path:

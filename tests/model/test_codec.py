@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import codec_batches
+from model import codec_batches, codec_linear
 from model.codec import Codec, CodecUnavailable, DiffusersCodec, LinearCodec, codec_from_spec
 from model.codec_diffusers import filled
 from model.codec_linear import basis_order, block_basis
@@ -110,7 +110,18 @@ def test_a_linear_spec_rebuilds_the_codec(codec: LinearCodec) -> None:
     rebuilt = codec_from_spec(json.loads(json.dumps(codec.spec())))
     assert rebuilt.id == codec.id
     frames = picture()
-    assert torch.equal(rebuilt.encode(frames), codec.encode(frames))
+    torch.testing.assert_close(rebuilt.encode(frames), codec.encode(frames), rtol=1e-5, atol=1e-5)
+
+
+def test_the_order_of_the_basis_hangs_on_no_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It enters the spec's digest, and is sorted by powers that a machine's library may round otherwise."""
+    for factor in (1, 2, 4, 8, 16):
+        order = basis_order(factor)
+        for towards in (-math.inf, math.inf):
+            with monkeypatch.context() as patch:
+                energy = tuple(math.nextafter(value, towards) for value in codec_linear.COLOUR_ENERGY)
+                patch.setattr(codec_linear, "COLOUR_ENERGY", energy)
+                assert basis_order(factor) == order
 
 
 def test_wrong_specs_and_settings_are_refused() -> None:
@@ -232,7 +243,7 @@ def test_the_caption_matters_and_the_same_caption_brings_the_frames_back(deep: D
     assert (deep.encode(frames, "green stripes") - latents).abs().max() > 1e-4
     right = (deep.decode(latents, "a red ball rises") - deep.decode(latents, "a red ball rises")).abs().max()
     wrong = (deep.decode(latents, "a red ball rises") - deep.decode(latents, "green stripes")).abs().max()
-    assert right == 0 < wrong
+    assert 10 * right < wrong
 
 
 def test_an_embedding_cut_at_its_length_is_the_padded_one(deep: DiffusersCodec) -> None:

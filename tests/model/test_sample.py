@@ -22,6 +22,7 @@ from model.train import train
 from model.video import from_frames
 from storage import version
 from storage.layout import Lake
+from storage.rounding import ROUNDING
 from tests.model.tiny_lake import DURATION, SIDE, frames, make_lake
 
 QUICK = SampleSettings(steps=4, warmup_steps=2)
@@ -53,6 +54,7 @@ def videos(sampler: Sampler, rate: float = 8, duration: float = DURATION, seed: 
     return sampler.videos(CAPTIONS[:1], rate, duration, settings, **more)[0]  # type: ignore[arg-type]
 
 
+@pytest.mark.bit_identical
 def test_a_seed_is_a_video(sampler: Sampler) -> None:
     film = videos(sampler)
     assert film.shape == (16, SIDE, SIDE, 3)
@@ -94,7 +96,7 @@ def test_the_same_moment_looks_the_same_at_any_rate(sampler: Sampler) -> None:
 def test_past_the_window_the_last_frame_starts_the_next(sampler: Sampler) -> None:
     film, long = videos(sampler, 8, DURATION), videos(sampler, 8, 2.5 * DURATION)
     assert len(long) == 40
-    np.testing.assert_array_equal(long[:16], film)
+    assert np.abs(long[:16].astype(int) - film).max() <= 1
     first = sampler.trajectory(CAPTIONS[:1], [0.0], [0], QUICK)
     second = sampler.trajectory(CAPTIONS[:1], [DURATION], [0], QUICK, first.read([1.0])[0])
     expected = sampler.codec.decode(second.read(torch.arange(16) / 16)[:, 0])
@@ -113,6 +115,7 @@ def test_a_state_may_be_left_where_it_drifts(sampler: Sampler) -> None:
     assert gaps[True] > 1e-2
 
 
+@pytest.mark.bit_identical
 def test_an_image_starts_the_clip(sampler: Sampler, tmp_path: Path) -> None:
     paths = []
     for number in (1, 4):
@@ -148,10 +151,11 @@ def test_a_training_caption_is_told_exactly_as_in_training(sampler: Sampler, lak
     for clip in Clips(lake, version.load(lake), "train").every():
         given = sampler.conditioning([clip.about["caption"]], [clip.about["clip_start"]])
         assert int(given.text_length[0]) == len(clip.members["text"])
-        np.testing.assert_array_equal(given.text[0].numpy(), clip.members["text"].astype(np.float32))
+        np.testing.assert_allclose(given.text[0].numpy(), clip.members["text"], rtol=ROUNDING, atol=ROUNDING)
         assert float(given.log_duration[0]) == pytest.approx(math.log(DURATION))
 
 
+@pytest.mark.bit_identical  # a guidance of 101 makes rounding visible
 def test_guidance_leads_away_from_the_empty_caption(sampler: Sampler) -> None:
     plain = sampler.trajectory(CAPTIONS[:1], [2.0], [0], QUICK).means[0]
     strong = SampleSettings(steps=4, warmup_steps=2, guidance=101.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +32,34 @@ def frames(number: int) -> np.ndarray:
     return pictures
 
 
-def sample(
-    number: int, split: str, caption: str = "square {number} slides over grey", every: int = 2
-) -> dict[str, Any]:
-    """Square `number` as a shard keeps it; every second frame is observed, or every `every`-th."""
+@functools.cache
+def computed(number: int, caption: str, every: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Text, latents and coefficients of square `number`, float16; computed once, so that two samples are equal."""
     codec, encoder = LinearCodec(4, 12, 1.0), builtin_text_encoder()
-    caption = caption.format(number=number)
     text, length = encoder.encode([caption])
     frame_time = np.arange(KEPT) * DURATION / KEPT
     observed = np.arange(KEPT) % every == 0
     latents = codec.encode(from_frames(frames(number)))
     matrix = legs.projection_matrix(frame_time[observed], DURATION, ORDER)
     coefficients = legs.project(latents[torch.from_numpy(observed)], matrix)
+    found = (text[0, : int(length[0])], latents, coefficients)
+    return tuple(values.numpy().astype(np.float16) for values in found)  # type: ignore[return-value]
+
+
+def sample(
+    number: int, split: str, caption: str = "square {number} slides over grey", every: int = 2
+) -> dict[str, Any]:
+    """Square `number` as a shard keeps it; every second frame is observed, or every `every`-th."""
+    caption = caption.format(number=number)
+    frame_time = np.arange(KEPT) * DURATION / KEPT
+    observed = np.arange(KEPT) % every == 0
+    text, latents, coefficients = computed(number, caption, every)
     clip_id = short_id(fingerprint({"number": number}))
     return {
         "__key__": clip_id,
-        "coefficients.npy": coefficients.numpy().astype(np.float16),
-        "text.npy": text[0, : int(length[0])].numpy().astype(np.float16),
-        "latents.npy": latents.numpy().astype(np.float16),
+        "coefficients.npy": coefficients,
+        "text.npy": text,
+        "latents.npy": latents,
         "frame_time.npy": frame_time,
         "observed.npy": observed,
         "preview.npy": frames(number),

@@ -19,6 +19,7 @@ from pipeline.plan import plan_ingest
 from pipeline.recipes import DataRecipe, linear
 from pipeline.stage import ClipPlan, ClipWork, Resources, run_stages
 from storage.layout import Lake
+from storage.rounding import ROUNDING
 from storage.staging import read_block
 
 Film = Callable[..., Path]
@@ -51,7 +52,7 @@ def test_a_block_as_staged(scene: Film, tmp_path: Path) -> None:
     for index, row in enumerate(meta["clips"]):
         frames = torch.from_numpy(arrays["preview"][index]).permute(0, 3, 1, 2) / 127.5 - 1
         latents = arrays["latents"][index].astype(np.float32)
-        np.testing.assert_allclose(latents, codec.encode(frames).numpy(), atol=2e-3)
+        np.testing.assert_allclose(latents, codec.encode(frames).numpy(), rtol=ROUNDING, atol=2e-3)
         error = (codec.decode(torch.from_numpy(latents)) - frames).square().mean().item()
         assert row["psnr_codec"] == pytest.approx(10 * np.log10(4 / error), abs=1e-3)
         seen = arrays["observed"][index]
@@ -59,8 +60,8 @@ def test_a_block_as_staged(scene: Film, tmp_path: Path) -> None:
         relative = [
             np.linalg.norm(readout[part] - latents[part]) / np.linalg.norm(latents[part]) for part in (seen, ~seen)
         ]
-        assert row["projection_error"] == pytest.approx(relative[0], rel=1e-3)
-        assert row["heldout_error"] == pytest.approx(relative[1], rel=1e-3)
+        assert row["projection_error"] == pytest.approx(relative[0], rel=1e-3, abs=5e-4)
+        assert row["heldout_error"] == pytest.approx(relative[1], rel=1e-3, abs=5e-4)
         assert row["projection_error"] < row["heldout_error"] < 0.5
         assert row["psnr_projection"] <= row["psnr_codec"] + 1
         steps = np.square(np.diff(latents, axis=0)).sum() / np.square(latents).sum()
@@ -103,7 +104,7 @@ def test_each_clip_has_the_method_of_its_own_frames(scene: Film, tmp_path: Path)
         errors = {name: leave_one_out(latents, times, 1.0, 18, name) for name in ("cubic", "linear")}
         assert row["method_used"] == min(errors, key=lambda name: errors[name])
         made = project(latents, projection_matrix(times, 1.0, 18, row["method_used"])).astype(np.float16)
-        np.testing.assert_allclose(arrays["coefficients"][index], made, atol=2e-3)
+        np.testing.assert_allclose(arrays["coefficients"][index], made, rtol=ROUNDING, atol=2e-3)
     spline = dataclasses.replace(RECIPE, method="cubic")
     BlockWorker(lake, spline, "f" * 64).process("c", clips)
     assert {row["method_used"] for row in read_block(lake, "c")[1]["clips"]} == {"cubic"}
@@ -148,8 +149,11 @@ def test_parts_merge_to_the_block(scene: Film, tmp_path: Path) -> None:
     result = merge_parts(lake, Block("parts", tuple(clips)), ["parts-3", "parts-0", "parts-2"], [lost], "f" * 64)
     assert result["failures"] == [lost]
     (whole, _), (merged, meta) = read_block(lake, "whole"), read_block(lake, "parts")
-    for name in ("latents", "coefficients", "frame_time", "observed"):
+    for name in ("frame_time", "observed"):
         np.testing.assert_array_equal(merged[name], whole[name][[0, 2, 3]])
+    for name in ("latents", "coefficients"):  # a processor may add up a batch of another size in another order
+        expected = whole[name][[0, 2, 3]]
+        np.testing.assert_allclose(merged[name], expected, rtol=0, atol=ROUNDING * np.abs(expected).max())
     np.testing.assert_array_equal(merged["preview"], whole["preview"][[0, 2]])
     assert [row["clip_id"] for row in meta["clips"]] == [clips[k].clip_id for k in (0, 2, 3)]
     assert not list(lake.staging.glob("parts-*"))

@@ -206,6 +206,7 @@ def test_films_of_other_sources_stay(films: Path, scene: Film, tmp_path: Path) -
     sound(tmp_path / "lake")
 
 
+@pytest.mark.bit_identical
 def test_an_interrupted_run_goes_on(films: Path, tmp_path: Path) -> None:
     make(films, tmp_path / "straight")
     lake = tmp_path / "lake"

@@ -132,8 +132,13 @@ def test_the_empty_captions_embedding(published: Lake) -> None:
     version = load(published)
     embedding = read_empty_text(published, version)
     assert write_empty_text(published, "builtin/clip", embedding) == version.text["empty"]
-    with pytest.raises(LakeError, match="belongs to version 1 and holds another embedding"):
+    moved = np.nextafter(embedding, np.float16(np.inf))
+    assert write_empty_text(published, "builtin/clip", moved) == version.text["empty"], "rounding is no other embedding"
+    np.testing.assert_array_equal(read_empty_text(published, version), embedding)
+    with pytest.raises(LakeError, match=r"by builtin/clip differs .* more than rounding \([0-9.]+ of its norm"):
         write_empty_text(published, "builtin/clip", embedding + np.float16(1))
+    with pytest.raises(LakeError, match=r"more than rounding \(\(2, 8\) finite values now"):
+        write_empty_text(published, "builtin/clip", np.full((2, 8), np.nan, np.float16))
     with pytest.raises(ValueError, match="not float16"):
         write_empty_text(published, "other", embedding.astype(np.float32))
 

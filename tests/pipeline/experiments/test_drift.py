@@ -114,6 +114,7 @@ def test_a_second_run_makes_nothing_again(made: Path, lake: Lake, capfd: pytest.
     assert err == ""
 
 
+@pytest.mark.bit_identical
 def test_what_is_missing_alone_is_made_again(made: Path, lake: Lake, capfd: pytest.CaptureFixture[str]) -> None:
     before = written(made)
     gone = next(path for path in before if path.name == "figures.json" and "per-frame" in str(path))
