@@ -12,10 +12,10 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pipeline.cluster import RunnerError
 from pipeline.decode import ffmpeg_binary
 from pipeline.faults import DecodeError
 from pipeline.gates import BELOW_GATE
-from pipeline.runner import RunnerError
 
 LASTING = frozenset(
     [

@@ -17,7 +17,8 @@ from typing import Any
 
 from pipeline.block import Block, cut_blocks
 from pipeline.decode import Probe, ffmpeg_binary, probe, select_frames, window_starts
-from pipeline.environment import LASTING, STOP_FILMS, check_environment, decoder_version
+from pipeline.environment import LASTING as LASTING
+from pipeline.environment import STOP_FILMS, check_environment, decoder_version
 from pipeline.faults import DecodeError
 from pipeline.gates import Judgement, judge, rejection
 from pipeline.recipes import DataRecipe
