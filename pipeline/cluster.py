@@ -6,6 +6,7 @@ in the environment of its processes and nowhere else; Ray refuses every call wit
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
@@ -93,7 +94,7 @@ def _init(**options: Any) -> None:
     import ray
 
     try:
-        ray.init(log_to_driver=False, logging_level="ERROR", **options)
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         where = options["address"] if options["address"] != "local" else "on this machine"
         raise RunnerError(f"Ray cannot start ({where}): {one_line(error)}") from error

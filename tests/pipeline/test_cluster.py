@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -79,7 +79,7 @@ def test_our_session_refuses_everybody_else(tmp_path: Path, monkeypatch: pytest.
         assert end(begin(INTRUDE, outside, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token))[0].endswith("joined 7")
         lines = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True).stdout
         assert token not in lines, "the token is on a command line"
-        logs = Path("/tmp/ray/session_latest/logs").resolve()
+        logs = Path(ray._private.worker._global_node.get_logs_dir_path())
         assert not [path for path in logs.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
     assert {name: os.environ.get(name) for name in NAMES} == before
     assert not (tmp_path / ".ray").exists()
@@ -135,3 +135,24 @@ def test_a_cluster_that_does_not_answer_is_told_at_once() -> None:
     with pytest.raises(RunnerError, match=rf"^no Ray cluster answers at {address} \(.*\); start it .* or correct"):
         Runner(address).start()
     assert time.monotonic() - begun < 60
+
+
+INGEST = """
+import dataclasses, sys
+from pipeline.ingest import ingest
+from pipeline.recipes import linear
+from pipeline.runner import Runner
+recipe = dataclasses.replace(linear(), size=(16, 16), duration=1.0, rate=8.0)
+with Runner(sys.argv[1]) as runner:
+    print(ingest("films", "lake", recipe=recipe, runner=runner).clips.line())
+"""
+
+
+def test_relative_paths_reach_workers_that_were_started_elsewhere(
+    cluster: tuple[str, str], scene: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene(tmp_path / "films" / "a.mp4", rate="8", seconds=2).with_suffix(".txt").write_text("a test picture")
+    monkeypatch.chdir(tmp_path)
+    address, token = cluster
+    out, err = end(begin(INGEST, address, RAY_AUTH_TOKEN=token))
+    assert out == "clips: 2 discovered = 2 done + 0 unchanged + 0 filtered + 0 failed", err
