@@ -112,19 +112,21 @@ def run_ingest(options: argparse.Namespace) -> int:
     # Slips of the pen are told at once; the servers take a while to start.
     recipe = override(recipe_named(options.recipe), settings)
     discover(options.source, options.captions, recipe.captions_required)
-    from flows.dataset import run_ingest as flow
-    from flows.progress import Stages
+    from flows.progress import Stages, stdout_kept_clean
 
-    report = flow(
-        options.source,
-        options.lake,
-        captions=options.captions,
-        recipe=options.recipe,
-        settings=settings,
-        limit=options.limit,
-        ray_address=options.ray_address,
-        on_progress=Stages(),
-    )
+    with stdout_kept_clean():
+        from flows.dataset import run_ingest as flow
+
+        report = flow(
+            options.source,
+            options.lake,
+            captions=options.captions,
+            recipe=options.recipe,
+            settings=settings,
+            limit=options.limit,
+            ray_address=options.ray_address,
+            on_progress=Stages(),
+        )
     if "error" in report:
         print(f"error: {report['error']}", file=sys.stderr)
     if options.json or "error" not in report:

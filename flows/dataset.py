@@ -10,6 +10,7 @@ traceback: the message of a failed state and the `error` of the report.
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,6 +26,7 @@ from prefect.runtime import flow_run
 from prefect.states import Failed
 
 from flows.artifacts import accounts_table, contact_sheet, data_address, summary
+from flows.server import ServerError, start_server
 from model.progress import Progress
 from model.recipes import override
 from model.weights import CodecUnavailable
@@ -80,9 +82,12 @@ def run_ingest(
     """
     token = _listener.set(on_progress)
     try:
+        start_server()
         sources = [source] if isinstance(source, str) else list(source)
         arguments = (sources, lake, captions, recipe, settings, limit, ray_address)
         state = cast(State[Any], ingest(*arguments, return_state=True))
+    except ServerError as error:
+        return _nothing(str(error), lake)
     finally:
         _listener.reset(token)
     report: Any = state.result(raise_on_failure=False)
@@ -91,6 +96,12 @@ def run_ingest(
     if isinstance(report, BaseException):
         raise report
     return dict(report)
+
+
+def _nothing(message: str, lake: str) -> dict[str, Any]:
+    """The report of a run that could not be done."""
+    lost = {"error": message, "lines": [message], "lake": lake, "version": None, "published": False}
+    return {**lost, "exit_status": 1}
 
 
 def _run_name() -> str:
@@ -127,12 +138,11 @@ def ingest(
         ray_address: Address of a Ray cluster; without one, Ray is started on this machine for the run.
     """
     sources = [source] if isinstance(source, str) else list(source)
+    logging.getLogger("prefect.task_runs").addFilter(_without_trace)
     try:
         report = _ingest(sources, lake, captions, _recipe(recipe, settings), limit, ray_address)
     except StepFailed as error:
-        message = str(error)
-        lost = {"error": message, "lines": [message], "lake": lake, "version": None, "published": False}
-        return Failed(message=message, data=IngestFailed(message, {**lost, "exit_status": 1}))
+        return Failed(message=str(error), data=IngestFailed(str(error), _nothing(str(error), lake)))
     for line in report.lines():
         get_run_logger().info(line)
     result = {**report.to_json(), "lines": report.lines(), "exit_status": report.exit_status}
@@ -191,6 +201,13 @@ def _step(title: str, name: str, work: Callable[[], Result]) -> Result:
     if isinstance(result, BaseException):
         raise result
     return cast(Result, result)
+
+
+def _without_trace(record: logging.LogRecord) -> bool:
+    """Takes the empty trace off the line that Prefect logs for a task that returns Failed."""
+    if record.exc_info and record.exc_info[1] is None:
+        record.exc_info = None
+    return True
 
 
 @contextmanager

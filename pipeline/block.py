@@ -92,7 +92,8 @@ class BlockWorker:
     """Makes blocks of clips of one recipe and stages them; lives in a Ray actor, or in the caller's process."""
 
     def __init__(self, lake: Lake, recipe: DataRecipe, recipe_fingerprint: str) -> None:
-        self.lake, self.recipe, self.recipe_fingerprint = lake, recipe, recipe_fingerprint
+        # A worker on another machine, or of a cluster started elsewhere, has another working folder.
+        self.lake, self.recipe, self.recipe_fingerprint = Lake(lake.root.absolute()), recipe, recipe_fingerprint
         self.codec = SharedCodec(recipe.codec)
         # While the codec has a group of clips in hand, the next one is decoded.
         self.ahead = max(2, -(-GROUP_FRAMES // recipe.frames_max))
@@ -117,16 +118,15 @@ class BlockWorker:
         self.codec.load().latent_shape(*self.recipe.size)  # before anything is decoded for nothing
 
     def process(self, block_id: str, clips: Sequence[ClipPlan]) -> dict[str, Any]:
-        """Makes the clips and stages them under `block_id`; the summary of `staged_summary`. Safe to retry.
+        """Makes the clips and stages those that were made under `block_id`; the block's `summary`. Safe to retry.
 
         Raises:
             DiskFull: no room for the staged block.
         """
         works, clock = run_stages(self.stages, clips, self.ahead)
         arrays, meta = staged_form(works, self.recipe.frames_max, clock)
-        meta |= {"block": [clip.clip_id for clip in clips], "recipe": self.recipe_fingerprint}
-        meta["codec"] = self._codec_facts()
-        write_block(self.lake, block_id, arrays, meta)
+        meta |= {"recipe": self.recipe_fingerprint, "codec": self._codec_facts()}
+        stage_block(self.lake, block_id, arrays, meta)
         return summary(meta)
 
     def _codec_facts(self) -> dict[str, Any]:
@@ -202,8 +202,22 @@ def _facts(plan: ClipPlan) -> dict[str, Any]:
     }
 
 
+def stage_block(lake: Lake, block_id: str, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
+    """Stages the clips that were made; without any, nothing stays staged under `block_id`.
+
+    Failures are the run's, not the block's: what failed is tried again by the next run, because its cause may lie
+    outside the film. `block` names the staged clips; programs before this one look there.
+    """
+    if meta["clips"]:
+        write_block(
+            lake, block_id, arrays, {**meta, "failures": [], "block": [row["clip_id"] for row in meta["clips"]]}
+        )
+    else:
+        remove_block(lake, block_id)
+
+
 def summary(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """What the driver needs to know of a staged block: finished clips, certificates, failures, seconds by stage."""
+    """What the driver needs to know of a block: finished clips, certificates, failures, seconds by stage, codec."""
     return {
         "done": [row["clip_id"] for row in meta["clips"]],
         "certificates": [rejected_row(row) for row in meta["clips"]],
@@ -218,7 +232,8 @@ def cut_blocks(
 ) -> tuple[list[Block], dict[str, dict[str, Any]]]:
     """Blocks of `size` clips in their order; blocks that are staged already are taken as they are, with summaries.
 
-    Cut before any work starts, so the order in which workers finish changes nothing.
+    Cut before any work starts, so the order in which workers finish changes nothing. Of a staged block only the clips
+    that were made count: older programs staged failures too, and those clips are cut into new blocks.
     """
     by_id = {clip.clip_id: clip for clip in clips}
     blocks: list[Block] = []
@@ -228,12 +243,12 @@ def cut_blocks(
             continue  # a part of a block that did not come to its end
         try:
             _, meta = read_block(lake, path.stem)
-            ids = meta["block"]
+            ids = [row["clip_id"] for row in meta["clips"]]
         except (ValueError, KeyError, OSError):
             continue  # damaged: made again
         if meta["recipe"] == recipe_fingerprint and ids and all(clip in by_id for clip in ids):
             blocks.append(Block(path.stem, tuple(by_id.pop(clip) for clip in ids)))
-            staged[path.stem] = summary(meta)
+            staged[path.stem] = summary({**meta, "failures": []})
     rest = list(by_id.values())
     for first in range(0, len(rest), size):
         part = tuple(rest[first : first + size])
@@ -244,14 +259,27 @@ def cut_blocks(
 
 
 def merge_parts(
-    lake: Lake, block: Block, parts: Sequence[str], failures: Sequence[Mapping[str, Any]], recipe_fingerprint: str
+    lake: Lake,
+    block: Block,
+    parts: Mapping[str, Mapping[str, Any]],
+    failures: Sequence[Mapping[str, Any]],
+    recipe_fingerprint: str,
 ) -> dict[str, Any]:
-    """Stages `block` from parts staged before (and clips that no part could make), in the block's order."""
+    """Stages `block` from its parts, in the block's order; its summary, with `failures` and those of the parts.
+
+    parts: summaries of the parts by their ids; a part without a finished clip is not staged.
+    """
     rows: dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]] = {}
     failed = {failure["clip_id"]: dict(failure) for failure in failures}
     clock: dict[str, float] = {}
     codec: dict[str, Any] | None = None
-    for part in parts:
+    for part, made_of in parts.items():
+        failed |= {failure["clip_id"]: failure for failure in made_of["failures"]}
+        codec = made_of["codec"]
+        for stage, seconds in made_of["seconds"].items():
+            clock[stage] = clock.get(stage, 0.0) + seconds
+        if not made_of["done"]:
+            continue
         arrays, meta = read_block(lake, part)
         shown = 0
         for index, row in enumerate(meta["clips"]):
@@ -259,10 +287,6 @@ def merge_parts(
             if row["preview"]:
                 own["preview"], shown = arrays["preview"][shown], shown + 1
             rows[row["clip_id"]] = (row, own)
-        failed |= {failure["clip_id"]: failure for failure in meta["failures"]}
-        codec = meta["codec"]
-        for stage, seconds in meta["seconds"].items():
-            clock[stage] = clock.get(stage, 0.0) + seconds
     made = [rows[clip.clip_id] for clip in block.clips if clip.clip_id in rows]
     names = sorted({name for _, own in made for name in own})
     merged = {name: np.stack([own[name] for _, own in made if name in own]) for name in names}
@@ -270,11 +294,10 @@ def merge_parts(
         "clips": [row for row, _ in made],
         "failures": [failed[clip.clip_id] for clip in block.clips if clip.clip_id in failed],
         "seconds": clock,
-        "block": [clip.clip_id for clip in block.clips],
         "recipe": recipe_fingerprint,
         "codec": codec,
     }
-    write_block(lake, block.block_id, merged, meta)
+    stage_block(lake, block.block_id, merged, meta)
     for part in parts:
         if part != block.block_id:
             remove_block(lake, part)

@@ -5,7 +5,8 @@
     results = run_blocks(plan, plan.blocks, runner)          decode > invert > project on Ray, staged block by block
     report = commit(plan, texts, results)                    shards > arrays > manifest > version
 
-`ingest` chains them. Whatever interrupts it, running it again goes on: a staged block is never made twice.
+`ingest` chains them. Whatever interrupts it, running it again goes on: a staged clip is never made twice. What failed
+is not staged: the next run tries it again.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import Any
 
 from pipeline.block import Block, BlockWorker, merge_parts
 from pipeline.embed import Texts, embed
+from pipeline.environment import STOP_FILMS, check_environment
 from pipeline.gates import REJECT, flags, rejected_row, rejection
 from pipeline.pack import Packed, pack, publish_version
-from pipeline.plan import PARTIAL, FilmState, IngestPlan, Progress, plan_ingest
+from pipeline.plan import LASTING, PARTIAL, FilmState, IngestPlan, Progress, plan_ingest
 from pipeline.recipes import DataRecipe
 from pipeline.report import Account, IngestReport
 from pipeline.rows import failure_row
@@ -66,13 +68,13 @@ def run_blocks(
 
     Raises:
         DiskFull: no room; the blocks finished before are kept.
-        RunnerError: Ray or the stages cannot be set up.
+        RunnerError: Ray or the stages cannot be set up, or every film so far fails for one reason of the environment.
     """
     by_id = {block.block_id: block for block in blocks}
     results: dict[str, BlockResult] = {
         block_id: {"block_id": block_id, **plan.staged[block_id]} for block_id in by_id if block_id in plan.staged
     }
-    parts: dict[str, list[str]] = {block_id: [] for block_id in by_id}
+    parts: dict[str, dict[str, Mapping[str, Any]]] = {block_id: {} for block_id in by_id}
     lost: dict[str, list[dict[str, Any]]] = {block_id: [] for block_id in by_id}
     missing = {block_id: {clip.clip_id for clip in block.clips} for block_id, block in by_id.items()}
     total = sum(len(block.clips) for block in blocks)
@@ -82,20 +84,27 @@ def run_blocks(
             left = sum(len(missing[block_id]) for block_id in by_id if block_id not in results)
             on_progress("clips", total - left, total)
 
+    def finish(block_id: str, result: Mapping[str, Any]) -> None:
+        results[block_id] = {"block_id": block_id, **result}
+        films = {clip.clip_id: clip.film for clip in by_id[block_id].clips}
+        plan.tried += [{"film": films[clip], "status": "done", "reason": "", "detail": ""} for clip in result["done"]]
+        plan.tried += [{**row, "status": "failed"} for row in result["failures"]]
+        if not plan.staged and not result["done"]:
+            check_environment(plan.tried, plan.tolerated, STOP_FILMS)
+
     def settle(task: Task) -> None:
         missing[task.parent] -= {clip.clip_id for clip in task.items}
         if not missing[task.parent]:
-            block = by_id[task.parent]
-            merged = merge_parts(plan.lake, block, parts[task.parent], lost[task.parent], plan.recipe_fingerprint)
-            results[task.parent] = {"block_id": task.parent, **merged}
+            block, own = by_id[task.parent], parts[task.parent]
+            finish(task.parent, merge_parts(plan.lake, block, own, lost[task.parent], plan.recipe_fingerprint))
         tell()
 
     def done(task: Task, result: Mapping[str, Any]) -> None:
         if task.task_id == task.parent:
-            results[task.parent] = {"block_id": task.parent, **result}
+            finish(task.parent, result)
             tell()
         else:
-            parts[task.parent].append(task.task_id)
+            parts[task.parent][task.task_id] = result
             settle(task)
 
     def given_up(task: Task, reason: str, detail: str) -> None:
@@ -115,6 +124,7 @@ def commit(plan: IngestPlan, texts: Texts | None, results: Sequence[BlockResult]
     """Publishes the next version from all blocks' results, or says that there is nothing new.
 
     Raises:
+        RunnerError: every film that was tried failed for one reason that lies outside the films; nothing is published.
         AccountError: films or clips do not add up; nothing is published then.
         PackError, LakeError, DiskFull: the version cannot be written; staged blocks are kept for the next run.
     """
@@ -137,6 +147,8 @@ def commit(plan: IngestPlan, texts: Texts | None, results: Sequence[BlockResult]
     ]
     for state in plan.films:
         _settle_film(state, made, faults)
+    if not made:
+        check_environment((state.row for state in plan.films if not state.remembered), plan.tolerated)
     films, clips = accounts(plan, made, faults)
     version, packed, superseded = plan.parent, None, _superseded(plan, made)
     leaving = superseded | plan.judgement.leaving
@@ -238,6 +250,8 @@ def _settle_film(state: FilmState, made: set[str], faults: Mapping[str, Mapping[
         detail = f"{len(failed)} clips failed ({failed[0]['reason']}); run again to try them again" if failed else ""
         state.row |= {"status": "done" if got else "unchanged", "reason": reason, "detail": detail}
     else:
+        # A film whose clips failed for several reasons is tried again if one of them is not its own.
+        failed.sort(key=lambda row: row["reason"] in LASTING)
         first: Mapping[str, Any] = (failed or lost or [{"reason": "lost", "detail": "no result; run again"}])[0]
         state.row |= {"status": first.get("status", "failed"), "reason": first["reason"], "detail": first["detail"]}
 

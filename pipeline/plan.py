@@ -17,8 +17,10 @@ from typing import Any
 
 from pipeline.block import Block, cut_blocks
 from pipeline.decode import Probe, ffmpeg_binary, probe, select_frames, window_count, window_starts
+from pipeline.environment import LASTING as LASTING
+from pipeline.environment import STOP_FILMS, check_environment, decoder_version
 from pipeline.faults import DecodeError, digest_of
-from pipeline.gates import BELOW_GATE, Judgement, judge, rejection
+from pipeline.gates import Judgement, judge, rejection
 from pipeline.recipes import DataRecipe
 from pipeline.rows import caption_id, failure_row, film_row, observed_frames, split_of
 from pipeline.source import FilmEntry, FilmFailure, discover
@@ -29,21 +31,6 @@ from storage.version import Version, latest, list_versions, load, read_manifest
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, how many are done, and how many there are."""
-
-LASTING = frozenset(
-    [
-        "empty_file",
-        "not_a_video",
-        "no_video_stream",
-        "truncated",
-        "corrupt",
-        "shorter_than_window",
-        "too_few_frames",
-        "duplicate",
-        BELOW_GATE,
-    ]
-)
-"""Faults of the film itself: not looked at again before the file changes, or the recipe's gates open."""
 
 PARTIAL = "clips_failed"
 """Reason of a film that gave some clips and lost others; the next run tries those again."""
@@ -62,6 +49,8 @@ class FilmState:
     """Windows that gave no clip by rule."""
     gated: list[str] = field(default_factory=list)
     """Ids of clips made before that the recipe's gates keep out."""
+    remembered: bool = False
+    """Whether it is as the dataset knows it, and was not looked at."""
 
     @property
     def name(self) -> str:
@@ -96,6 +85,13 @@ class IngestPlan:
     """Rows of the failure table for what the plan itself found."""
     notes: list[str]
     seconds: dict[str, float]
+    tried: list[dict[str, Any]] = field(default_factory=list)
+    """What became of the clips that this run has finished so far: film, status, reason and detail."""
+
+    @property
+    def tolerated(self) -> int:
+        """How many films may fail for one reason before the environment is blamed: as many as are known to be good."""
+        return sum(bool(film.known) for film in self.films)
 
     @property
     def clips(self) -> list[ClipPlan]:
@@ -154,6 +150,7 @@ def plan_ingest(
     Raises:
         SourceError: nothing to ingest.
         DecodeError: `no_ffmpeg`.
+        RunnerError: all of the first films fail for one reason that lies outside them.
         LakeError: `lake` is no place for a lake.
     """
     begin = time.perf_counter()
@@ -230,18 +227,21 @@ def _plan_films(plan: IngestPlan, entries: Sequence[FilmEntry], on_progress: Pro
                 own = clips_of.get(f"{row['film_id']} {caption_id(entry.caption)}", [])
                 state.known = own if row["clips"] == len(own) else _by_name(plan, entry.film)
                 _keep_out(plan, state, [clip for clip in state.known if clip in plan.judgement.leaving])
+            state.remembered = True
             plan.films.append(state)
         else:
             to_read.append(entry)
     if to_read:
         ffmpeg_binary()
+    found: list[tuple[FilmState, FilmEntry, Probe | None]] = []
     with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
-        known = [digests.get((_file(entry.film), entry.bytes, entry.modified_ns), "") for entry in to_read]
-        read = pool.map(lambda entry, digest: _read_film(entry, digest, plan.recipe), to_read, known)
-        found: list[tuple[FilmState, FilmEntry, Probe | None]] = []
-        for entry, (state, film) in zip(to_read, read, strict=True):
-            found.append((state, entry, film))
-            on_progress("plan", len(found), len(to_read))
+        for part in (to_read[:STOP_FILMS], to_read[STOP_FILMS:]):
+            known = [digests.get((_file(entry.film), entry.bytes, entry.modified_ns), "") for entry in part]
+            read = pool.map(lambda entry, digest: _read_film(entry, digest, plan.recipe), part, known)
+            for entry, (state, film) in zip(part, read, strict=True):
+                found.append((state, entry, film))
+                on_progress("plan", len(found), len(to_read))
+            check_environment([state.row for state, _, _ in found], plan.tolerated, STOP_FILMS)
     in_base = {clip["clip_id"] for clip in plan.base_clips}
     claimed: dict[str, str] = {clip: film.name for film in plan.films for clip in film.known}
     clips: list[ClipPlan] = []
@@ -269,9 +269,12 @@ def _keep_out(plan: IngestPlan, state: FilmState, clips: Sequence[str]) -> None:
 
 
 def _as_before(row: Mapping[str, Any], entry: FilmEntry) -> bool:
-    same = (row["bytes"], row["modified_ns"], row["caption"]) == (entry.bytes, entry.modified_ns, entry.caption)
-    finished = row["status"] in ("done", "unchanged") and row["reason"] != PARTIAL
-    return same and (finished or row["reason"] in LASTING)
+    """Whether a film need not be looked at again; one that failed is, by another decoder than before."""
+    if (row["bytes"], row["modified_ns"], row["caption"]) != (entry.bytes, entry.modified_ns, entry.caption):
+        return False
+    if row["status"] in ("done", "unchanged"):
+        return bool(row["reason"] != PARTIAL)
+    return row["reason"] in LASTING and (row["status"] != "failed" or decoder_version() in ("", row["decoder"]))
 
 
 def _by_name(plan: IngestPlan, film: str) -> list[str]:
@@ -286,6 +289,7 @@ def _file(film: str) -> str:
 def _read_film(entry: FilmEntry, digest: str, recipe: DataRecipe) -> tuple[FilmState, Probe | None]:
     """Hashes (unless the digest is known) and probes one film."""
     state = FilmState(film_row(entry.film, entry.caption, entry.bytes, entry.modified_ns))
+    state.row["decoder"] = decoder_version()
     try:
         film = probe(entry.path, recipe.limits)
         state.row["sha256"] = digest or digest_of(entry.path, recipe.limits)
@@ -354,7 +358,7 @@ def _plan_clips(
                     clip_id=clip,
                     film_id=state.row["film_id"],
                     film=entry.film,
-                    path=str(entry.path),
+                    path=str(entry.path.absolute()),
                     bytes=entry.bytes,
                     modified_ns=entry.modified_ns,
                     caption=entry.caption,

@@ -43,6 +43,7 @@ def film_row(film: str, caption: str, size: int, modified_ns: int) -> dict[str, 
         "width": 0,
         "height": 0,
         "frame_rate": float("nan"),
+        "decoder": "",
     }
 
 

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
+from pipeline.cluster import RaySession
+from pipeline.cluster import RunnerError as RunnerError
 from pipeline.stage import Resources, one_line
 from storage.layout import DiskFull
 
 START_SECONDS = 600.0  # longest time for a worker to start and to load its codec
-OBJECT_STORE_BYTES = 256 * 1024**2  # blocks travel as files; Ray would take 30 % of the memory
 
 
 class Worker(Protocol):
@@ -59,10 +60,6 @@ class WorkerPlan:
     gpus: float
 
 
-class RunnerError(RuntimeError):
-    """The work cannot be done at all; the message is one line that says the mend."""
-
-
 def plan_workers(cluster: Mapping[str, float], wanted: Resources, tasks: int) -> WorkerPlan:
     """Actors for `tasks` tasks from what the cluster has (Ray's names, `CPU` and `GPU`).
 
@@ -89,8 +86,8 @@ class Runner:
     """
 
     def __init__(self, address: str | None = None, attempts: int = 3, task_seconds: float = 3600.0) -> None:
-        self.address, self.attempts, self.task_seconds = address, attempts, task_seconds
-        self._started = False
+        self.attempts, self.task_seconds = attempts, task_seconds
+        self._session = RaySession(address)
 
     def __enter__(self) -> Runner:
         return self
@@ -98,34 +95,11 @@ class Runner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._started:
-            import ray
-
-            ray.shutdown()
-            self._started = False
+        self._session.close()
 
     def start(self) -> None:
-        """Starts or joins Ray, quietly. Raises RunnerError where the cluster does not answer."""
-        # Both are read when Ray is imported.
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        import ray
-
-        if ray.is_initialized():
-            return
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
-        try:
-            if self.address:
-                del quiet["include_dashboard"]
-                ray.init(address=self.address, **quiet)
-            else:
-                cores = len(os.sched_getaffinity(0))
-                # "local" keeps RAY_ADDRESS of the environment from being joined unasked.
-                ray.init(address="local", num_cpus=cores, object_store_memory=OBJECT_STORE_BYTES, **quiet)
-        except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
-            where = self.address or "on this machine"
-            raise RunnerError(f"Ray cannot start ({where}): {one_line(error)}") from error
-        self._started = True
+        """Starts or joins Ray, quietly. Raises RunnerError as RaySession.open does."""
+        self._session.open()
 
     def run(
         self,

@@ -44,6 +44,7 @@ FILM_SCHEMA = _schema(
         ("width", pa.int32(), "pixels, 0 where unknown"),
         ("height", pa.int32(), "pixels, 0 where unknown"),
         ("frame_rate", pa.float64(), "frames per second, NaN where unknown"),
+        ("decoder", pa.string(), "version of the ffmpeg that read it, empty where unknown"),
     ],
 )
 

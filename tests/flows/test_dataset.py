@@ -136,7 +136,12 @@ def test_a_second_run_finds_nothing_new_and_starts_no_workers(ran: Ran, films: P
     ],
 )
 def test_what_is_known_to_go_wrong_is_one_line(
-    server: None, films: Path, tmp_path: Path, arguments: dict[str, Any], message: str
+    server: None,
+    films: Path,
+    tmp_path: Path,
+    arguments: dict[str, Any],
+    message: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     from flows.dataset import run_ingest
 
@@ -144,6 +149,7 @@ def test_what_is_known_to_go_wrong_is_one_line(
     report = run_ingest(**({"source": str(films), "lake": str(lake)} | arguments))
     assert report["exit_status"] == 1
     assert report["error"].startswith(message)
+    assert not [record.getMessage() for record in caplog.records if record.exc_info], "a trace is logged"
     assert "\n" not in report["error"]
     assert not lake.exists(), "a lake was made for nothing"
 

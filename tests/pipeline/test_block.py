@@ -142,11 +142,10 @@ def test_parts_merge_to_the_block(scene: Film, tmp_path: Path) -> None:
     clips[2] = dataclasses.replace(clips[2], preview=False)
     worker = BlockWorker(lake, RECIPE, "f" * 64)
     worker.process("whole", clips)
-    for number in (3, 0, 2):
-        worker.process(f"parts-{number}", clips[number : number + 1])
+    parts = {f"parts-{number}": worker.process(f"parts-{number}", clips[number : number + 1]) for number in (3, 0, 2)}
     lost = {"clip_id": clips[1].clip_id, "film": "a.mp4", "clip_start": 1.0, "stage": "worker"}
     lost |= {"reason": "worker_died", "detail": "gone"}
-    result = merge_parts(lake, Block("parts", tuple(clips)), ["parts-3", "parts-0", "parts-2"], [lost], "f" * 64)
+    result = merge_parts(lake, Block("parts", tuple(clips)), parts, [lost], "f" * 64)
     assert result["failures"] == [lost]
     (whole, _), (merged, meta) = read_block(lake, "whole"), read_block(lake, "parts")
     for name in ("frame_time", "observed"):

@@ -1,0 +1,165 @@
+"""A Ray session for its own processes only: started here with a token of its own, or joined with the cluster's token.
+
+Ray listens on all interfaces, and who can connect runs code. So a session that we start has a random token, which is
+in the environment of its processes and nowhere else; Ray refuses every call without it (RAY_AUTH_MODE=token).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.stage import one_line
+
+OBJECT_STORE_BYTES = 256 * 1024**2  # blocks travel as files; Ray would take 30 % of the memory
+ANSWER_SECONDS = 10.0  # longest wait for a cluster's port
+MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+
+
+class RunnerError(RuntimeError):
+    """The work cannot be done at all; the message is one line that says the remedy."""
+
+
+class RaySession:
+    """A Ray session of this process.
+
+    Args:
+        address: host:port of a cluster (or `auto`); None starts one on this machine.
+    """
+
+    def __init__(self, address: str | None = None) -> None:
+        self.address = address
+        self._before: dict[str, str | None] = {}
+        self._open = False
+
+    def open(self) -> None:
+        """Starts or joins Ray, quietly; nothing where this process is in a session already.
+
+        Raises:
+            RunnerError: Ray does not start, the cluster does not answer, or it refuses the token.
+        """
+        # Both are read when Ray is imported.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        if self.address:
+            _check_answers(self.address)
+        import ray
+
+        if ray.is_initialized():
+            return
+        self._before = _set(_joining() if self.address else _own())
+        try:
+            if self.address:
+                self._join(self.address)
+            else:
+                cores = len(os.sched_getaffinity(0))
+                # "local" keeps RAY_ADDRESS of the environment from being joined unasked.
+                local: dict[str, Any] = {"address": "local", "include_dashboard": False}
+                _init(**local, num_cpus=cores, object_store_memory=OBJECT_STORE_BYTES)
+        except BaseException:
+            _set(self._before)
+            raise
+        self._open = True
+
+    def close(self) -> None:
+        """Ends what `open` began; the environment is as it was before."""
+        if self._open:
+            import ray
+
+            ray.shutdown()
+            _set(self._before)
+            self._open = False
+
+    def _join(self, address: str) -> None:
+        with _heard() as words:
+            try:
+                _init(address=address)
+            except RunnerError as error:
+                if "Unauthenticated" not in words() and "authentication token" not in str(error):
+                    raise
+                given = f"the token of {' or '.join(_given())}" if _given() else "this process: it has no token"
+                remedy = f"set {TOKEN} (or {TOKEN_PATH}) to the token that the cluster was started with"
+                raise RunnerError(f"the cluster at {address} refused {given}; {remedy}") from None
+
+
+def _init(**options: Any) -> None:
+    import ray
+
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        where = options["address"] if options["address"] != "local" else "on this machine"
+        raise RunnerError(f"Ray cannot start ({where}): {one_line(error)}") from error
+
+
+def _own() -> dict[str, str | None]:
+    return {MODE: "token", TOKEN: secrets.token_hex(32), TOKEN_PATH: None}
+
+
+def _joining() -> dict[str, str | None]:
+    """A token that is there is used; Ray does so of itself for clusters that it finds, not for given addresses."""
+    return {MODE: os.environ.get(MODE) or ("token" if _given() else None)}
+
+
+def _given() -> list[str]:
+    """Where a token is, in words."""
+    default = Path.home() / ".ray" / "auth_token"
+    return [name for name in (TOKEN, TOKEN_PATH) if os.environ.get(name)] or [str(default)] * default.is_file()
+
+
+def _set(values: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Sets variables of the environment (None: takes them away) and tells Ray, which remembers them; the old values."""
+    before = {name: os.environ.get(name) for name in values}
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    if "ray" in sys.modules:
+        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+    return before
+
+
+def _check_answers(address: str) -> None:
+    """Raises RunnerError where nothing listens at host:port; Ray would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        remedy = "start it (`ray start --head`) or correct the address, which is that of its port 6379 as a rule"
+        raise RunnerError(f"no Ray cluster answers at {address} ({error}); {remedy}") from None
+
+
+@contextmanager
+def _heard() -> Iterator[Any]:
+    """Keeps what is written to the standard error meanwhile, also by Ray's C++; yields what tells it so far.
+
+    It is shown afterwards, unless an error says it better.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+
+        def words() -> str:
+            return os.pread(file.fileno(), 1 << 20, 0).decode(errors="replace")
+
+        os.dup2(file.fileno(), 2)
+        try:
+            yield words
+            os.write(kept, words().encode())
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
