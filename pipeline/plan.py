@@ -19,13 +19,14 @@ from pipeline.block import Block, cut_blocks
 from pipeline.decode import Probe, ffmpeg_binary, probe, select_frames, window_starts
 from pipeline.faults import DecodeError
 from pipeline.gates import BELOW_GATE, Judgement, judge, rejection
+from pipeline.history import newest_of_recipe, older_rows
 from pipeline.recipes import DataRecipe
 from pipeline.rows import caption_id, failure_row, film_row, observed_frames, split_of
 from pipeline.source import FilmEntry, FilmFailure, discover
 from pipeline.stage import ClipPlan
 from storage.fingerprint import file_digest, fingerprint, short_id
 from storage.layout import Lake
-from storage.version import Version, latest, list_versions, load, read_manifest
+from storage.version import Version, latest, read_manifest
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, how many are done, and how many there are."""
@@ -162,7 +163,7 @@ def plan_ingest(
     moment = time.gmtime(time.time() if now is None else now)
     recipe_fingerprint = fingerprint(recipe.data_fields())
     parent = latest(lake)
-    base = _base(lake, parent, recipe_fingerprint)
+    base = newest_of_recipe(lake, recipe_fingerprint)
     notes = list(found.notes)
     if parent is not None and base is None:
         notes.append(f"the recipe differs from version {parent.number}'s: its clips are not carried on, all are new")
@@ -197,13 +198,6 @@ def plan_ingest(
     )
     plan.seconds["plan"] = time.perf_counter() - begin
     return plan
-
-
-def _base(lake: Lake, parent: Version | None, recipe_fingerprint: str) -> Version | None:
-    if parent is None or parent.recipe_fingerprint == recipe_fingerprint:
-        return parent
-    versions = (load(lake, number) for number in reversed(list_versions(lake)))
-    return next((version for version in versions if version.recipe_fingerprint == recipe_fingerprint), None)
 
 
 def _fault(failure: FilmFailure) -> FilmState:
@@ -249,7 +243,7 @@ def _plan_films(plan: IngestPlan, entries: Sequence[FilmEntry], on_progress: Pro
         plan.films.append(state)
         if film is not None:
             clips += _plan_clips(plan, state, entry, film, in_base, claimed)
-    older = _older_rows(plan, {clip.clip_id for clip in clips})
+    older = older_rows(plan.lake, plan.base, {clip.clip_id for clip in clips})
     plan.revived = [older[clip.clip_id] for clip in clips if clip.clip_id in older]
     clips = [clip for clip in clips if clip.clip_id not in older]
     clips = _with_previews(plan, sorted(clips, key=lambda clip: (clip.film_id, clip.window.start, clip.clip_id)))
@@ -366,20 +360,6 @@ def _plan_clips(
         state.row |= {"status": "unchanged"} if state.known else unusable
     _keep_out(plan, state, outside)
     return clips
-
-
-def _older_rows(plan: IngestPlan, wanted: set[str]) -> dict[str, dict[str, Any]]:
-    """Rows of wanted clips in versions before the base: a film that is back as it was is not made again."""
-    rows: dict[str, dict[str, Any]] = {}
-    if plan.base is None or not wanted:
-        return rows
-    for number in list_versions(plan.lake):
-        version = load(plan.lake, number)
-        if number < plan.base.number and version.recipe_fingerprint == plan.recipe_fingerprint:
-            table = read_manifest(plan.lake, version, "clips")
-            if wanted.intersection(table.column("clip_id").to_pylist()):
-                rows |= {row["clip_id"]: row for row in table.to_pylist() if row["clip_id"] in wanted}
-    return rows
 
 
 def _with_previews(plan: IngestPlan, clips: Iterable[ClipPlan]) -> list[ClipPlan]:
