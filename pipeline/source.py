@@ -26,6 +26,11 @@ from pipeline.tables import (
     read_table,
 )
 
+__all__ = [
+    *("FILM_SUFFIXES", "Discovery", "FilmEntry", "FilmFailure", "SourceError"),
+    *("discover", "films_in", "part_of", "place"),
+]
+
 FILM_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts"}
     | {".m2ts", ".flv", ".ogv", ".ogg", ".wmv", ".asf", ".3gp", ".3g2"}
