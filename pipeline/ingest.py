@@ -19,6 +19,7 @@ from typing import Any
 from pipeline.block import Block, BlockWorker, merge_parts
 from pipeline.embed import Texts, embed
 from pipeline.gates import REJECT, flags, rejected_row, rejection
+from pipeline.identity import content
 from pipeline.pack import Packed, pack, publish_version
 from pipeline.plan import PARTIAL, FilmState, IngestPlan, Progress, plan_ingest
 from pipeline.recipes import DataRecipe
@@ -141,7 +142,7 @@ def commit(plan: IngestPlan, texts: Texts | None, results: Sequence[BlockResult]
     superseded, owners = _ownership(plan, made)
     leaving = superseded | plan.judgement.leaving
     stays = any(row["clip_id"] not in leaving for row in plan.base_clips)
-    if made or (stays and (plan.goes_back or rejected or superseded or plan.judgement.changes)):
+    if made or (stays and (plan.goes_back or rejected or superseded or plan.judgement.changes or _joined(plan))):
         with_clips = [block for block in plan.blocks if any(clip.clip_id in made for clip in block.clips)]
         packed = pack(plan, texts, with_clips, leaving, set(rejected))
         packed = replace(packed, rows=[{**row, "film": owners.get(row["clip_id"], row["film"])} for row in packed.rows])
@@ -278,6 +279,13 @@ def _ownership(plan: IngestPlan, made: set[str]) -> tuple[set[str], dict[str, st
             else:
                 owners[row["clip_id"]] = heir
     return leaving, owners
+
+
+def _joined(plan: IngestPlan) -> bool:
+    """Whether a film that gives nothing new is not in the table of films: it keeps its clips when their film changes."""
+    recorded = {row["film"]: content(row) for row in plan.base_films}
+    shares = (film for film in plan.films if film.known or film.row["reason"] == "duplicate")
+    return any(recorded.get(film.name) != content(film.row) for film in shares)
 
 
 def _all_films(plan: IngestPlan, packed: Packed) -> list[dict[str, Any]]:

@@ -270,7 +270,7 @@ def _as_before(row: Mapping[str, Any], entry: FilmEntry) -> bool:
 def _settled_rows(plan: IngestPlan, entries: Sequence[FilmEntry]) -> dict[str, Mapping[str, Any]]:
     """Rows of the films, by place, that need not be read: nothing about them or about their twins has changed."""
     regained = plan.judgement.regained
-    held = {(clip["film_id"], clip["caption"]) for clip in plan.base_clips}
+    held = {content(clip) for clip in plan.base_clips if plan.identities.in_run(clip["film"])}
     settled: dict[str, Mapping[str, Any]] = {}
     for entry in entries:
         row = plan.identities.row(entry)

@@ -233,7 +233,9 @@ def test_a_renamed_film_keeps_its_clips(library: Path, tmp_path: Path) -> None:
     make(lake, films)
     (films / "a.mp4").unlink()
     put(library, "red", films / "z.mp4")
-    assert nothing_new(lake, films).clips.unchanged == 2
+    report = make(lake, films)
+    assert (report.clips.done, report.clips.unchanged) == (0, 2)
+    assert held(lake) == {"z.mp4": 2}
     put(library, "blue", films / "c.mp4")
     make(lake, films)
     assert held(lake) == {"z.mp4": 2, "c.mp4": 2}
@@ -313,6 +315,19 @@ def test_a_twin_in_another_source_keeps_the_content(library: Path, tmp_path: Pat
     put(library, "blue", b / name)
     assert make(lake, b).superseded == 2
     assert sorted(held(lake).values()) == [2, 2]
+
+
+def test_a_twin_that_comes_alone_and_later_keeps_the_content(library: Path, tmp_path: Path) -> None:
+    lake, a, b = tmp_path / "lake", tmp_path / "a", tmp_path / "b"
+    put(library, "red", a / "1.mp4")
+    put(library, "red", b / "2.mp4")
+    make(lake, a)
+    report = make(lake, b)
+    assert (report.published, report.clips.done, report.clips.unchanged) == (True, 0, 2)
+    nothing_new(lake, b)
+    put(library, "green", a / "1.mp4")
+    assert make(lake, a).superseded == 0
+    assert held(lake) == {"1.mp4": 2, "2.mp4": 2}
 
 
 def test_a_twin_that_fails_leaves_the_content_to_the_other(library: Path, tmp_path: Path) -> None:
