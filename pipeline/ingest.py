@@ -282,7 +282,7 @@ def _ownership(plan: IngestPlan, made: set[str]) -> tuple[set[str], dict[str, st
 
 
 def _joined(plan: IngestPlan) -> bool:
-    """Whether a film that gives nothing new is not in the table of films: it keeps its clips when their film changes."""
+    """Whether a film that gives nothing new has no row yet; by its row it keeps its clips when the other changes."""
     recorded = {row["film"]: content(row) for row in plan.base_films}
     shares = (film for film in plan.films if film.known or film.row["reason"] == "duplicate")
     return any(recorded.get(film.name) != content(film.row) for film in shares)

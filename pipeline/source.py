@@ -27,8 +27,15 @@ from pipeline.tables import (
 )
 
 __all__ = [
-    *("FILM_SUFFIXES", "Discovery", "FilmEntry", "FilmFailure", "SourceError"),
-    *("discover", "films_in", "part_of", "place"),
+    "FILM_SUFFIXES",
+    "Discovery",
+    "FilmEntry",
+    "FilmFailure",
+    "SourceError",
+    "discover",
+    "films_in",
+    "part_of",
+    "place",
 ]
 
 FILM_SUFFIXES = frozenset(
