@@ -2,7 +2,7 @@
 
 A film's identity is its place: the path of its file, and which part of it. The name that people see is the path within
 its source. Where another film has that name, it is told apart by its source: `walks/1.mp4`, then `walks-2/1.mp4`.
-A film that is at another place with the same content, while the run has nothing at the old place, has moved.
+A film that is at another place with the same content, while nothing is left at the old place, has moved.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class Identities:
         if row is None:
             return True
         gave_nothing = not row["sha256"] and not row["clips"]
-        moved = digest != "" and row["sha256"] == digest
+        # Where the old file is still there, this one is a copy: it shares the clips under a name of its own.
+        moved = digest != "" and row["sha256"] == digest and not os.path.exists(row["path"])
         return place(row["path"], name) not in self._places and (gave_nothing or moved)
 
 

@@ -227,6 +227,16 @@ def test_a_folder_that_moved_is_the_same(library: Path, tmp_path: Path) -> None:
     assert held(lake) == {"a.mp4": 2, "b.mp4": 2}
 
 
+def test_a_copy_is_no_move(library: Path, tmp_path: Path) -> None:
+    """The copied folder is still there, and its film keeps its caption's clips."""
+    lake, a, b = tmp_path / "lake", tmp_path / "a", tmp_path / "b"
+    put(library, "red", a / "1.mp4", "a walk")
+    put(library, "red", b / "1.mp4", "a run")
+    make(lake, a)
+    assert make(lake, b).superseded == 0
+    assert held(lake) == {"1.mp4": 2, "b/1.mp4": 2}
+
+
 def test_a_renamed_film_keeps_its_clips(library: Path, tmp_path: Path) -> None:
     lake, films = tmp_path / "lake", tmp_path / "films"
     put(library, "red", films / "a.mp4")
