@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pipeline.block import Block, BlockWorker, merge_parts
 from pipeline.embed import Texts, embed
 from pipeline.environment import STOP_FILMS, check_environment
 from pipeline.gates import REJECT, flags, rejected_row, rejection
+from pipeline.identity import content
 from pipeline.pack import Packed, pack, publish_version
 from pipeline.plan import LASTING, PARTIAL, FilmState, IngestPlan, Progress, plan_ingest
 from pipeline.recipes import DataRecipe
@@ -27,6 +29,7 @@ from pipeline.report import Account, IngestReport
 from pipeline.rows import failure_row
 from pipeline.runner import Runner, Task, Worker
 from pipeline.stage import ClipPlan
+from pipeline.tables import BAD_ROW
 from storage.failures import write_failures
 from storage.layout import Lake
 from storage.schema import certificate_spread
@@ -150,12 +153,14 @@ def commit(plan: IngestPlan, texts: Texts | None, results: Sequence[BlockResult]
     if not made:
         check_environment((state.row for state in plan.films if not state.remembered), plan.tolerated)
     films, clips = accounts(plan, made, faults)
-    version, packed, superseded = plan.parent, None, _superseded(plan, made)
+    version, packed = plan.parent, None
+    superseded, owners = _ownership(plan, made)
     leaving = superseded | plan.judgement.leaving
     stays = any(row["clip_id"] not in leaving for row in plan.base_clips)
-    if made or (stays and (plan.goes_back or rejected or plan.judgement.changes)):
+    if made or (stays and (plan.goes_back or rejected or superseded or plan.judgement.changes or _joined(plan))):
         with_clips = [block for block in plan.blocks if any(clip.clip_id in made for clip in block.clips)]
         packed = pack(plan, texts, with_clips, leaving, set(rejected))
+        packed = replace(packed, rows=[{**row, "film": owners.get(row["clip_id"], row["film"])} for row in packed.rows])
         rows = _all_films(plan, packed)
         counts = {"films": films.to_json(), "clips": clips.to_json()}
         waiting = {clip: row for clip, row in plan.judgement.open.items() if row["film"] not in here}
@@ -264,11 +269,47 @@ def _rejected(plan: IngestPlan, results: Sequence[BlockResult]) -> dict[str, dic
     return {row["clip_id"]: rejected_row(row) for row in certificates if flags(row, plan.recipe.gates)}
 
 
-def _superseded(plan: IngestPlan, made: set[str]) -> set[str]:
-    """Clips of the base that leave: those of films that now give other clips. A film that gave none keeps its own."""
-    current = {clip for film in plan.films for clip in [*film.new, *film.known]}
-    renewed = {film.name for film in plan.films if film.known or any(clip in made for clip in film.new)}
-    return {row["clip_id"] for row in plan.base_clips if row["film"] in renewed and row["clip_id"] not in current}
+def _ownership(plan: IngestPlan, made: set[str]) -> tuple[set[str], dict[str, str]]:
+    """Clips of the base that leave, and the films that the others belong to from now on, as far as that is new.
+
+    Clips leave that a film had and has no longer, if it has others now, or another film has what it has. A film that
+    gave nothing keeps its own. A clip that a film of another source has too stays, or becomes, that film's.
+    """
+    before = {row["clip_id"]: row["film"] for row in plan.base_clips}
+    current = {clip: film.name for film in plan.films for clip in [*film.new, *film.known]}
+    owners = {
+        clip: film
+        for clip, film in current.items()
+        if before.get(clip) != film and not (clip in before and plan.identities.elsewhere(before[clip]))
+    }
+    renewed = {
+        film.name
+        for film in plan.films
+        if film.known or film.row["reason"] == "duplicate" or any(clip in made for clip in film.new)
+    }
+    leaving = set()
+    for row in plan.base_clips:
+        if row["film"] in renewed and row["clip_id"] not in current:
+            heir = plan.identities.heir(row)
+            if heir is None:
+                leaving.add(row["clip_id"])
+            else:
+                owners[row["clip_id"]] = heir
+    return leaving, owners
+
+
+def _joined(plan: IngestPlan) -> bool:
+    """Whether a film that gives nothing new has no row of its content and place yet.
+
+    By its row it keeps its clips when another film that shares them changes. Rows without a path are of older programs.
+    """
+    recorded = {row["film"]: row for row in plan.base_films}
+    for film in plan.films:
+        if film.known or film.row["reason"] == "duplicate":
+            row = recorded.get(film.name)
+            if row is None or content(row) != content(film.row) or row["path"] not in ("", film.row["path"]):
+                return True
+    return False
 
 
 def _all_films(plan: IngestPlan, packed: Packed) -> list[dict[str, Any]]:
@@ -281,5 +322,8 @@ def _all_films(plan: IngestPlan, packed: Packed) -> list[dict[str, Any]]:
     left = {row["film"]: row for clip, row in plan.judgement.rejected.items() if clip in plan.judgement.leaving}
     emptied = {film: rejection(row, plan.recipe.gates) for film, row in left.items() if film not in held}
     others = [{**row, **emptied.get(row["film"], {})} for row in others]
-    rows = [film.row for film in plan.films] + [row for row in others if row["film"] not in here]
+    heirs = {"status": "unchanged", "reason": "", "detail": ""}
+    others = [{**row, **heirs} if row["reason"] == "duplicate" and row["film"] in held else row for row in others]
+    rows = [film.row for film in plan.films if film.row["reason"] != BAD_ROW]
+    rows += [row for row in others if row["film"] not in here]
     return [{**row, "clips": held.get(row["film"], 0)} for row in sorted(rows, key=lambda row: row["film"])]

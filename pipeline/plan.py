@@ -7,11 +7,11 @@ Blocks are cut from the sorted new clips before any work starts, so the order in
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,15 @@ from pipeline.environment import LASTING as LASTING
 from pipeline.environment import STOP_FILMS, check_environment, decoder_version
 from pipeline.faults import DecodeError, digest_of
 from pipeline.gates import Judgement, judge, rejection
+from pipeline.history import newest_of_recipe, older_rows
+from pipeline.identity import Identities, content
 from pipeline.recipes import DataRecipe
-from pipeline.rows import caption_id, failure_row, film_row, observed_frames, split_of
-from pipeline.source import FilmEntry, FilmFailure, discover
+from pipeline.rows import caption_id, failure_row, film_row, observed_frames, printable, split_of
+from pipeline.source import Discovery, FilmEntry, FilmFailure, discover
 from pipeline.stage import ClipPlan
 from storage.fingerprint import fingerprint, short_id
 from storage.layout import Lake
-from storage.version import Version, latest, list_versions, load, read_manifest
+from storage.version import Version, latest, read_manifest
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, how many are done, and how many there are."""
@@ -71,6 +73,7 @@ class IngestPlan:
     """The newest version."""
     base: Version | None
     """The newest version of this recipe, whose clips are carried on."""
+    identities: Identities
     films: list[FilmState]
     blocks: list[Block]
     staged: dict[str, dict[str, Any]]
@@ -99,19 +102,9 @@ class IngestPlan:
         return [clip for block in self.blocks for clip in block.clips]
 
     @property
-    def to_do(self) -> list[Block]:
-        """The blocks that are not finished."""
-        return [block for block in self.blocks if block.block_id not in self.staged]
-
-    @property
     def goes_back(self) -> bool:
         """Whether the recipe is that of a version before the newest: its clips become the newest version again."""
         return self.base is not None and self.parent is not None and self.base.number != self.parent.number
-
-    @property
-    def nothing_new(self) -> bool:
-        """Whether the newest version has all there is to have."""
-        return not self.blocks and not self.revived and not self.goes_back and not self.judgement.changes
 
     def lines(self) -> list[str]:
         """The plan for people."""
@@ -125,7 +118,7 @@ class IngestPlan:
             lines.append(f"{len(self.staged)} blocks are finished from an interrupted run and are kept")
         if faulty:
             lines.append(f"{len(faulty)} films cannot be used:")
-        return lines + [f"  {film.name}: {film.row['reason']}: {film.row['detail']}" for film in faulty]
+        return lines + [f"  {printable(film.name)}: {film.row['reason']}: {film.row['detail']}" for film in faulty]
 
 
 def plan_ingest(
@@ -159,7 +152,7 @@ def plan_ingest(
     moment = time.gmtime(time.time() if now is None else now)
     recipe_fingerprint = fingerprint(recipe.data_fields())
     parent = latest(lake)
-    base = _base(lake, parent, recipe_fingerprint)
+    base = newest_of_recipe(lake, recipe_fingerprint)
     notes = list(found.notes)
     if parent is not None and base is None:
         notes.append(f"the recipe differs from version {parent.number}'s: its clips are not carried on, all are new")
@@ -174,7 +167,8 @@ def plan_ingest(
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", moment),
         parent=parent,
         base=base,
-        films=[_fault(failure) for failure in found.failures],
+        identities=Identities(base_films, [*found.entries, *found.failures]),
+        films=[],
         blocks=[],
         staged={},
         base_clips=base_clips,
@@ -185,7 +179,7 @@ def plan_ingest(
         notes=notes,
         seconds={},
     )
-    _plan_films(plan, found.entries, on_progress or (lambda stage, done, total: None))
+    _plan_films(plan, found, on_progress or (lambda stage, done, total: None))
     plan.films.sort(key=lambda film: film.name)
     plan.failures.extend(
         failure_row(film.name, "source" if film.row["sha256"] == "" else "plan", film.row)
@@ -196,61 +190,54 @@ def plan_ingest(
     return plan
 
 
-def _base(lake: Lake, parent: Version | None, recipe_fingerprint: str) -> Version | None:
-    if parent is None or parent.recipe_fingerprint == recipe_fingerprint:
-        return parent
-    versions = (load(lake, number) for number in reversed(list_versions(lake)))
-    return next((version for version in versions if version.recipe_fingerprint == recipe_fingerprint), None)
-
-
-def _fault(failure: FilmFailure) -> FilmState:
-    row = film_row(failure.film, "", 0, 0)
+def _fault(plan: IngestPlan, failure: FilmFailure) -> FilmState:
+    row = film_row(plan.identities.name(failure), "", 0, 0, failure.path)
     return FilmState({**row, "status": failure.status, "reason": failure.reason, "detail": failure.detail})
 
 
 # --- films ---
 
 
-def _plan_films(plan: IngestPlan, entries: Sequence[FilmEntry], on_progress: Progress) -> None:
+def _plan_films(plan: IngestPlan, found: Discovery, on_progress: Progress) -> None:
     """Fills in films, blocks, staged and revived."""
-    rows = {row["film"]: row for row in plan.base_films}
-    digests = {(_file(row["film"]), row["bytes"], row["modified_ns"]): row["sha256"] for row in plan.base_films}
     clips_of: dict[str, list[str]] = {}
     for clip in plan.base_clips:
-        clips_of.setdefault(f"{clip['film_id']} {clip['caption_id']}", []).append(clip["clip_id"])
+        clips_of.setdefault(clip["film"], []).append(clip["clip_id"])
+    settled = _settled_rows(plan, found.entries)
     to_read = []
-    for entry in entries:
-        row = rows.get(entry.film)
-        if row is not None and _as_before(row, entry) and entry.film not in plan.judgement.regained:
-            state = FilmState({**row, "status": "unchanged"} if row["status"] in ("done", "unchanged") else dict(row))
-            if state.row["status"] == "unchanged":
-                own = clips_of.get(f"{row['film_id']} {caption_id(entry.caption)}", [])
-                state.known = own if row["clips"] == len(own) else _by_name(plan, entry.film)
-                _keep_out(plan, state, [clip for clip in state.known if clip in plan.judgement.leaving])
-            state.remembered = True
-            plan.films.append(state)
-        else:
+    for entry in found.entries:
+        row = settled.get(entry.place)
+        if row is None:
             to_read.append(entry)
+            continue
+        done = row["status"] in ("done", "unchanged")
+        state = FilmState({**row, "path": printable(str(entry.path)), **({"status": "unchanged"} if done else {})})
+        state.remembered = True
+        if done:
+            state.known = clips_of.get(state.name, [])
+            _keep_out(plan, state, [clip for clip in state.known if clip in plan.judgement.leaving])
+        plan.films.append(state)
     if to_read:
         ffmpeg_binary()
-    found: list[tuple[FilmState, FilmEntry, Probe | None]] = []
     with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+        films: list[tuple[FilmState, FilmEntry, Probe | None]] = []
         for part in (to_read[:STOP_FILMS], to_read[STOP_FILMS:]):
-            known = [digests.get((_file(entry.film), entry.bytes, entry.modified_ns), "") for entry in part]
-            read = pool.map(lambda entry, digest: _read_film(entry, digest, plan.recipe), part, known)
-            for entry, (state, film) in zip(part, read, strict=True):
-                found.append((state, entry, film))
-                on_progress("plan", len(found), len(to_read))
-            check_environment([state.row for state, _, _ in found], plan.tolerated, STOP_FILMS)
+            for entry, (state, film) in zip(part, pool.map(partial(_read_film, plan), part), strict=True):
+                name = plan.identities.name(entry, state.row["sha256"])
+                state.row["film"] = name
+                films.append((state, replace(entry, film=name), film))
+                on_progress("plan", len(films), len(to_read))
+            check_environment([state.row for state, _, _ in films], plan.tolerated, STOP_FILMS)
+    plan.films += [_fault(plan, failure) for failure in found.failures]
     in_base = {clip["clip_id"] for clip in plan.base_clips}
     claimed: dict[str, str] = {clip: film.name for film in plan.films for clip in film.known}
     clips: list[ClipPlan] = []
-    for state, entry, film in found:
+    for state, entry, film in films:
         plan.films.append(state)
         if film is not None:
             clips += _plan_clips(plan, state, entry, film, in_base, claimed)
-    older = _older_rows(plan, {clip.clip_id for clip in clips})
-    plan.revived = [older[clip.clip_id] for clip in clips if clip.clip_id in older]
+    older = older_rows(plan.lake, plan.base, {clip.clip_id for clip in clips})
+    plan.revived = [{**older[clip.clip_id], "film": clip.film} for clip in clips if clip.clip_id in older]
     clips = [clip for clip in clips if clip.clip_id not in older]
     clips = _with_previews(plan, sorted(clips, key=lambda clip: (clip.film_id, clip.window.start, clip.clip_id)))
     plan.blocks, plan.staged = cut_blocks(plan.lake, clips, plan.recipe.block_clips, plan.recipe_fingerprint)
@@ -277,22 +264,37 @@ def _as_before(row: Mapping[str, Any], entry: FilmEntry) -> bool:
     return row["reason"] in LASTING and (row["status"] != "failed" or decoder_version() in ("", row["decoder"]))
 
 
-def _by_name(plan: IngestPlan, film: str) -> list[str]:
-    return [clip["clip_id"] for clip in plan.base_clips if clip["film"] == film]
+def _settled_rows(plan: IngestPlan, entries: Sequence[FilmEntry]) -> dict[str, Mapping[str, Any]]:
+    """Rows of the films, by place, that need not be read: nothing about them or about their twins has changed."""
+    regained = plan.judgement.regained
+    held = {content(clip) for clip in plan.base_clips if plan.identities.in_run(clip["film"])}
+    settled: dict[str, Mapping[str, Any]] = {}
+    for entry in entries:
+        row = plan.identities.row(entry)
+        if row is not None and _as_before(row, entry) and row["film"] not in regained:
+            # What another film has made for this one may have left with that film.
+            by_other = row["reason"] in ("", "duplicate") and not row["clips"]
+            if not by_other or (row["reason"] == "duplicate" and content(row) in held):
+                settled[entry.place] = row
+    names = {row["film"] for row in settled.values()}
+    unsettled = [
+        row
+        for row in plan.base_films
+        if row["film"] in regained
+        or (row["film"] not in names and (plan.identities.in_run(row["film"]) or row["reason"] == PARTIAL))
+    ]
+    # Films of the same content and caption share their clips: all of them are read, or none.
+    contents = {content(row) for row in unsettled if row["film_id"]}
+    return {place: row for place, row in settled.items() if content(row) not in contents}
 
 
-def _file(film: str) -> str:
-    """The file's name of a film, or of a part of one."""
-    return re.sub(r"#[0-9.e+-]+-[0-9.e+-]*$", "", film)
-
-
-def _read_film(entry: FilmEntry, digest: str, recipe: DataRecipe) -> tuple[FilmState, Probe | None]:
+def _read_film(plan: IngestPlan, entry: FilmEntry) -> tuple[FilmState, Probe | None]:
     """Hashes (unless the digest is known) and probes one film."""
-    state = FilmState(film_row(entry.film, entry.caption, entry.bytes, entry.modified_ns))
+    state = FilmState(film_row(entry.film, entry.caption, entry.bytes, entry.modified_ns, printable(str(entry.path))))
     state.row["decoder"] = decoder_version()
     try:
-        film = probe(entry.path, recipe.limits)
-        state.row["sha256"] = digest or digest_of(entry.path, recipe.limits)
+        film = probe(entry.path, plan.recipe.limits)
+        state.row["sha256"] = plan.identities.digest(entry) or digest_of(entry.path, plan.recipe.limits)
     except DecodeError as error:
         state.row |= {"status": "failed", "reason": error.reason, "detail": error.detail}
         return state, None
@@ -333,20 +335,22 @@ def _plan_clips(
         plan.failures.append(failure_row(entry.film, "plan", gaps))
     clips: list[ClipPlan] = []
     outside: list[str] = []
+    shared: dict[str, dict[str, Any]] = {}
+    few: dict[str, dict[str, Any]] = {}
     for start in starts:
         identity = {"film": digest, "caption": entry.caption, "clip_start": start, "recipe": plan.recipe_fingerprint}
         clip = short_id(fingerprint(identity))
         if clip in claimed:
-            twin = claimed[clip]
-            state.row |= {"status": "filtered", "reason": "duplicate", "detail": f"the same film and caption as {twin}"}
-            return []
+            detail = f"{claimed[clip]} has this window of the same film with the same caption; it is kept once"
+            fault = {"status": "filtered", "reason": "duplicate_window", "detail": detail}
+            shared[clip] = failure_row(entry.film, "plan", fault, clip, start)
+            continue
         window = select_frames(film, start, recipe.duration, recipe.rate)
         observed = observed_frames(len(window.ticks), recipe.observe, clip)
         if observed.sum() < recipe.min_observed:
-            state.filtered += 1
             detail = f"{int(observed.sum())} observed frames, fewer than {recipe.min_observed} (min_observed)"
             fault = {"status": "filtered", "reason": "too_few_frames", "detail": detail}
-            plan.failures.append(failure_row(entry.film, "plan", fault, clip, start))
+            few[clip] = failure_row(entry.film, "plan", fault, clip, start)
         elif clip in plan.judgement.rejected:
             outside.append(clip)
         elif clip in in_base:
@@ -370,6 +374,13 @@ def _plan_clips(
                     preview=False,
                 )
             )
+    if shared and not (clips or state.known or outside):
+        twin = claimed[next(iter(shared))]
+        state.row |= {"status": "filtered", "reason": "duplicate", "detail": f"the same film and caption as {twin}"}
+        return []
+    dropped = [*shared.values(), *few.values()]
+    plan.failures.extend(dropped)
+    state.filtered = len(dropped)
     claimed |= dict.fromkeys([*state.new, *state.known], entry.film)
     if not state.new:
         detail = f"no window has {recipe.min_observed} observed frames (min_observed)"
@@ -377,20 +388,6 @@ def _plan_clips(
         state.row |= {"status": "unchanged"} if state.known else unusable
     _keep_out(plan, state, outside)
     return clips
-
-
-def _older_rows(plan: IngestPlan, wanted: set[str]) -> dict[str, dict[str, Any]]:
-    """Rows of wanted clips in versions before the base: a film that is back as it was is not made again."""
-    rows: dict[str, dict[str, Any]] = {}
-    if plan.base is None or not wanted:
-        return rows
-    for number in list_versions(plan.lake):
-        version = load(plan.lake, number)
-        if number < plan.base.number and version.recipe_fingerprint == plan.recipe_fingerprint:
-            table = read_manifest(plan.lake, version, "clips")
-            if wanted.intersection(table.column("clip_id").to_pylist()):
-                rows |= {row["clip_id"]: row for row in table.to_pylist() if row["clip_id"] in wanted}
-    return rows
 
 
 def _with_previews(plan: IngestPlan, clips: Iterable[ClipPlan]) -> list[ClipPlan]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.gates import BELOW_GATE, REJECT
+from pipeline.rows import printable
 from storage.schema import CERTIFICATE
 
 STATUSES = ("done", "unchanged", "filtered", "failed")
@@ -171,5 +172,5 @@ class IngestReport:
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    start = row["clip_start"]
-    return f"{row['film']} at {start:g} s" if row["clip_id"] and start == start else str(row["film"])
+    film, start = printable(row["film"]), row["clip_start"]
+    return f"{film} at {start:g} s" if row["clip_id"] and start == start else film

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from storage.fingerprint import fingerprint, short_id
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_UNUSABLE = re.compile("[\x00\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """`text` with escapes for what no table, JSON or terminal can show: bytes that are not UTF-8, control characters.
+
+    It takes the names that Python makes of files (with lone surrogates for bytes that are not UTF-8).
+    """
+
+    def escaped(found: re.Match[str]) -> str:
+        code = ord(found[0])
+        return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else found[0].encode("unicode_escape").decode()
+
+    return _CONTROL.sub(escaped, text)
+
+
+def unusable(text: str) -> bool:
+    """Whether `text` has a NUL or a lone surrogate: tables, JSON and databases cannot hold it."""
+    return _UNUSABLE.search(text) is not None
 
 
 def failure_row(
@@ -25,7 +47,7 @@ def failure_row(
     }
 
 
-def film_row(film: str, caption: str, size: int, modified_ns: int) -> dict[str, Any]:
+def film_row(film: str, caption: str, size: int, modified_ns: int, path: str) -> dict[str, Any]:
     """A row of storage.schema.FILM_SCHEMA for a film that has not been read."""
     return {
         "film": film,
@@ -44,6 +66,7 @@ def film_row(film: str, caption: str, size: int, modified_ns: int) -> dict[str, 
         "height": 0,
         "frame_rate": float("nan"),
         "decoder": "",
+        "path": path,
     }
 
 

@@ -7,25 +7,41 @@ else from `clip.txt` beside `clip.mp4`.
 
 from __future__ import annotations
 
-import csv
-import json
-import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from pipeline.rows import printable, unusable
+from pipeline.tables import (
+    BAD_NAME,
+    BAD_ROW,
+    TABLE_SUFFIXES,
+    BadRow,
+    Row,
+    SourceError,
+    Table,
+    caption_fault,
+    read_table,
+)
+
+__all__ = [
+    "FILM_SUFFIXES",
+    "Discovery",
+    "FilmEntry",
+    "FilmFailure",
+    "SourceError",
+    "discover",
+    "films_in",
+    "part_of",
+    "place",
+]
 
 FILM_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts"}
     | {".m2ts", ".flv", ".ogv", ".ogg", ".wmv", ".asf", ".3gp", ".3g2"}
 )
-TABLE_SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
-COLUMNS = ("file", "caption", "start", "end")
-
-
-class SourceError(ValueError):
-    """There is nothing to ingest; the message is one line that says the mend."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +49,9 @@ class FilmEntry:
     """A film, or a part of one, with its caption."""
 
     film: str
-    """The name people see: the path relative to its source, with `#start-end` for a part."""
+    """The path relative to its source, with `#start-end` for a part."""
     path: Path
-    """Where the file is."""
+    """Where the file is: absolute, its source without links."""
     caption: str
     """As given; empty where there is none and none is required."""
     bytes: int
@@ -46,6 +62,13 @@ class FilmEntry:
     """Where the part begins, seconds from the film's first frame."""
     end: float | None = None
     """Where it ends; None for the film's end."""
+    source: str = ""
+    """Name of the folder that is its source, or that holds the table."""
+
+    @property
+    def place(self) -> str:
+        """What tells it from all other films."""
+        return place(str(self.path), self.film)
 
 
 @dataclass(frozen=True)
@@ -53,14 +76,34 @@ class FilmFailure:
     """A film that cannot be used, found without opening it."""
 
     film: str
+    """As FilmEntry's, or a table and its row; printable."""
     reason: str
     detail: str
     status: str = "failed"
+    path: str = ""
+    """Where the file is or would be; printable."""
+    source: str = ""
+
+    @property
+    def place(self) -> str:
+        """As FilmEntry's."""
+        return place(self.path, self.film)
+
+
+def part_of(film: str) -> str:
+    """`#start-end` at the end of a film's name; empty for a whole film."""
+    found = re.search(r"#[0-9.e+-]+-[0-9.e+-]*$", film)
+    return found[0] if found else ""
+
+
+def place(path: str, film: str) -> str:
+    """The identity of a film: its file's path, and which part of it. `film` is any name the film goes by."""
+    return printable(path) + part_of(film)
 
 
 @dataclass
 class Discovery:
-    """All that the sources name, in order of the films' names; every name is once in `entries` or in `failures`."""
+    """All that the sources name, in order of the films' names; every place is once in `entries` or in `failures`."""
 
     entries: list[FilmEntry] = field(default_factory=list)
     failures: list[FilmFailure] = field(default_factory=list)
@@ -71,30 +114,41 @@ class Discovery:
         """The first `films` films by name, failures among them."""
         if films is None:
             return self
-        names = sorted([entry.film for entry in self.entries] + [failure.film for failure in self.failures])[:films]
-        chosen = set(names)
+        items: list[FilmEntry | FilmFailure] = [*self.entries, *self.failures]
+        chosen = sorted(items, key=lambda item: item.film)[:films]
         return Discovery(
-            [entry for entry in self.entries if entry.film in chosen],
-            [failure for failure in self.failures if failure.film in chosen],
+            [item for item in chosen if isinstance(item, FilmEntry)],
+            [item for item in chosen if isinstance(item, FilmFailure)],
             self.notes,
         )
 
 
 @dataclass(frozen=True)
-class _Row:
-    """A line of a table."""
+class _Folder:
+    """Where a source's films are relative to."""
 
-    file: str
-    caption: str
-    start: float
-    end: float | None
-    problem: str = ""
+    path: Path
+    """Absolute, without links."""
+    captions_required: bool
 
-    @property
-    def film(self) -> str:
-        if self.start == 0 and self.end is None:
-            return self.file
-        return f"{self.file}#{self.start:g}-{'' if self.end is None else f'{self.end:g}'}"
+    def add(self, found: Discovery, row: Row, stat: os.stat_result) -> None:
+        path = _within(self.path, row.file)
+        fault = row.fault
+        if unusable(row.file):
+            fault = BAD_NAME, "its name is not UTF-8; rename the file"
+        if fault is not None:
+            self.fail(found, row, *fault)
+            return
+        times = (stat.st_size, stat.st_mtime_ns, row.start, row.end)
+        found.entries.append(FilmEntry(row.film, path, row.caption, *times, self.path.name))
+
+    def fail(self, found: Discovery, row: Row, reason: str, detail: str) -> None:
+        path = printable(str(_within(self.path, row.file)))
+        found.failures.append(FilmFailure(printable(row.film), reason, detail, path=path, source=self.path.name))
+
+    def missing(self, found: Discovery, row: Row, where: str) -> None:
+        detail = f"{where} names {row.file}, which is not there; add the film or remove the line"
+        self.fail(found, row, "film_missing", detail)
 
 
 def discover(
@@ -104,6 +158,8 @@ def discover(
     columns: Mapping[str, str] | None = None,
 ) -> Discovery:
     """Every film that the sources name, with its caption, or the reason why it has none.
+
+    A source that is given twice, by whatever path, counts once; so does a file that several sources name.
 
     Args:
         sources: folders and tables.
@@ -117,18 +173,28 @@ def discover(
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
     if not sources:
         raise SourceError("no source was given; name a folder of films or a table")
+    for given in [*sources, *([captions] if captions is not None else [])]:
+        if unusable(str(given)):
+            raise SourceError(f"{printable(str(given))} has a name that is not UTF-8; rename it")
     found = Discovery()
-    rows = list(_read_table(Path(captions), columns)) if captions is not None else None
+    shared = read_table(Path(captions), columns, captions_required) if captions is not None else None
     used: set[str] = set()
+    seen: dict[Path, _Folder] = {}
     for source in sources:
         path = _existing(source)
+        real = Path(os.path.realpath(path if path.is_dir() else path.parent))
+        folder = _Folder(real, captions_required)
+        if (itself := real if path.is_dir() else real / path.name) in seen:
+            continue
+        seen[itself] = folder
         if path.is_dir():
-            _discover_folder(path, rows, columns, used, found)
+            _discover_folder(folder, path, shared, columns, used, found)
         else:
-            _discover_rows(path.parent, list(_read_table(path, columns)), found)
-    for row in rows or []:
+            _discover_table(folder, path, read_table(path, columns, captions_required), found)
+    for row in shared.rows if shared is not None else ():
         if row.file not in used:
-            found.failures.append(_missing(row, f"captions file {Path(str(captions)).name}"))
+            next(iter(seen.values())).missing(found, row, f"captions file {Path(str(captions)).name}")
+    found.failures += _bad_rows(Path(str(captions)), shared.bad if shared is not None else ())
     if not found.entries and not found.failures:
         kinds = ", ".join(sorted(FILM_SUFFIXES))
         raise SourceError(
@@ -167,81 +233,92 @@ def _existing(source: str | Path) -> Path:
 
 
 def _discover_folder(
-    folder: Path, rows: list[_Row] | None, columns: Mapping[str, str] | None, used: set[str], found: Discovery
+    folder: _Folder,
+    given: Path,
+    shared: Table | None,
+    columns: Mapping[str, str] | None,
+    used: set[str],
+    found: Discovery,
 ) -> None:
-    films = dict(_scan(folder))
-    own = folder / "captions.csv"
-    tabled = rows
-    if tabled is None and own.is_file():
+    """The films of a folder; `used` gets the files of `shared` that are there."""
+    films = dict(_scan(folder.path))
+    own = given / "captions.csv"
+    table = shared
+    if shared is None and own.is_file():
         found.notes.append(f"captions: {own}")
-        tabled = list(_read_table(own, columns))
-        used_here: set[str] = set()
-    else:
-        used_here = used
+        table = read_table(own, columns, folder.captions_required)
+        found.failures += _bad_rows(own, table.bad)
     captioned = set()
-    for row in tabled or []:
+    for row in table.rows if table is not None else ():
         if row.file in films:
             captioned.add(row.file)
-            used_here.add(row.file)
-            _add(found, row, films[row.file])
-        elif rows is None:
-            found.failures.append(_missing(row, own.name))
-    for name, entry in films.items():
+            folder.add(found, row, films[row.file])
+        elif shared is None:
+            folder.missing(found, row, own.name)
+    used |= captioned
+    for name, stat in films.items():
         if name not in captioned:
-            _add(found, _Row(name, _sidecar(folder / name), 0.0, None), entry)
+            caption = _sidecar(folder.path / name)
+            folder.add(found, Row(name, caption, fault=caption_fault(caption)), stat)
 
 
-def _discover_rows(folder: Path, rows: list[_Row], found: Discovery) -> None:
-    for row in rows:
+def _discover_table(folder: _Folder, path: Path, table: Table, found: Discovery) -> None:
+    for row in table.rows:
         try:
-            path = folder / row.file
-            _add(found, row, (path, path.stat()))
+            stat = _within(folder.path, row.file).stat()
         except OSError:
-            found.failures.append(_missing(row, "the table"))
+            folder.missing(found, row, "the table")
+        else:
+            folder.add(found, row, stat)
+    found.failures += _bad_rows(path, table.bad)
 
 
-def _add(found: Discovery, row: _Row, place: tuple[Path, os.stat_result]) -> None:
-    path, stat = place
-    if row.problem:
-        found.failures.append(FilmFailure(row.film, "bad_times", row.problem))
-        return
-    found.entries.append(
-        FilmEntry(row.film, path.absolute(), row.caption, stat.st_size, stat.st_mtime_ns, row.start, row.end)
-    )
+def _bad_rows(table: Path, rows: Sequence[BadRow]) -> list[FilmFailure]:
+    parent = os.path.realpath(table.parent)
+    return [FilmFailure(row.name, BAD_ROW, row.detail, path=printable(f"{parent}/{row.name}")) for row in rows]
 
 
-def _missing(row: _Row, where: str) -> FilmFailure:
-    detail = f"{where} names {row.file}, which is not there; add the film or remove the line"
-    return FilmFailure(row.film, "film_missing", detail)
+def _within(folder: Path, file: str) -> Path:
+    return Path(os.path.normpath(folder / file))
 
 
 def _settled(found: Discovery, captions_required: bool) -> Discovery:
-    """Each name once, in order; films without a caption moved to the failures where one is required."""
+    """Each place once, in order; films without a caption moved to the failures where one is required."""
     settled = Discovery(notes=found.notes)
-    names: dict[str, FilmEntry | FilmFailure] = {}
     items: list[FilmEntry | FilmFailure] = [*found.entries, *found.failures]
-    for item in sorted(items, key=lambda item: item.film):
-        earlier = names.get(item.film)
-        if earlier is not None:
-            if earlier != item:
-                number = sum(name == item.film or name.startswith(f"{item.film} (") for name in names)
-                detail = f"{item.film} is named twice; keep one line, or give parts of a film by start and end"
-                failure = FilmFailure(f"{item.film} ({number + 1})", "duplicate_name", detail)
-                names[failure.film] = failure
-                settled.failures.append(failure)
+    places: dict[str, FilmEntry | FilmFailure] = {}
+    again: dict[str, int] = {}
+    # A file that two sources name is one film; one of them may have the caption.
+    for item in sorted(items, key=lambda item: isinstance(item, FilmFailure) or not item.caption):
+        earlier = places.setdefault(item.place, item)
+        if earlier is item or _same(earlier, item):
             continue
-        names[item.film] = item
+        again[item.place] = again.get(item.place, 1) + 1
+        name = f"{printable(item.film)} ({again[item.place]})"
+        detail = f"{printable(item.film)} is named twice; keep one line, or give parts of a film by start and end"
+        path = f"{printable(str(item.path))} ({again[item.place]})"
+        failure = FilmFailure(name, "duplicate_name", detail, path=path, source=item.source)
+        places[failure.place] = failure
+    for item in sorted(places.values(), key=lambda item: item.film):
         if isinstance(item, FilmFailure):
             settled.failures.append(item)
         elif captions_required and not item.caption:
-            mend = f"add a line to the captions file, or {Path(item.film).with_suffix('.txt').name} beside it"
-            settled.failures.append(FilmFailure(item.film, "no_caption", f"it has no caption; {mend}"))
+            remedy = f"add a line to the captions file, or {Path(item.film).with_suffix('.txt').name} beside it"
+            detail, path = f"it has no caption; {remedy}", printable(str(item.path))
+            settled.failures.append(FilmFailure(item.film, "no_caption", detail, path=path, source=item.source))
         else:
             settled.entries.append(item)
     return settled
 
 
-def _scan(folder: Path) -> Iterator[tuple[str, tuple[Path, os.stat_result]]]:
+def _same(one: FilmEntry | FilmFailure, other: FilmEntry | FilmFailure) -> bool:
+    """Whether `other` says nothing that `one` does not, of the same place."""
+    if isinstance(other, FilmFailure):
+        return one.source != other.source or one == other
+    return isinstance(one, FilmEntry) and other.caption in ("", one.caption)
+
+
+def _scan(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
     """Films below a folder by relative name, sorted; hidden files and linked folders are left out."""
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -252,7 +329,7 @@ def _scan(folder: Path) -> Iterator[tuple[str, tuple[Path, os.stat_result]]]:
                     stat = os.stat(path)
                 except OSError:
                     continue  # a dangling link is no film
-                yield os.path.relpath(path, folder).replace(os.sep, "/"), (Path(path), stat)
+                yield os.path.relpath(path, folder).replace(os.sep, "/"), stat
 
 
 def _sidecar(film: Path) -> str:
@@ -260,55 +337,3 @@ def _sidecar(film: Path) -> str:
         return " ".join(film.with_suffix(".txt").read_text("utf-8-sig", errors="replace").split())
     except OSError:
         return ""
-
-
-def _read_table(path: Path, columns: Mapping[str, str] | None) -> Iterator[_Row]:
-    """The lines of a table. Raises SourceError where it is not there, cannot be read, or lacks the column `file`."""
-    if not path.is_file():
-        raise SourceError(f"captions file {path} does not exist; give a {', '.join(TABLE_SUFFIXES)} with file,caption")
-    names = {name: (columns or {}).get(name, name) for name in COLUMNS}
-    kind = path.suffix.lower()
-    try:
-        if kind == ".parquet":
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-
-            try:
-                lines: Iterable[dict[str, Any]] = pq.ParquetFile(path).read().to_pylist()
-            except pa.ArrowInvalid as error:
-                raise SourceError(f"{path} is no Parquet file ({error}); write it again") from None
-        elif kind in (".jsonl", ".ndjson"):
-            lines = [json.loads(line) for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-        else:
-            with path.open(encoding="utf-8-sig", newline="") as table:
-                lines = list(csv.DictReader(table))
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise SourceError(f"{path} cannot be read as {kind or 'a table'} ({error}); save it as UTF-8") from None
-    for number, line in enumerate(lines, start=1):
-        if not isinstance(line, dict) or names["file"] not in line:
-            seen = ", ".join(map(str, line)) if isinstance(line, dict) else "no columns"
-            raise SourceError(f"{path} needs the columns file,caption; it has: {seen}")
-        file = str(line[names["file"]] or "").strip()
-        if not file:
-            raise SourceError(
-                f"{path}, line {number}: the column {names['file']} is empty; name a film or remove the line"
-            )
-        caption = " ".join(str(line.get(names["caption"]) or "").split())
-        start, start_bad = _seconds(line.get(names["start"]), 0.0)
-        end, end_bad = _seconds(line.get(names["end"]), None)
-        problem = start_bad or end_bad
-        if not problem and start is not None and end is not None and end <= start:
-            problem = f"its part ends at {end:g} s, not after its start at {start:g} s; correct the table"
-        yield _Row(Path(file).as_posix(), caption, start or 0.0, end, problem)
-
-
-def _seconds(value: Any, default: float | None) -> tuple[float | None, str]:
-    if value is None or str(value).strip() == "":
-        return default, ""
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        seconds = math.nan
-    if not math.isfinite(seconds) or seconds < 0:
-        return default, f"start and end are seconds from 0 on, not {value!r}; correct the table"
-    return seconds, ""

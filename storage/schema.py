@@ -29,7 +29,7 @@ def _schema(table: str, fields: Sequence[tuple[str, pa.DataType, str]]) -> pa.Sc
 FILM_SCHEMA = _schema(
     "films",
     [
-        ("film", pa.string(), "path relative to its source, the name people see"),
+        ("film", pa.string(), "the name people see: path relative to its source, or another where that one is taken"),
         ("film_id", pa.string(), "first 16 digits of the content's sha256, empty where it was not read"),
         ("caption", pa.string(), "as given, empty where there is none"),
         ("bytes", pa.int64(), "size of the file"),
@@ -45,6 +45,7 @@ FILM_SCHEMA = _schema(
         ("height", pa.int32(), "pixels, 0 where unknown"),
         ("frame_rate", pa.float64(), "frames per second, NaN where unknown"),
         ("decoder", pa.string(), "version of the ffmpeg that read it, empty where unknown"),
+        ("path", pa.string(), "where the file was when it was ingested, absolute; empty where unknown"),
     ],
 )
 

@@ -177,6 +177,7 @@ def test_a_gate_holds_for_the_whole_dataset(films: Path, tmp_path: Path, capsys:
     assert {row["film"]: (row["status"], row["reason"]) for row in table(lake, "films")} == {
         "busy.mp4": ("filtered", "below_gate"),
         "plain.mp4": ("unchanged", ""),
+        "one/plain.mp4": ("unchanged", ""),  # a second path of the same file shares its clips
     }
     assert main(["inspect", table(lake, "rejected")[0]["clip_id"], "--lake", str(lake)]) == 0
     shown = capsys.readouterr().out

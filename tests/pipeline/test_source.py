@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -85,8 +86,10 @@ def test_captions_file_for_several_folders(folder: Path, tmp_path: Path) -> None
     captions = tmp_path / "all.csv"
     captions.write_text("path,words\nb.mp4,B\nd.mov,D\na.mkv,A\ndeep/c.webm,C\nnobody.mp4,N\n")
     found = discover([folder, other], captions, columns={"file": "path", "caption": "words"})
-    assert {entry.film for entry in found.entries} == {"a.mkv", "b.mp4", "d.mov", "deep/c.webm"}
-    assert sorted(failure.reason for failure in found.failures) == ["duplicate_name", "film_missing"]
+    assert [(entry.film, entry.source) for entry in found.entries] == [
+        *[("a.mkv", "films"), ("b.mp4", "films"), ("b.mp4", "more"), ("d.mov", "more"), ("deep/c.webm", "films")]
+    ]
+    assert [(failure.film, failure.reason) for failure in found.failures] == [("nobody.mp4", "film_missing")]
 
 
 def test_limit_counts_films_of_all_kinds(folder: Path) -> None:
@@ -113,9 +116,11 @@ def test_a_line_said_twice_is_one(folder: Path) -> None:
         ("films", "nowhere.csv", "captions file .*nowhere.csv does not exist; give a"),
         ("films", "columns.csv", "needs the columns file,caption; it has: name, text"),
         ("films", "broken.jsonl", "cannot be read as .jsonl"),
-        ("films", "latin.csv", "save it as UTF-8"),
+        ("films", "latin.csv", "line 2: it is not UTF-8; save the table as UTF-8"),
+        ("films", "words.txt", "words.txt is no table by its name; name it .csv or"),
         ("films", "broken.parquet", "is no Parquet file"),
         ("films", "hole.csv", "line 2: the column file is empty"),
+        ("films\udcff", None, r"films\\xff has a name that is not UTF-8"),
     ],
 )
 def test_mistakes_have_one_line(
@@ -127,7 +132,49 @@ def test_mistakes_have_one_line(
     Path("broken.jsonl").write_text('{"file": ')
     Path("latin.csv").write_bytes("file,caption\nb.mp4,caf\xe9\n".encode("latin-1"))
     Path("broken.parquet").write_bytes(b"not parquet")
-    Path("hole.csv").write_text("file,caption\nb.mp4,B\n,C\n")
+    Path("hole.csv").write_text("file,caption\n,C\n")
+    Path("words.txt").write_text("file,caption\nb.mp4,B\n")
     with pytest.raises(SourceError, match=message) as caught:
         discover(source, captions)
     assert "\n" not in str(caught.value)
+
+
+# --- one film once, two films twice ---
+
+
+def test_a_source_given_twice_is_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "captions.csv").write_text("file,caption\nb.mp4,B\na.mkv,A\ndeep/c.webm,C\n")
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    once = discover(folder)
+    assert len(once.entries) == 3
+    for sources in (["films", folder], [f"{folder}/", "./films"], ["link", "films/"], ["films/../films/."]):
+        found = discover(sources)
+        assert (found.entries, found.failures) == (once.entries, once.failures)
+
+
+def test_a_file_of_two_sources_is_one_film(folder: Path) -> None:
+    """Nested folders: one of them may know the caption; two captions of one source are a mistake."""
+    (folder / "captions.csv").write_text("file,caption\nb.mp4,B\na.mkv,A\n")
+    (folder / "deep" / "captions.csv").write_text("file,caption\nc.webm,C\n")
+    for sources in ([folder, folder / "deep"], [folder / "deep", folder]):
+        found = discover(sources)
+        assert {(entry.path, entry.caption) for entry in found.entries} == {
+            *[(folder / "a.mkv", "A"), (folder / "b.mp4", "B"), (folder / "deep" / "c.webm", "C")]
+        }
+        assert found.failures == []
+
+
+def test_names_that_cannot_be_kept(folder: Path) -> None:
+    """A film whose name is not UTF-8, or whose caption has a NUL, fails alone, shown with escapes."""
+    (folder / os.fsdecode(b"caf\xe9.mp4")).write_bytes(b"film")
+    (folder / "a.txt").write_text("nul\0 inside")
+    (folder / "b.txt").write_text("B")
+    (folder / "deep" / "c.txt").write_text("C")
+    found = discover(folder)
+    assert [entry.film for entry in found.entries] == ["b.mp4", "deep/c.webm"]
+    assert [(failure.film, failure.reason) for failure in found.failures] == [
+        ("a.mkv", "bad_caption"),
+        (r"caf\xe9.mp4", "bad_name"),
+    ]
+    assert all("; " in failure.detail and failure.detail.isprintable() for failure in found.failures)
