@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.ingest.report import IngestReport
 from pipeline.recipes import DataRecipe
-from pipeline.report import IngestReport
 from storage.layout import Lake
 from storage.version import Version, read_manifest
 

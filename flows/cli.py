@@ -107,7 +107,7 @@ def run_ingest(options: argparse.Namespace) -> int:
         return show_plan(options, settings)
     from model.recipes import override
     from pipeline.recipes import recipe_named
-    from pipeline.source import discover
+    from pipeline.sources.folders import discover
 
     # Slips of the pen are told at once; the servers take a while to start.
     recipe = override(recipe_named(options.recipe), settings)
@@ -171,7 +171,7 @@ def sample(sub: argparse.ArgumentParser) -> Run:
 
 def interpolate(sub: argparse.ArgumentParser) -> Run:
     """Options of `vlfm interpolate`."""
-    from pipeline import film as program
+    from pipeline.interpolate import film as program
 
     return program.arguments(sub)
 

@@ -30,13 +30,13 @@ from flows.server import ServerError, start_server
 from model.progress import Progress
 from model.recipes import override
 from model.weights import CodecUnavailable
-from pipeline.block import Block
-from pipeline.faults import DecodeError
 from pipeline.ingest import IngestReport, commit, embed_captions, plan_ingest, run_blocks
-from pipeline.pack import PackError
+from pipeline.ingest.block import Block
+from pipeline.ingest.pack import PackError
+from pipeline.media.faults import DecodeError
 from pipeline.recipes import DataRecipe, recipe_named
 from pipeline.runner import Runner, RunnerError
-from pipeline.source import SourceError, discover
+from pipeline.sources.folders import SourceError, discover
 from storage.layout import Lake, LakeError
 from storage.version import load
 
@@ -74,8 +74,8 @@ def run_ingest(
 ) -> dict[str, Any]:
     """Calls the flow `ingest` in this process and returns its report, whatever state it ended in.
 
-    The report is pipeline.report.IngestReport.to_json() with `lines` (text for people), `exit_status` (0, 3 or 1) and,
-    where the run could not be done, `error` (one line).
+    The report is pipeline.ingest.report.IngestReport.to_json() with `lines` (text for people), `exit_status` (0, 3 or
+    1) and, where the run could not be done, `error` (one line).
 
     Raises:
         Exception: whatever is no known failure.

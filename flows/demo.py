@@ -71,7 +71,7 @@ def _ingest(source: str, lake: Path, captions: str | None, limit: int | None) ->
     """The version that holds the source's films, and the exit status of the ingest."""
     from pipeline.ingest import commit, plan_ingest
     from pipeline.recipes import demo as recipe
-    from pipeline.source import discover
+    from pipeline.sources.folders import discover
     from storage.layout import Lake
 
     discover([source], captions, recipe().captions_required)  # a slip of the pen is told before the servers start
@@ -93,10 +93,10 @@ def _ingest(source: str, lake: Path, captions: str | None, limit: int | None) ->
 
 
 def _train(lake: Path, run: Path, number: int, steps: int | None) -> Path:
-    from model.checkpoint import Run
     from model.recipes import demo as recipe
     from model.recipes import override
     from model.train import UNCHECKED, train
+    from model.training.checkpoint import Run
 
     chosen = override(recipe(), {} if steps is None else {"steps": steps})
     if Run(run).file.is_file():
@@ -118,8 +118,8 @@ def _evaluate(run: Path, lake: Path, out: Path) -> list[str]:
 
 def _samples(run: Path, lake: Path, number: int, folder: Path) -> None:
     """One mp4 for each of six clips, at 24 frames per second: a rate that nothing was trained at."""
-    from model.data import Clips, lake_and_version
     from model.sample import Sampler, SampleSettings
+    from model.training.data import Clips, lake_and_version
     from model.video import write_video
 
     done = folder / "samples.json"

@@ -1,8 +1,8 @@
 """`python -m model.codec_train`: trains a small codec in Stable Diffusion's layout on the frames that lakes keep.
 
 Two stages, each resumed where it stands: the autoencoder on small crops (mean square error and a little KL), then
-UNet and text encoder on its latents by predicting noise (Ho, Jain, Abbeel 2020) at the levels of `model.ddim`. Films
-that are held out are never read.
+UNet and text encoder on its latents by predicting noise (Ho, Jain, Abbeel 2020) at the levels of `model.codecs.ddim`.
+Films that are held out are never read.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model.checkpoint import Run, load_average, restore, save
-from model.codec_data import Footage, dead_leaves, drawn, footage, random_crop, recoloured
-from model.codec_networks import TEXT_LENGTH, new_autoencoder, new_text_model, new_unet, write_folder
-from model.ddim import TRAIN_STEPS, noise_levels
-from model.ema import MovingAverage
-from model.optimizers import Updates, adamw, set_learning_rate
-from model.processes import Processes
+from model.codecs.ddim import TRAIN_STEPS, noise_levels
+from model.codecs.networks import TEXT_LENGTH, new_autoencoder, new_text_model, new_unet, write_folder
 from model.program import add_settings_option, parse_settings, run_program
 from model.progress import Progress
-from model.prompts import bundled_tokenizer
 from model.recipes import override
 from model.stop import Stopped, StopSignal
+from model.text.encoder import bundled_tokenizer
 from model.train import mixed_seed
+from model.training.checkpoint import Run, load_average, restore, save
+from model.training.codec_data import Footage, dead_leaves, drawn, footage, random_crop, recoloured
+from model.training.ema import MovingAverage
+from model.training.optimizers import Updates, adamw, set_learning_rate
+from model.training.processes import Processes
 from storage.fingerprint import fingerprint
 
 EMPTY = 0

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model import legs
-from model.data import Clip, Clips, lake_and_version
-from model.metrics import decibels, psnr, psnr_paper
+from model.flow.solver import Trajectory
+from model.metrics.pictures import decibels, psnr, psnr_paper
 from model.program import run_program
 from model.progress import Progress
 from model.sample import Sampler, SampleSettings
-from model.solver import Trajectory
+from model.training.data import Clip, Clips, lake_and_version
 from model.video import Frames, from_frames, to_frames
 from storage.fingerprint import fingerprint, finite_json
 from storage.layout import write_atomic
@@ -122,7 +122,7 @@ def evaluate(
         ValueError: no clip is asked for, the lake is another one, or no clip kept its frames and latents; the message
             says the mend.
     """
-    from model.report import certificates, write_report
+    from model.evaluation.report import certificates, write_report
 
     if most < 1 or shown < 0:
         raise ValueError(f"{most} clips, {shown} of them shown, cannot be; --clips must be at least 1, --shown 0")

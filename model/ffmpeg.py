@@ -181,7 +181,7 @@ def encoders(path: str) -> frozenset[str]:
     return frozenset(line.split()[1] for line in lines if len(line.split()) > 1)
 
 
-# --- the self-test: a film of four even pictures, drawn, listed and decoded with the commands of pipeline.decode ---
+# --- the self-test: a film of four even pictures, drawn, listed and decoded as pipeline.media.decode does ---
 
 _LEVELS = (20, 80, 140, 200)
 _SIDE = 16

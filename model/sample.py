@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.checkpoint import Run, load_average
-from model.codec import Codec, codec_from_spec
-from model.dit import Backbone, BackboneConfig, Conditioning
+from model.backbones.dit import Backbone, BackboneConfig, Conditioning
+from model.codecs.base import Codec, codec_from_spec
+from model.flow.solver import METHODS, Trajectory
 from model.methods.vlfm import VLFM, make_vlfm
 from model.program import run_program
-from model.prompts import TextEncoder, text_encoder_from_spec
 from model.recipes import TrainRecipe
-from model.solver import METHODS, Trajectory
+from model.text.encoder import TextEncoder, text_encoder_from_spec
+from model.training.checkpoint import Run, load_average
 from model.video import Frames, check_output, from_frames, to_frames, write_video
 
 READ_AT_ONCE = 64
@@ -37,7 +37,7 @@ class SampleSettings:
     warmup_steps: int = 8
     """Solver steps from noise to the first frame."""
     solver: str = "euler"
-    """A method of model/solver.py."""
+    """A method of model/flow/solver.py."""
     guidance: float = 1.0
     """Classifier-free guidance on the warm-up; 1 is none."""
     seed: int = 0

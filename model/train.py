@@ -22,20 +22,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model import checkpoint
-from model.checkpoint import Run
-from model.data import Clips, Collate, Steps, curve_scales, lake_and_version, loader
-from model.dit import Backbone, BackboneConfig
-from model.ema import MovingAverage
-from model.launch import launch
+from model.backbones.dit import Backbone, BackboneConfig
 from model.methods.base import ClipBatch, Method
 from model.methods.vlfm import make_vlfm
-from model.optimizers import Updates, learning_rate_factor, make_optimizers, set_learning_rate
-from model.processes import Processes, given_rank, join_processes
 from model.program import add_settings_option, parse_settings, run_program
 from model.progress import Progress
 from model.recipes import TrainRecipe, override, train_recipe
 from model.stop import STOPPED, Stopped, StopSignal, signals_held
+from model.training import checkpoint
+from model.training.checkpoint import Run
+from model.training.data import Clips, Collate, Steps, curve_scales, lake_and_version, loader
+from model.training.ema import MovingAverage
+from model.training.launch import launch
+from model.training.optimizers import Updates, learning_rate_factor, make_optimizers, set_learning_rate
+from model.training.processes import Processes, given_rank, join_processes
 from storage.layout import Lake
 from storage.version import Version, read_empty_text
 

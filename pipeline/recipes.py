@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.faults import MediaLimits
 from pipeline.gates import FLAG, REJECT, check_gates
+from pipeline.media.faults import MediaLimits
 
 OBSERVATIONS = ("every_second", "all", "random")
 METHODS = ("auto", "hold", "linear", "cubic", "lstsq", "bilinear", "paper")
@@ -43,9 +43,9 @@ class DataRecipe:
     codec: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {"kind": "linear", "factor": 4, "channels": 12, "scale": 1.0}
     )
-    """Spec of the codec, as in model.codec.codec_from_spec."""
+    """Spec of the codec, as in model.codecs.base.codec_from_spec."""
     text: dict[str, Any] = dataclasses.field(default_factory=lambda: {"kind": "builtin"})
-    """Spec of the text encoder, as in model.prompts.text_encoder_from_spec."""
+    """Spec of the text encoder, as in model.text.encoder.text_encoder_from_spec."""
     store_latents: bool = True
     """Whether a shard's samples hold the latents of all kept frames beside the coefficients (Zarr always does)."""
     validation_fraction: float = 0.1

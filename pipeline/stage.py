@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from pipeline.decode import Window
+from pipeline.media.decode import Window
 
 Item = TypeVar("Item")
 

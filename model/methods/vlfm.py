@@ -1,7 +1,7 @@
 """Video Latent Flow Matching: the flow that carries noise to a clip's first frame and then along the clip.
 
 The clip is the curve m(r) of its HiPPO-LegS coefficients, r = t / T; the flow's path around it is an object of
-model/path.py. The network predicts m(max(r, 0)) and m'(max(r, 0)), and the path assembles the velocity from them
+model/flow/path.py. The network predicts m(max(r, 0)) and m'(max(r, 0)), and the path assembles the velocity from them
 (arXiv 2502.00500, Theorem 4.1, on a path of our own: the printed one cannot be sampled between frames).
 """
 
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.dit import Conditioning
+from model.backbones.dit import Conditioning
+from model.flow.path import PaperPath, WarmupPath
+from model.flow.solver import Trajectory, solve
 from model.legs import basis_torch, derivative_torch
 from model.methods.base import ClipBatch, drop_captions
-from model.path import PaperPath, WarmupPath
 from model.recipes import TrainRecipe
-from model.solver import Trajectory, solve
 
 END_SHARE, END_FROM = 0.06, 0.9
 """Share of the clip's training times that fall on its end, from END_FROM on, beside the even spread: the end has
@@ -156,7 +156,7 @@ class VLFM:
             noise: standard normal latents; kept as the path's noise all along.
             steps: solver steps on the clip, however many frames are read.
             warmup_steps: solver steps from noise to the first frame.
-            solver: a method of model/solver.py.
+            solver: a method of model/flow/solver.py.
             guidance: weight of classifier-free guidance on the warm-up; 1 is none. On the clip it would scale motion.
             unconditional: the empty caption's conditioning; needed when guidance is not 1.
             first_frame: (B, C, h, w) latents of the first frame; the flow then starts on the clip, at r = 0.

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.codec import DiffusersCodec
-from model.codec_data import Footage, footage, random_crop
-from model.ddim import TRAIN_STEPS, noise_levels
+from model.codecs.base import DiffusersCodec
+from model.codecs.ddim import TRAIN_STEPS, noise_levels
 from model.legs import evaluate, project, projection_matrix
-from model.metrics import psnr, ssim
-from model.prompts import TextEncoder, pretrained_text_encoder
+from model.metrics.pictures import psnr, ssim
+from model.text.encoder import TextEncoder, pretrained_text_encoder
+from model.training.codec_data import Footage, footage, random_crop
 from model.video import from_frames, to_frames, write_video
 
 BLOCK = 8

@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 
 from model import legs
-from model.checkpoint import Run
-from model.data import Clip, Clips, lake_and_version
+from model.flow.solver import Trajectory
 from model.methods.vlfm import make_vlfm
-from model.metrics import decibels, psnr
+from model.metrics.pictures import decibels, psnr
 from model.program import add_settings_option, parse_settings, run_program
 from model.progress import Progress
 from model.recipes import TrainRecipe, override
 from model.sample import Sampler, SampleSettings
-from model.solver import Trajectory
 from model.train import train
+from model.training.checkpoint import Run
+from model.training.data import Clip, Clips, lake_and_version
 from pipeline.experiments.looks import Looks
 from pipeline.experiments.per_frame import make_per_frame, sample_frames, times_of
 from storage.fingerprint import fingerprint, short_id

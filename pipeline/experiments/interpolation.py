@@ -19,9 +19,9 @@ import numpy as np
 
 from model.program import run_program
 from model.progress import Progress
-from pipeline.decode import decode, window_of
-from pipeline.film import FilmReader, codec_named
-from pipeline.source import films_in
+from pipeline.interpolate.film import FilmReader, codec_named
+from pipeline.media.decode import decode, window_of
+from pipeline.sources.folders import films_in
 
 WAYS: dict[str, dict[str, Any]] = {
     "auto": {},

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from model.dit import Conditioning
+from model.backbones.dit import Conditioning
+from model.flow.solver import Path
 from model.methods.vlfm import curve
-from model.solver import Path
 
 LOOKS = ("solver", "twice", "first", "truth")
 """`solver`: the solver's state. `twice`: also the state that the first answer makes, and the second answer counts.

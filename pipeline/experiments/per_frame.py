@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.data import Clip
-from model.dit import Conditioning
+from model.backbones.dit import Conditioning
+from model.flow.solver import solve
 from model.methods.base import ClipBatch
 from model.methods.vlfm import VLFM, curve, make_vlfm
 from model.recipes import TrainRecipe
 from model.sample import Sampler
-from model.solver import solve
+from model.training.data import Clip
 
 STILL_WAVES = 8.0
 """What a frame's place r in its clip is multiplied with on its way into the duration's embedding (PerFrame): its waves,

@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 
 from model.legs import derivative, evaluate, project, projection_matrix
-from model.legs_select import choose, clip_method, residual_operators
+from model.legs.select import choose, clip_method, residual_operators
 from model.program import run_program
 from model.progress import Progress
-from pipeline.decode import decode, probe, window_of
-from pipeline.film import codec_named, frame_size
-from pipeline.invert import SharedCodec, to_signed
-from pipeline.shots import shot_starts
-from pipeline.source import films_in
+from pipeline.interpolate.film import codec_named, frame_size
+from pipeline.media.decode import decode, probe, window_of
+from pipeline.media.shots import shot_starts
+from pipeline.sources.folders import films_in
+from pipeline.stages.invert import SharedCodec, to_signed
 
 COUNTS = (13, 25, 49)
 """N, the frames that are projected."""

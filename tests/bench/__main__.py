@@ -20,11 +20,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from model.codec_batches import Networks
-from model.ddim import DDIMSchedule, inverse_step, invert, regenerate, step
+from model.codecs.batches import Networks
+from model.codecs.ddim import DDIMSchedule, inverse_step, invert, regenerate, step
+from model.flow.path import WarmupPath
+from model.flow.solver import solve
 from model.legs import basis, evaluate, project, projection_matrix, recurrence_matrices
-from model.path import WarmupPath
-from model.solver import solve
 from tests.bench.sd15 import SMALL_UNET, TINY_VAE, Plan, build
 
 FRAMES, WIDTH, WINDOW = 48, 16384, 2.0
@@ -178,7 +178,7 @@ def g3_inversion(rounds: int) -> list[dict[str, object]]:
         },
         rounds,
     )
-    # diffusers' own description of the values in model.ddim.
+    # diffusers' own description of the values in model.codecs.ddim.
     values = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
     down, up = (
         kind(**values, set_alpha_to_one=False, steps_offset=1) for kind in (DDIMScheduler, DDIMInverseScheduler)

@@ -4,8 +4,8 @@
     python -m tests.bench.gpu --tiny                    the same code on a CPU in seconds; its figures mean nothing
 
 The weights are random, which is enough for speed; the configs are written below. What is timed is the codec's own code,
-`model.codec_batches.Networks` and the loops of `model.ddim`, so that a figure here is a figure of an ingest. It needs
-torch and diffusers (with transformers), and nothing else of the project's dependencies.
+`model.codecs.batches.Networks` and the loops of `model.codecs.ddim`, so that a figure here is a figure of an ingest. It
+needs torch and diffusers (with transformers), and nothing else of the project's dependencies.
 
 H1: frames a second from pixels to inverted latents (VAE and 50 levels without refinement, 41.3 TFLOP a frame).
 H2: frames a second through the VAE's encoder.  H6: seconds for a video of 32 frames from noise to pixels.
@@ -35,8 +35,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.codec_batches import Compiler, Networks, gpu_compiler
-from model.ddim import DDIMSchedule, invert, regenerate
+from model.codecs.batches import Compiler, Networks, gpu_compiler
+from model.codecs.ddim import DDIMSchedule, invert, regenerate
 from tests.bench.sd15 import TINY, Plan, build, copy_bandwidth, count_tflop, matrix_peak
 
 

@@ -26,13 +26,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model.ddim import Inversion
-from pipeline.block import BlockWorker, staged_form
-from pipeline.decode import ffmpeg_binary
-from pipeline.invert import SharedCodec
-from pipeline.plan import plan_ingest
+from model.codecs.ddim import Inversion
+from pipeline.ingest.block import BlockWorker, staged_form
+from pipeline.ingest.plan import plan_ingest
+from pipeline.media.decode import ffmpeg_binary
 from pipeline.recipes import DataRecipe, linear
 from pipeline.stage import ClipPlan, ClipWork, Resources, run_stages
+from pipeline.stages.invert import SharedCodec
 from storage.layout import Lake
 from storage.staging import write_block
 

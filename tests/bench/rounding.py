@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.codec import DiffusersCodec
-from model.metrics import psnr
+from model.codecs.base import DiffusersCodec
+from model.metrics.pictures import psnr
 
 TYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16))
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.codec_batches import Networks
+from model.codecs.batches import Networks
 
 UNET: dict[str, Any] = {
     "sample_size": 64,

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.decode import ffmpeg_binary
 from pipeline.ingest import IngestReport, ingest
+from pipeline.media.decode import ffmpeg_binary
 from pipeline.recipes import linear
 from pipeline.runner import Runner
-from pipeline.source import SourceError
+from pipeline.sources.folders import SourceError
 from storage.failures import read_failures
 from storage.layout import DiskFull, Lake
 from storage.version import latest, load, read_manifest, verify

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from flows.artifacts import accounts_table, data_address, markdown_table, summary
+from pipeline.ingest.report import Account, IngestReport
 from pipeline.recipes import linear
-from pipeline.report import Account, IngestReport
 
 
 def report(**changes: object) -> IngestReport:

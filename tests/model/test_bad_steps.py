@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.checkpoint import Run
 from model.codec_train import CodecRecipe, Stage
 from model.methods.vlfm import make_vlfm
 from model.recipes import override
 from model.train import train
+from model.training.checkpoint import Run
 from storage.layout import Lake
 from tests.model.test_train import TINY, environment, logged, weights
 from tests.model.tiny_lake import make_lake

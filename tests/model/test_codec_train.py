@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from model import codec_train
-from model.codec import DiffusersCodec
-from model.codec_data import Footage, dead_leaves, footage, random_crop, recoloured
 from model.codec_train import CodecRecipe, cosine, main, pictures, train_codec
-from model.ddim import DDIMSchedule, noise_levels
-from model.prompts import pretrained_text_encoder
+from model.codecs.base import DiffusersCodec
+from model.codecs.ddim import DDIMSchedule, noise_levels
 from model.recipes import override
 from model.stop import Stopped
+from model.text.encoder import pretrained_text_encoder
+from model.training.codec_data import Footage, dead_leaves, footage, random_crop, recoloured
 from storage.layout import Lake
 from tests.model.tiny_lake import make_lake
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from model.flow.path import PaperPath, WarmupPath
+from model.flow.solver import solve
 from model.legs import basis, evaluate, project, projection_matrix, recurrence_matrices
-from model.metrics import psnr, psnr_paper
-from model.path import PaperPath, WarmupPath
-from model.solver import solve
+from model.metrics.pictures import psnr, psnr_paper
 
 
 def midpoints(count: int) -> np.ndarray:

@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 
 from model import legs
-from model.data import Clips
 from model.evaluate import evaluate, headline, main
 from model.recipes import override, train_recipe
 from model.sample import Sampler, SampleSettings
 from model.train import train
+from model.training.data import Clips
 from storage import version
 from storage.layout import Lake
 from tests.model.tiny_lake import DURATION, SIDE, make_lake

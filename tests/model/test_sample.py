@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from model.checkpoint import Run
-from model.data import Clips
-from model.dit import Conditioning
+from model.backbones.dit import Conditioning
 from model.recipes import override, train_recipe
 from model.sample import Sampler, SampleSettings, main, read_image
 from model.train import train
+from model.training.checkpoint import Run
+from model.training.data import Clips
 from model.video import from_frames
 from storage import version
 from storage.layout import Lake

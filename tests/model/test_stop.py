@@ -21,11 +21,11 @@ from torch import nn
 import model.train
 from flows import cli, demo
 from model import stop as module
-from model.checkpoint import Run
-from model.launch import launch
 from model.methods.vlfm import make_vlfm
 from model.stop import STOPPED, Stopped, StopSignal
 from model.train import main, train
+from model.training.checkpoint import Run
+from model.training.launch import launch
 from storage.layout import Lake
 from tests.model.test_train import TINY, command, environment, logged, weights
 from tests.model.tiny_lake import make_lake
@@ -197,7 +197,7 @@ def test_nothing_outlives_a_launcher_that_is_killed(lake: Lake, tmp_path: Path) 
 
 
 def test_a_process_that_fails_ends_the_others_with_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.launch.GRACE", 0.5)
+    monkeypatch.setattr("model.training.launch.GRACE", 0.5)
     code = "import os, sys, time; time.sleep(0 if os.environ['RANK'] == '1' else 1000); sys.exit(7)"
     began = time.monotonic()
     assert launch([sys.executable, "-c", code], 2) == 7

@@ -15,14 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model.checkpoint import Run
-from model.data import Clips, Collate, Steps, curve_scales
+from model.flow.path import WarmupPath
 from model.methods.vlfm import VLFM, curve
-from model.optimizers import learning_rate_factor
-from model.path import WarmupPath
 from model.recipes import TrainRecipe, override, train_recipe
 from model.stop import STOPPED
 from model.train import main, mixed_seed, train
+from model.training.checkpoint import Run
+from model.training.data import Clips, Collate, Steps, curve_scales
+from model.training.optimizers import learning_rate_factor
 from storage import version
 from storage.layout import Lake
 from tests.model.tiny_lake import make_lake

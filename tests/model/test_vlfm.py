@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from model import legs
-from model.dit import Conditioning
+from model.backbones.dit import Conditioning
+from model.flow.path import PaperPath, WarmupPath
 from model.methods.vlfm import VLFM, curve, make_vlfm
-from model.path import PaperPath, WarmupPath
 from model.recipes import train_recipe
 
 ORDER, SHAPE = 8, (3, 4, 4)

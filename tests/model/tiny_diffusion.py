@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from model.prompt_words import merges, vocabulary
+from model.text.words import merges, vocabulary
 
 SCHEDULER_CONFIG: dict[str, Any] = {
     "_class_name": "PNDMScheduler",

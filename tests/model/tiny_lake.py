@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from model import legs
-from model.codec_linear import LinearCodec
-from model.prompts import builtin_text_encoder
+from model.codecs.linear import LinearCodec
+from model.text.encoder import builtin_text_encoder
 from model.video import from_frames
 from storage import version
 from storage.fingerprint import fingerprint, short_id

@@ -100,11 +100,11 @@ def _project(module: ModuleType) -> None:
 
 
 WRAPPED: dict[str, Callable[[ModuleType], None]] = {
-    "model.prompts": _prompts,
-    "model.codec_linear": _linear,
-    "model.codec_diffusers": _diffusers,
-    "pipeline.invert": _invert,
-    "pipeline.project": _project,
+    "model.text.encoder": _prompts,
+    "model.codecs.linear": _linear,
+    "model.codecs.diffusers": _diffusers,
+    "pipeline.stages.invert": _invert,
+    "pipeline.stages.project": _project,
 }
 
 

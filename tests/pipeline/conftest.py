@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.decode import ffmpeg_binary
+from pipeline.media.decode import ffmpeg_binary
 
 LOSSLESS = ("-c:v", "libx264", "-qp", "0", "-preset", "ultrafast", "-pix_fmt", "yuv444p")
 

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from model.ffmpeg import find_ffmpeg
-from pipeline.blend import readout_matrix
-from pipeline.decode import Probe, decode, probe, select_frames, window_count, window_starts
-from pipeline.faults import DecodeError, MediaLimits
-from pipeline.film import FilmReader
+from pipeline.interpolate.blend import readout_matrix
+from pipeline.interpolate.film import FilmReader
+from pipeline.media.decode import Probe, decode, probe, select_frames, window_count, window_starts
+from pipeline.media.faults import DecodeError, MediaLimits
 from pipeline.recipes import DataRecipe
 from tests.model.ffmpeg_shims import shim
 
@@ -28,7 +28,7 @@ SHARP = ("-c:v", "libx264", "-qp", "0", "-preset", "ultrafast")
 PLAN = """
 import json, resource, sys, time
 resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30,) * 2)
-from pipeline.plan import plan_ingest
+from pipeline.ingest.plan import plan_ingest
 from pipeline.recipes import linear
 before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
 plan = plan_ingest(sys.argv[1] + "/lake", sys.argv[1] + "/films", None, linear())
@@ -182,7 +182,7 @@ def test_a_gap_is_read_out_in_pieces(film: Film, tmp_path: Path, monkeypatch: py
         due.append(len(arguments[3]))  # type: ignore[arg-type]
         return readout_matrix(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("pipeline.film.readout_matrix", counted)
+    monkeypatch.setattr("pipeline.interpolate.film.readout_matrix", counted)
     wanted = np.arange(0, 104, 0.01)
     assert sum(len(frames) for frames in FilmReader(path).frames_at(wanted)) == len(wanted)
     assert max(due) == 4096

@@ -17,7 +17,7 @@ from pipeline.recipes import DataRecipe, linear
 from storage.failures import read_failures
 from storage.layout import Lake
 from storage.version import load, read_manifest, verify
-from tests.pipeline.test_ingest import RECIPE, InProcess, NoWork
+from tests.pipeline.ingest.test_steps import RECIPE, InProcess, NoWork
 
 Film = Callable[..., Path]
 

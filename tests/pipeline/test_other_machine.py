@@ -13,17 +13,17 @@ import pytest
 import torch
 
 import pipeline.ingest
-from model.prompts import TextEncoder
+from model.text.encoder import TextEncoder
 from pipeline.ingest import ingest
-from pipeline.invert import InvertStage
-from pipeline.project import ProjectStage
+from pipeline.stages.invert import InvertStage
+from pipeline.stages.project import ProjectStage
 from storage.arrays import read_clips, read_texts
 from storage.layout import Lake, LakeError
 from storage.rounding import ROUNDING, check_rounding, relative_difference
 from storage.shards import ShardReader
 from storage.version import list_versions, load, read_empty_text, read_manifest, verify
 from tests.perturb.hook import neighbours
-from tests.pipeline.test_ingest import RECIPE, InProcess
+from tests.pipeline.ingest.test_steps import RECIPE, InProcess
 from tests.pipeline.test_old_lakes import RECIPE as OLD_RECIPE
 from tests.pipeline.test_old_lakes import old
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from model.codec import DiffusersCodec, codec_from_spec
-from model.metrics import psnr
+from model.codecs.base import DiffusersCodec, codec_from_spec
+from model.metrics.pictures import psnr
 from model.video import from_frames
 from model.weights import SHIPPED, find_weights
 from pipeline.corpus import make_corpus
-from pipeline.decode import decode, probe, select_frames
 from pipeline.experiments.codec import BlockComponents, noise_statistics
+from pipeline.media.decode import decode, probe, select_frames
 
 NAME, SIDE = "vlfm-small", 128
 HELD_OUT = ("carphone.mp4", "armwrestling.mp4")

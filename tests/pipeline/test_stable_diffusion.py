@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from model.codec import DiffusersCodec, codec_from_spec
-from pipeline.block import BlockWorker
+from model.codecs.base import DiffusersCodec, codec_from_spec
 from pipeline.ingest import commit, embed_captions, plan_ingest
+from pipeline.ingest.block import BlockWorker
 from pipeline.recipes import stable_diffusion
 from storage.layout import Lake
 from storage.shards import ShardReader

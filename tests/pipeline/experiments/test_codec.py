@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.codec_data import Footage, footage
 from model.codec_train import CodecRecipe, train_codec
+from model.training.codec_data import Footage, footage
 from model.video import from_frames
 from pipeline.experiments import codec as experiment
 from pipeline.experiments.codec import BlockComponents, NoiseLoss, by_film, main, noise_statistics

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from model.data import Clips, Collate
-from model.dit import Conditioning
+from model.backbones.dit import Conditioning
+from model.flow.path import WarmupPath
 from model.methods.vlfm import curve
-from model.path import WarmupPath
 from model.sample import Sampler
+from model.training.data import Clips, Collate
 from pipeline.experiments import drift
 from pipeline.experiments.drift import READINGS, VARIANTS, main
 from pipeline.experiments.looks import LOOKS, Looks

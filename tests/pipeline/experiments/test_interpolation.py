@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.decode import ffmpeg_binary
 from pipeline.experiments.interpolation import hidden_frames, main, table
-from pipeline.film import PIXELS
+from pipeline.interpolate.film import PIXELS
+from pipeline.media.decode import ffmpeg_binary
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from model.legs import METHODS, evaluate, project, projection_matrix
-from model.legs_select import AUTO
+from model.legs.select import AUTO
 from pipeline import recipes
 from pipeline.corpus import make_corpus
 from pipeline.experiments import projection as experiment
 from pipeline.experiments.projection import Clip, clip_row, clips_of, main, mean_gains, read_film, rows_of
-from pipeline.film import PIXELS
-from pipeline.invert import SharedCodec
-from pipeline.source import films_in
+from pipeline.interpolate.film import PIXELS
+from pipeline.sources.folders import films_in
+from pipeline.stages.invert import SharedCodec
 
 
 def clip(count: int = 7, speed: float = 4.0) -> Clip:

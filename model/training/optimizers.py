@@ -1,0 +1,138 @@
+"""The optimisers of a training run, the learning rate over its steps, and how a step's gradients are applied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from model.backbones.dit import Backbone
+from model.recipes import TrainRecipe
+from model.training.ema import MovingAverage
+from model.training.processes import Processes
+
+
+def make_optimizers(backbone: Backbone, recipe: TrainRecipe) -> list[Optimizer]:
+    """AdamW, and Muon for the matrices inside the blocks when the recipe gives it a learning rate."""
+    inner = [p for p in backbone.blocks.parameters() if p.ndim == 2]
+    use_muon = recipe.matrix_learning_rate > 0
+    held = {id(p) for p in inner} if use_muon else set()
+    rest = [p for p in backbone.parameters() if id(p) not in held]
+    optimizers: list[Optimizer] = [adamw(rest, recipe.learning_rate, recipe.weight_decay, 0.95)]
+    if use_muon:
+        optimizers.append(
+            Muon(
+                inner,
+                lr=recipe.matrix_learning_rate,
+                weight_decay=recipe.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    for optimizer in optimizers:
+        _remember_peak(optimizer)
+    return optimizers
+
+
+def adamw(parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float, second_beta: float) -> AdamW:
+    """AdamW whose weight decay leaves out vectors (biases, norms); `set_learning_rate` knows its peak."""
+    held = list(parameters)
+    groups = [
+        {"params": [p for p in held if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in held if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = AdamW(groups, lr=learning_rate, betas=(0.9, second_beta))
+    _remember_peak(optimizer)
+    return optimizer
+
+
+def _remember_peak(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        group["peak"] = group["lr"]
+
+
+def learning_rate_factor(step: int, recipe: TrainRecipe) -> float:
+    """Share of the peak learning rate at a step: a linear rise, a plateau and a linear fall to 0."""
+    rise = min(1.0, step / max(recipe.learning_rate_warmup, 1))
+    falling = max(recipe.learning_rate_decay * recipe.steps, 1.0)
+    return rise * min(1.0, (recipe.steps + 1 - step) / falling)
+
+
+def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
+    """Set every group to its peak times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+
+
+class Update(NamedTuple):
+    """What became of a step."""
+
+    applied: bool
+    """Whether weights, average and optimisers moved; the same in all processes."""
+    stop: bool
+    """Whether any process was asked to stop."""
+    gradient_norm: Tensor
+    """Norm of all gradients before they were clipped, a scalar."""
+
+
+@dataclass
+class Updates:
+    """Applies gradients to a network, its optimisers and its average; a step that is not finite changes none of them.
+
+    Raises ValueError where `allowed` is negative.
+    """
+
+    network: nn.Module
+    average: MovingAverage
+    optimizers: Sequence[Optimizer]
+    clip: float
+    """Largest global gradient norm."""
+    allowed: int
+    """Steps in a row that may be skipped because they are not finite; one more raises."""
+    root: Path
+    """The run's folder, for the message."""
+    processes: Processes
+    """Those that must agree on every step."""
+    in_a_row: int = 0
+    """Steps skipped since the last one that was applied."""
+    skipped: int = 0
+    """Steps skipped altogether."""
+
+    def __post_init__(self) -> None:
+        if self.allowed < 0:
+            raise ValueError(f"bad_steps_allowed is {self.allowed}; it must be 0 or more")
+
+    def apply(self, step: int, loss: Tensor, stop: bool = False) -> Update:
+        """Clip the gradients that the loss (a scalar) left, and apply them where both are finite in every process.
+
+        stop: whether this process was asked to stop; it travels along. On a GPU the host waits here once a step.
+
+        Raises:
+            FloatingPointError: more than `allowed` steps in a row were not finite; raised in all processes alike.
+        """
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.clip).detach()
+        loss = loss.detach()
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        # Gradients are averages over the processes and their norm the same in all, but the loss is not.
+        bad, stop = self.processes.any(~finite, stop)
+        for optimizer in self.optimizers:
+            if not bad:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if not bad:
+            self.in_a_row = 0
+            self.average.update(self.network)
+            return Update(True, stop, norm)
+        self.in_a_row += 1
+        self.skipped += 1
+        if self.in_a_row > self.allowed:
+            raise FloatingPointError(
+                f"the loss or its gradient is not finite at step {step} (here {float(loss):.3g} and a norm of "
+                f"{float(norm):.3g}), {self.in_a_row} steps in a row where {self.allowed} are allowed; the last good "
+                f"checkpoint stays in {self.root}: start another run with a lower learning rate"
+            )
+        return Update(False, stop, norm)

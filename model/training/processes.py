@@ -1,0 +1,71 @@
+"""The processes of a training run: this one's place among them, and what they must agree on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.stop import end_with_parent
+
+LAUNCHER = "VLFM_LAUNCHER"
+"""Environment variable with the process id of the launcher (model.training.launch) that started a process."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run."""
+
+    rank: int
+    """Number of this process."""
+    world: int
+    """How many there are."""
+    device: torch.device
+    """Where this process computes."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes what the run leaves behind."""
+        return self.rank == 0
+
+    def any(self, *flags: Tensor | bool) -> list[bool]:
+        """For each flag (a scalar), whether it is set in any process: the same answer in all of them.
+
+        All flags travel together, and the host waits for the device once.
+        """
+        joined = torch.stack([torch.as_tensor(flag, device=self.device).float() for flag in flags])
+        if self.world > 1:
+            dist.all_reduce(joined, dist.ReduceOp.MAX)
+        return [value > 0 for value in joined.tolist()]
+
+    def mean(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The mean of named scalars over the processes."""
+        if self.world == 1:
+            return dict(values)
+        joined = torch.stack([value.float() for value in values.values()])
+        dist.all_reduce(joined)
+        return dict(zip(values, joined / self.world, strict=True))
+
+
+def given_rank() -> int:
+    """This process's number in the environment of torchrun or model.training.launch; 0 where there is none."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def join_processes() -> Processes:
+    """This process's place, from the environment of torchrun or model.training.launch; alone where there is none."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local = given_rank(), int(os.environ.get("LOCAL_RANK", "0"))
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    if world > 1:
+        launcher = os.environ.get(LAUNCHER)
+        end_with_parent(int(launcher) if launcher else None)
+        dist.init_process_group("nccl" if gpu else "gloo")
+    return Processes(rank, world, device)

@@ -1,0 +1,304 @@
+"""A block of clips from plan to staged file: what one Ray worker does, and what a merge of its parts gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.gates import rejected_row
+from pipeline.media.decode import decode, ffmpeg_binary
+from pipeline.media.faults import DecodeError, MediaLimits
+from pipeline.recipes import DataRecipe
+from pipeline.stage import ClipPlan, ClipWork, Resources, Stage, fail, one_line, run_stages
+from pipeline.stages.invert import GROUP_FRAMES, InvertStage, SharedCodec
+from pipeline.stages.project import ProjectStage
+from storage.fingerprint import fingerprint, short_id
+from storage.layout import Lake
+from storage.staging import read_block, remove_block, write_block
+
+
+@dataclass(frozen=True)
+class Block:
+    """Clips that are made, staged and packed together."""
+
+    block_id: str
+    clips: tuple[ClipPlan, ...]
+
+
+class DecodeStage:
+    """The kept frames of each clip; clips of a film that follow each other share one ffmpeg process."""
+
+    name = "decode"
+
+    def __init__(self, size: tuple[int, int], limits: MediaLimits) -> None:
+        self.size, self.limits = size, limits
+        self.resources = Resources()
+
+    def setup(self) -> None:
+        """Makes sure that there is an ffmpeg. Raises DecodeError `no_ffmpeg`."""
+        ffmpeg_binary()
+
+    def process(self, works: Iterable[ClipWork]) -> Iterator[ClipWork]:
+        """Fills in `frames`; reasons are DecodeError's, and film_changed."""
+        run: list[ClipWork] = []
+        for work in works:
+            if run and not _follows(run[-1], work):
+                yield from self._decode(run)
+                run = []
+            run.append(work)
+        if run:
+            yield from self._decode(run)
+
+    def teardown(self) -> None:
+        """Nothing is held."""
+
+    def _decode(self, run: Sequence[ClipWork]) -> Iterator[ClipWork]:
+        done = 0
+        try:
+            plan = run[0].plan
+            _check_unchanged(plan)
+            for frames in decode(Path(plan.path), [work.plan.window for work in run], self.size, self.limits):
+                work, done = run[done], done + 1
+                work.frames = frames
+                yield work
+        except Exception as error:  # a clip's fault must not stop its block
+            reason, detail = (
+                (error.reason, error.detail) if isinstance(error, DecodeError) else ("decode_failed", one_line(error))
+            )
+            yield fail(run[done], self.name, reason, detail)
+            # The fault may lie in one window alone: the others get a process of their own.
+            for work in run[done + 1 :]:
+                yield from self._decode([work])
+
+
+def _follows(earlier: ClipWork, later: ClipWork) -> bool:
+    return earlier.plan.path == later.plan.path and earlier.plan.window.ticks[-1] < later.plan.window.ticks[0]
+
+
+def _check_unchanged(plan: ClipPlan) -> None:
+    try:
+        stat = Path(plan.path).stat()
+    except OSError:
+        raise DecodeError("film_missing", "the film went away during the run; run the command again") from None
+    if (stat.st_size, stat.st_mtime_ns) != (plan.bytes, plan.modified_ns):
+        raise DecodeError("film_changed", "the film changed during the run; run the command again")
+
+
+class BlockWorker:
+    """Makes blocks of clips of one recipe and stages them; lives in a Ray actor, or in the caller's process."""
+
+    def __init__(self, lake: Lake, recipe: DataRecipe, recipe_fingerprint: str) -> None:
+        # A worker on another machine, or of a cluster started elsewhere, has another working folder.
+        self.lake, self.recipe, self.recipe_fingerprint = Lake(lake.root.absolute()), recipe, recipe_fingerprint
+        self.codec = SharedCodec(recipe.codec)
+        # While the codec has a group of clips in hand, the next one is decoded.
+        self.ahead = max(2, -(-GROUP_FRAMES // recipe.frames_max))
+        self.stages: list[Stage] = [
+            DecodeStage(recipe.size, recipe.limits),
+            InvertStage(self.codec, recipe.certify_frames),
+            ProjectStage(self.codec, recipe.coefficients, recipe.method, recipe.certify_frames),
+        ]
+
+    @property
+    def resources(self) -> Resources:
+        """What the stages need together; they take turns on the same GPU."""
+        return Resources(
+            cpus=max(stage.resources.cpus for stage in self.stages),
+            gpus=max(stage.resources.gpus for stage in self.stages),
+        )
+
+    def setup(self) -> None:
+        """Sets the stages up, once. Raises what they raise, and ValueError for frames that do not suit the codec."""
+        for stage in self.stages:
+            stage.setup()
+        self.codec.load().latent_shape(*self.recipe.size)  # before anything is decoded for nothing
+
+    def process(self, block_id: str, clips: Sequence[ClipPlan]) -> dict[str, Any]:
+        """Makes the clips and stages those that were made under `block_id`; the block's `summary`. Safe to retry.
+
+        Raises:
+            DiskFull: no room for the staged block.
+        """
+        works, clock = run_stages(self.stages, clips, self.ahead)
+        arrays, meta = staged_form(works, self.recipe.frames_max, clock)
+        meta |= {"recipe": self.recipe_fingerprint, "codec": self._codec_facts()}
+        stage_block(self.lake, block_id, arrays, meta)
+        return summary(meta)
+
+    def _codec_facts(self) -> dict[str, Any]:
+        codec = self.codec.load()
+        return {
+            "id": codec.id,
+            "channels": codec.channels,
+            "factor": codec.factor,
+            "scale": codec.scale,
+            "spec": codec.spec(),
+            "latent_shape": list(codec.latent_shape(*self.recipe.size)),
+        }
+
+    def teardown(self) -> None:
+        """Frees what the stages hold."""
+        for stage in self.stages:
+            stage.teardown()
+
+
+def staged_form(
+    works: Sequence[ClipWork], frames_max: int, seconds: Mapping[str, float]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """A block as it is staged: arrays with one row per finished clip, and a row of plain facts for each clip.
+
+    arrays: latents (n, frames_max, C, h, w) f16 zero-padded, coefficients (n, s, C, h, w) f16, frame_time
+    (n, frames_max) f64 NaN-padded, observed (n, frames_max) bool, preview (p, frames_max, H, W, 3) uint8 for the p
+    clips that keep it.
+    """
+    made = [work for work in works if work.failure is None]
+    arrays: dict[str, np.ndarray] = {}
+    if made:
+        arrays["latents"] = np.stack([_padded(work.latents, frames_max, 0) for work in made])
+        arrays["coefficients"] = np.stack([work.coefficients for work in made if work.coefficients is not None])
+        times = [np.asarray(work.plan.window.frame_time) for work in made]
+        arrays["frame_time"] = np.stack([_padded(row, frames_max, np.nan) for row in times])
+        arrays["observed"] = np.stack([_padded(np.asarray(work.plan.observed), frames_max, False) for work in made])
+        previews = [_padded(work.frames, frames_max, 0) for work in made if work.plan.preview]
+        if previews:
+            arrays["preview"] = np.stack(previews)
+    meta = {
+        "clips": [{**_facts(work.plan), **work.certificate} for work in made],
+        "failures": [
+            {"clip_id": work.plan.clip_id, "clip_start": work.plan.window.start, "film": work.plan.film}
+            | {"stage": work.failure.stage, "reason": work.failure.reason, "detail": work.failure.detail}
+            for work in works
+            if work.failure is not None
+        ],
+        "seconds": dict(seconds),
+    }
+    return arrays, meta
+
+
+def _padded(rows: np.ndarray | None, length: int, filling: Any) -> np.ndarray:
+    assert rows is not None
+    padded = np.full((length, *rows.shape[1:]), filling, dtype=rows.dtype)
+    padded[: len(rows)] = rows
+    return padded
+
+
+def _facts(plan: ClipPlan) -> dict[str, Any]:
+    return {
+        "clip_id": plan.clip_id,
+        "film_id": plan.film_id,
+        "film": plan.film,
+        "caption": plan.caption,
+        "caption_id": plan.caption_id,
+        "clip_start": plan.window.start,
+        "duration": plan.duration,
+        "split": plan.split,
+        "frames": len(plan.observed),
+        "frames_observed": sum(plan.observed),
+        "preview": plan.preview,
+    }
+
+
+def stage_block(lake: Lake, block_id: str, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
+    """Stages the clips that were made; without any, nothing stays staged under `block_id`.
+
+    Failures are the run's, not the block's: what failed is tried again by the next run, because its cause may lie
+    outside the film. `block` names the staged clips; programs before this one look there.
+    """
+    if meta["clips"]:
+        write_block(
+            lake, block_id, arrays, {**meta, "failures": [], "block": [row["clip_id"] for row in meta["clips"]]}
+        )
+    else:
+        remove_block(lake, block_id)
+
+
+def summary(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What the driver needs to know of a block: finished clips, certificates, failures, seconds by stage, codec."""
+    return {
+        "done": [row["clip_id"] for row in meta["clips"]],
+        "certificates": [rejected_row(row) for row in meta["clips"]],
+        "failures": meta["failures"],
+        "seconds": meta["seconds"],
+        "codec": meta["codec"],
+    }
+
+
+def cut_blocks(
+    lake: Lake, clips: Sequence[ClipPlan], size: int, recipe_fingerprint: str
+) -> tuple[list[Block], dict[str, dict[str, Any]]]:
+    """Blocks of `size` clips in their order; blocks that are staged already are taken as they are, with summaries.
+
+    Cut before any work starts, so the order in which workers finish changes nothing. Of a staged block only the clips
+    that were made count: older programs staged failures too, and those clips are cut into new blocks.
+    """
+    by_id = {clip.clip_id: clip for clip in clips}
+    blocks: list[Block] = []
+    staged: dict[str, dict[str, Any]] = {}
+    for path in sorted(lake.staging.glob("*.npz")):
+        if "-" in path.stem:
+            continue  # a part of a block that did not come to its end
+        try:
+            _, meta = read_block(lake, path.stem)
+            ids = [row["clip_id"] for row in meta["clips"]]
+        except (ValueError, KeyError, OSError):
+            continue  # damaged: made again
+        if meta["recipe"] == recipe_fingerprint and ids and all(clip in by_id for clip in ids):
+            blocks.append(Block(path.stem, tuple(by_id.pop(clip) for clip in ids)))
+            staged[path.stem] = summary({**meta, "failures": []})
+    rest = list(by_id.values())
+    for first in range(0, len(rest), size):
+        part = tuple(rest[first : first + size])
+        content = {"recipe": recipe_fingerprint, "clips": [[clip.clip_id, clip.preview] for clip in part]}
+        blocks.append(Block(short_id(fingerprint(content)), part))
+    blocks.sort(key=lambda block: (block.clips[0].film_id, block.clips[0].window.start, block.clips[0].clip_id))
+    return blocks, staged
+
+
+def merge_parts(
+    lake: Lake,
+    block: Block,
+    parts: Mapping[str, Mapping[str, Any]],
+    failures: Sequence[Mapping[str, Any]],
+    recipe_fingerprint: str,
+) -> dict[str, Any]:
+    """Stages `block` from its parts, in the block's order; its summary, with `failures` and those of the parts.
+
+    parts: summaries of the parts by their ids; a part without a finished clip is not staged.
+    """
+    rows: dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]] = {}
+    failed = {failure["clip_id"]: dict(failure) for failure in failures}
+    clock: dict[str, float] = {}
+    codec: dict[str, Any] | None = None
+    for part, made_of in parts.items():
+        failed |= {failure["clip_id"]: failure for failure in made_of["failures"]}
+        codec = made_of["codec"]
+        for stage, seconds in made_of["seconds"].items():
+            clock[stage] = clock.get(stage, 0.0) + seconds
+        if not made_of["done"]:
+            continue
+        arrays, meta = read_block(lake, part)
+        shown = 0
+        for index, row in enumerate(meta["clips"]):
+            own = {name: array[index] for name, array in arrays.items() if name != "preview"}
+            if row["preview"]:
+                own["preview"], shown = arrays["preview"][shown], shown + 1
+            rows[row["clip_id"]] = (row, own)
+    made = [rows[clip.clip_id] for clip in block.clips if clip.clip_id in rows]
+    names = sorted({name for _, own in made for name in own})
+    merged = {name: np.stack([own[name] for _, own in made if name in own]) for name in names}
+    meta = {
+        "clips": [row for row, _ in made],
+        "failures": [failed[clip.clip_id] for clip in block.clips if clip.clip_id in failed],
+        "seconds": clock,
+        "recipe": recipe_fingerprint,
+        "codec": codec,
+    }
+    stage_block(lake, block.block_id, merged, meta)
+    for part in parts:
+        if part != block.block_id:
+            remove_block(lake, part)
+    return summary(meta)

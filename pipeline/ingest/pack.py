@@ -1,0 +1,280 @@
+"""From staged blocks to a version: shards, arrays, manifest, version file, in the order storage.version describes.
+
+What is published never changes. Clips that left the dataset (their film's content or caption changed) leave it with
+their shard: the rest of that shard is written again under a new name, and older versions keep the old one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.gates import flags
+from pipeline.ingest.block import Block
+from pipeline.ingest.plan import IngestPlan
+from pipeline.rows import caption_id
+from pipeline.stages.embed import Texts
+from storage.fingerprint import fingerprint, short_id
+from storage.layout import LakeError
+from storage.schema import CERTIFICATE
+from storage.shards import ShardInfo, ShardReader, write_shard
+from storage.staging import read_block, remove_block
+from storage.version import Version, publish, shards_root, write_empty_text, write_manifest
+
+
+class PackError(RuntimeError):
+    """The version cannot be published; the message is one line that says the mend."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A dataset's clips in their shards."""
+
+    rows: list[dict[str, Any]]
+    """Rows of CLIP_SCHEMA."""
+    shards: list[ShardInfo]
+    snapshot: str
+    codec: dict[str, Any]
+    text: dict[str, Any]
+    latent_shape: list[int]
+
+
+def pack(
+    plan: IngestPlan,
+    texts: Texts | None,
+    blocks: Sequence[Block],
+    leaving: set[str],
+    rejected: set[str] | frozenset[str] = frozenset(),
+) -> Packed:
+    """Writes the shards and arrays of the next version (steps 2 and 3 of storage.version).
+
+    Args:
+        plan: the plan.
+        texts: embeddings of all captions of `blocks`; None where there are no blocks.
+        blocks: those that have at least one finished clip, all staged.
+        leaving: ids of the base's clips that leave.
+        rejected: ids of clips of `blocks`, and of those revived, that the recipe's gates keep out.
+
+    Raises:
+        PackError: the codec or the text encoder is not the one that made the base's clips.
+        DiskFull, LakeError: as storage says.
+    """
+    from storage.arrays import CLIPS_PER_SHARD
+
+    rows, shards = _carried(plan, leaving, rejected)
+    base, codec = plan.base, dict(plan.base.codec) if plan.base else {}
+    text = dict(plan.base.text) if plan.base else {}
+    shape = list(base.clip["latent_shape"]) if base else []
+    newest = plan.parent
+    snapshot = newest.snapshot if newest else None
+    # An append of about a Zarr shard at a time: fewer commits, and shards are written once.
+    waiting: list[tuple[list[dict[str, Any]], dict[str, np.ndarray]]] = []
+    for block in blocks:
+        assert texts is not None
+        arrays, meta = read_block(plan.lake, block.block_id)
+        found = dict(meta["codec"])
+        shape = found.pop("latent_shape")
+        codec = _same("codec", codec, found)
+        clips, arrays = _inside(meta["clips"], arrays, rejected)
+        path = plan.lake.shards / f"{block.block_id}.tar"
+        shards.append(write_shard(path, _samples(clips, arrays, texts, plan.recipe.store_latents)))
+        places = [{"shard": path.name, "shard_row": number} for number in range(len(clips))]
+        waiting.append(([{**row, **place} for row, place in zip(clips, places, strict=True)], arrays))
+        if sum(len(part) for part, _ in waiting) >= CLIPS_PER_SHARD or block is blocks[-1]:
+            new, together = _joined(waiting)
+            snapshot, first = _append(plan, new, together, texts, snapshot)
+            rows += [{**_numbers(row), "array_row": first + number} for number, row in enumerate(new)]
+            waiting = []
+    if texts is not None:
+        facts = {"id": texts.id, "dim": texts.dim, "length": texts.length, "spec": texts.spec}
+        empty = write_empty_text(plan.lake, texts.id, texts.empty)
+        text = _same("text encoder", text, {**facts, "empty": empty})
+    assert snapshot is not None  # no blocks only where there is a version to revive clips from
+    _place_texts(plan, rows, snapshot)
+    rows = [{**row, "flags": " ".join(flags(row, plan.recipe.gates))} for row in rows]
+    return Packed(rows, shards, snapshot, codec, text, shape)
+
+
+def publish_version(
+    plan: IngestPlan,
+    packed: Packed,
+    films: Sequence[Mapping[str, Any]],
+    counts: Mapping[str, Any],
+    rejected: Sequence[Mapping[str, Any]] = (),
+) -> Version:
+    """Writes the tables and the version file (steps 4 to 6), and forgets the staged blocks.
+
+    Raises:
+        LakeError: somebody else published meanwhile.
+        DiskFull: no room; run again, staged blocks are kept.
+    """
+    recipe = plan.recipe
+    number = plan.parent.number + 1 if plan.parent else 1
+    version = Version(
+        number=number,
+        created=plan.created,
+        recipe=recipe.to_json(),
+        recipe_fingerprint=plan.recipe_fingerprint,
+        codec=packed.codec,
+        text=packed.text,
+        clip={
+            "duration": recipe.duration,
+            "rate": recipe.rate,
+            "frames_max": recipe.frames_max,
+            "frames_observed_max": recipe.observed_max,
+            "order": recipe.coefficients,
+            "method": recipe.method,
+            "latent_shape": packed.latent_shape,
+            "frame_shape": [*recipe.size, 3],
+        },
+        snapshot=packed.snapshot,
+        group=short_id(plan.recipe_fingerprint),
+        shards=tuple(packed.shards),
+        manifest=write_manifest(plan.lake, number, packed.rows, films, rejected),
+        merkle_root=shards_root(plan.lake, packed.shards),
+        counts=dict(counts),
+        parent=plan.parent.number if plan.parent else None,
+    )
+    if not publish(plan.lake, version):
+        raise LakeError(f"version {number} was published by another run meanwhile; run the command again")
+    for block in plan.blocks:
+        for path in plan.lake.staging.glob(f"{block.block_id}*.npz"):
+            remove_block(plan.lake, path.stem)
+    return version
+
+
+def _same(what: str, before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    if before and before["id"] != now["id"]:
+        raise PackError(
+            f"the {what} is {now['id']} now, the lake's clips were made with {before['id']}; "
+            "use that one, or ingest into a new lake"
+        )
+    return before or now
+
+
+def _inside(
+    rows: Sequence[dict[str, Any]], arrays: Mapping[str, np.ndarray], rejected: set[str] | frozenset[str]
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """A staged block's rows and arrays without the rejected clips."""
+    keep = np.array([row["clip_id"] not in rejected for row in rows])
+    shown = keep[np.array([bool(row["preview"]) for row in rows])]
+    kept = {name: array[shown if name == "preview" else keep] for name, array in arrays.items()}
+    return [row for row, good in zip(rows, keep, strict=True) if good], kept
+
+
+def _carried(
+    plan: IngestPlan, leaving: set[str], rejected: set[str] | frozenset[str]
+) -> tuple[list[dict[str, Any]], list[ShardInfo]]:
+    """Rows and shards that go on: whole shards as they are, others without the clips that left, revived clips anew."""
+    rows: list[dict[str, Any]] = []
+    shards: list[ShardInfo] = []
+    by_shard: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(plan.base_clips, key=lambda row: row["shard_row"]):
+        by_shard.setdefault(row["shard"], []).append(row)
+    for info in plan.base.shards if plan.base else ():
+        kept = [row for row in by_shard.get(info.name, []) if row["clip_id"] not in leaving]
+        if len(kept) == info.clips:
+            rows, shards = rows + kept, [*shards, info]
+        elif kept:
+            copied, copy = _copied(plan, kept)
+            rows, shards = rows + copied, [*shards, copy]
+    revived = [row for row in plan.revived if row["clip_id"] not in rejected]
+    if revived:
+        copied, copy = _copied(plan, sorted(revived, key=lambda row: row["clip_id"]))
+        rows, shards = rows + copied, [*shards, copy]
+    return rows, shards
+
+
+def _copied(plan: IngestPlan, rows: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], ShardInfo]:
+    """Samples of older shards in a shard of their own; their bytes are the same."""
+    name = f"{short_id(fingerprint({'copied': [row['clip_id'] for row in rows]}))}.tar"
+
+    def samples() -> Iterator[dict[str, Any]]:
+        for row in rows:
+            reader = ShardReader(plan.lake.shards / row["shard"])
+            yield reader[row["shard_row"]]
+            reader.close()
+
+    info = write_shard(plan.lake.shards / name, samples())
+    return [{**row, "shard": name, "shard_row": number} for number, row in enumerate(rows)], info
+
+
+def _samples(
+    rows: Sequence[Mapping[str, Any]], arrays: Mapping[str, np.ndarray], texts: Texts, latents: bool
+) -> Iterator[dict[str, Any]]:
+    shown = 0
+    for index, row in enumerate(rows):
+        frames = row["frames"]
+        sample = {
+            "__key__": row["clip_id"],
+            "clip.json": dict(row),
+            "coefficients.npy": arrays["coefficients"][index],
+            "text.npy": texts.by_caption[row["caption"]],
+            "frame_time.npy": arrays["frame_time"][index, :frames],
+            "observed.npy": arrays["observed"][index, :frames],
+        }
+        if latents:
+            sample["latents.npy"] = arrays["latents"][index, :frames]
+        if row["preview"]:
+            sample["preview.npy"] = arrays["preview"][shown, :frames]
+            shown += 1
+        yield sample
+
+
+def _joined(
+    parts: Sequence[tuple[list[dict[str, Any]], dict[str, np.ndarray]]],
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """Rows and arrays of several blocks as of one."""
+    names = sorted({name for _, arrays in parts for name in arrays})
+    joined = {name: np.concatenate([arrays[name] for _, arrays in parts if name in arrays]) for name in names}
+    return [row for rows, _ in parts for row in rows], joined
+
+
+def _append(
+    plan: IngestPlan,
+    rows: Sequence[Mapping[str, Any]],
+    arrays: Mapping[str, np.ndarray],
+    texts: Texts,
+    snapshot: str | None,
+) -> tuple[str, int]:
+    """Clips and their captions into the arrays: (snapshot, first row)."""
+    from storage.arrays import Texts as StoredTexts
+    from storage.arrays import append_clips
+
+    captions = ["", *sorted({row["caption"] for row in rows} - {""})]
+    padded = np.zeros((len(captions), texts.length, texts.dim), dtype=np.float16)
+    for index, caption in enumerate(captions):
+        padded[index, : len(texts.by_caption[caption])] = texts.by_caption[caption]
+    lengths = np.array([len(texts.by_caption[caption]) for caption in captions], dtype=np.int32)
+    clips: dict[str, Any] = {
+        "clip_id": [row["clip_id"] for row in rows],
+        "caption_id": [row["caption_id"] for row in rows],
+        **{name: arrays[name] for name in ("coefficients", "latents", "frame_time", "observed")},
+        "clip_start": np.array([row["clip_start"] for row in rows], dtype=np.float64),
+        "duration": np.array([row["duration"] for row in rows], dtype=np.float64),
+        "order_used": np.array([row["order_used"] for row in rows], dtype=np.int32),
+    }
+    keeps = np.array([bool(row["preview"]) for row in rows])
+    if keeps.any():
+        clips["preview"] = arrays["preview"]
+        clips["preview_row"] = np.where(keeps, np.cumsum(keeps) - 1, -1).astype(np.int32)
+    stored = StoredTexts([caption_id(caption) for caption in captions], padded, lengths)
+    group = short_id(plan.recipe_fingerprint)
+    return append_clips(plan.lake, group, clips, stored, f"run {plan.run_id}", parent=snapshot)
+
+
+def _place_texts(plan: IngestPlan, rows: Sequence[dict[str, Any]], snapshot: str) -> None:
+    from storage.arrays import text_rows
+
+    places = text_rows(plan.lake, snapshot, short_id(plan.recipe_fingerprint))
+    for row in rows:
+        row["text_row"] = places[row["caption_id"]]
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A staged row, where JSON had no NaN, as the manifest's: None is NaN again, and so is what was not measured."""
+    measured = {**dict.fromkeys(measure.name for measure in CERTIFICATE), "frames_certified": 0, **row}
+    return {key: float("nan") if value is None else value for key, value in measured.items()}

@@ -1,0 +1,339 @@
+"""What there is to ingest: films and their captions, from folders and tables. Nothing is opened but the tables.
+
+A SOURCE is a folder (read recursively) or a table (CSV, JSON lines, Parquet) with the columns `file, caption` and, for
+parts of a film, `start, end` in seconds. In a folder captions come from the file given, else from its captions.csv,
+else from `clip.txt` beside `clip.mp4`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.rows import printable, unusable
+from pipeline.sources.tables import (
+    BAD_NAME,
+    BAD_ROW,
+    TABLE_SUFFIXES,
+    BadRow,
+    Row,
+    SourceError,
+    Table,
+    caption_fault,
+    read_table,
+)
+
+__all__ = [
+    "FILM_SUFFIXES",
+    "Discovery",
+    "FilmEntry",
+    "FilmFailure",
+    "SourceError",
+    "discover",
+    "films_in",
+    "part_of",
+    "place",
+]
+
+FILM_SUFFIXES = frozenset(
+    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts"}
+    | {".m2ts", ".flv", ".ogv", ".ogg", ".wmv", ".asf", ".3gp", ".3g2"}
+)
+
+
+@dataclass(frozen=True)
+class FilmEntry:
+    """A film, or a part of one, with its caption."""
+
+    film: str
+    """The path relative to its source, with `#start-end` for a part."""
+    path: Path
+    """Where the file is: absolute, its source without links."""
+    caption: str
+    """As given; empty where there is none and none is required."""
+    bytes: int
+    """Size of the file."""
+    modified_ns: int
+    """Time of the file's last change, nanoseconds since 1970."""
+    start: float = 0.0
+    """Where the part begins, seconds from the film's first frame."""
+    end: float | None = None
+    """Where it ends; None for the film's end."""
+    source: str = ""
+    """Name of the folder that is its source, or that holds the table."""
+
+    @property
+    def place(self) -> str:
+        """What tells it from all other films."""
+        return place(str(self.path), self.film)
+
+
+@dataclass(frozen=True)
+class FilmFailure:
+    """A film that cannot be used, found without opening it."""
+
+    film: str
+    """As FilmEntry's, or a table and its row; printable."""
+    reason: str
+    detail: str
+    status: str = "failed"
+    path: str = ""
+    """Where the file is or would be; printable."""
+    source: str = ""
+
+    @property
+    def place(self) -> str:
+        """As FilmEntry's."""
+        return place(self.path, self.film)
+
+
+def part_of(film: str) -> str:
+    """`#start-end` at the end of a film's name; empty for a whole film."""
+    found = re.search(r"#[0-9.e+-]+-[0-9.e+-]*$", film)
+    return found[0] if found else ""
+
+
+def place(path: str, film: str) -> str:
+    """The identity of a film: its file's path, and which part of it. `film` is any name the film goes by."""
+    return printable(path) + part_of(film)
+
+
+@dataclass
+class Discovery:
+    """All that the sources name, in order of the films' names; every place is once in `entries` or in `failures`."""
+
+    entries: list[FilmEntry] = field(default_factory=list)
+    failures: list[FilmFailure] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Lines for people: where the captions came from."""
+
+    def limited(self, films: int | None) -> Discovery:
+        """The first `films` films by name, failures among them."""
+        if films is None:
+            return self
+        items: list[FilmEntry | FilmFailure] = [*self.entries, *self.failures]
+        chosen = sorted(items, key=lambda item: item.film)[:films]
+        return Discovery(
+            [item for item in chosen if isinstance(item, FilmEntry)],
+            [item for item in chosen if isinstance(item, FilmFailure)],
+            self.notes,
+        )
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """Where a source's films are relative to."""
+
+    path: Path
+    """Absolute, without links."""
+    captions_required: bool
+
+    def add(self, found: Discovery, row: Row, stat: os.stat_result) -> None:
+        path = _within(self.path, row.file)
+        fault = row.fault
+        if unusable(row.file):
+            fault = BAD_NAME, "its name is not UTF-8; rename the file"
+        if fault is not None:
+            self.fail(found, row, *fault)
+            return
+        times = (stat.st_size, stat.st_mtime_ns, row.start, row.end)
+        found.entries.append(FilmEntry(row.film, path, row.caption, *times, self.path.name))
+
+    def fail(self, found: Discovery, row: Row, reason: str, detail: str) -> None:
+        path = printable(str(_within(self.path, row.file)))
+        found.failures.append(FilmFailure(printable(row.film), reason, detail, path=path, source=self.path.name))
+
+    def missing(self, found: Discovery, row: Row, where: str) -> None:
+        detail = f"{where} names {row.file}, which is not there; add the film or remove the line"
+        self.fail(found, row, "film_missing", detail)
+
+
+def discover(
+    sources: Sequence[str | Path] | str | Path,
+    captions: str | Path | None = None,
+    captions_required: bool = True,
+    columns: Mapping[str, str] | None = None,
+) -> Discovery:
+    """Every film that the sources name, with its caption, or the reason why it has none.
+
+    A source that is given twice, by whatever path, counts once; so does a file that several sources name.
+
+    Args:
+        sources: folders and tables.
+        captions: a table of captions for the films of the folders; its files are relative to their folder.
+        captions_required: whether a film without a caption fails (`no_caption`); else its caption is empty.
+        columns: the table's own names for `file, caption, start, end`, where they differ.
+
+    Raises:
+        SourceError: a source or the captions file is not there or cannot be read, or there is no film at all.
+    """
+    sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
+    if not sources:
+        raise SourceError("no source was given; name a folder of films or a table")
+    for given in [*sources, *([captions] if captions is not None else [])]:
+        if unusable(str(given)):
+            raise SourceError(f"{printable(str(given))} has a name that is not UTF-8; rename it")
+    found = Discovery()
+    shared = read_table(Path(captions), columns, captions_required) if captions is not None else None
+    used: set[str] = set()
+    seen: dict[Path, _Folder] = {}
+    for source in sources:
+        path = _existing(source)
+        real = Path(os.path.realpath(path if path.is_dir() else path.parent))
+        folder = _Folder(real, captions_required)
+        if (itself := real if path.is_dir() else real / path.name) in seen:
+            continue
+        seen[itself] = folder
+        if path.is_dir():
+            _discover_folder(folder, path, shared, columns, used, found)
+        else:
+            _discover_table(folder, path, read_table(path, columns, captions_required), found)
+    for row in shared.rows if shared is not None else ():
+        if row.file not in used:
+            next(iter(seen.values())).missing(found, row, f"captions file {Path(str(captions)).name}")
+    found.failures += _bad_rows(Path(str(captions)), shared.bad if shared is not None else ())
+    if not found.entries and not found.failures:
+        kinds = ", ".join(sorted(FILM_SUFFIXES))
+        raise SourceError(
+            f"no films in {', '.join(map(str, sources))}; put films there ({kinds}) or name another source"
+        )
+    return _settled(found, captions_required)
+
+
+def films_in(paths: Sequence[str | Path]) -> list[Path]:
+    """Films by their paths, in this order; a folder stands for the films directly in it, by name.
+
+    Raises:
+        SourceError: a folder without films.
+    """
+    films: list[Path] = []
+    for path in map(Path, paths):
+        found = sorted(file for file in path.glob("*.*") if file.suffix.lower() in FILM_SUFFIXES)
+        if path.is_dir() and not found:
+            raise SourceError(f"no films in {path}; name films, or a folder that has some")
+        films += found if path.is_dir() else [path]
+    return films
+
+
+def _existing(source: str | Path) -> Path:
+    text = str(source)
+    if "://" in text:
+        raise SourceError(f"source {text}: bucket addresses are not read yet; copy the films to a folder and name that")
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise SourceError(
+            f"source {path} does not exist; name a folder of films, or a table {', '.join(TABLE_SUFFIXES)}"
+        )
+    if path.is_file() and path.suffix.lower() not in TABLE_SUFFIXES:
+        raise SourceError(f"source {path} is neither a folder nor a table {', '.join(TABLE_SUFFIXES)}; name its folder")
+    return path
+
+
+def _discover_folder(
+    folder: _Folder,
+    given: Path,
+    shared: Table | None,
+    columns: Mapping[str, str] | None,
+    used: set[str],
+    found: Discovery,
+) -> None:
+    """The films of a folder; `used` gets the files of `shared` that are there."""
+    films = dict(_scan(folder.path))
+    own = given / "captions.csv"
+    table = shared
+    if shared is None and own.is_file():
+        found.notes.append(f"captions: {own}")
+        table = read_table(own, columns, folder.captions_required)
+        found.failures += _bad_rows(own, table.bad)
+    captioned = set()
+    for row in table.rows if table is not None else ():
+        if row.file in films:
+            captioned.add(row.file)
+            folder.add(found, row, films[row.file])
+        elif shared is None:
+            folder.missing(found, row, own.name)
+    used |= captioned
+    for name, stat in films.items():
+        if name not in captioned:
+            caption = _sidecar(folder.path / name)
+            folder.add(found, Row(name, caption, fault=caption_fault(caption)), stat)
+
+
+def _discover_table(folder: _Folder, path: Path, table: Table, found: Discovery) -> None:
+    for row in table.rows:
+        try:
+            stat = _within(folder.path, row.file).stat()
+        except OSError:
+            folder.missing(found, row, "the table")
+        else:
+            folder.add(found, row, stat)
+    found.failures += _bad_rows(path, table.bad)
+
+
+def _bad_rows(table: Path, rows: Sequence[BadRow]) -> list[FilmFailure]:
+    parent = os.path.realpath(table.parent)
+    return [FilmFailure(row.name, BAD_ROW, row.detail, path=printable(f"{parent}/{row.name}")) for row in rows]
+
+
+def _within(folder: Path, file: str) -> Path:
+    return Path(os.path.normpath(folder / file))
+
+
+def _settled(found: Discovery, captions_required: bool) -> Discovery:
+    """Each place once, in order; films without a caption moved to the failures where one is required."""
+    settled = Discovery(notes=found.notes)
+    items: list[FilmEntry | FilmFailure] = [*found.entries, *found.failures]
+    places: dict[str, FilmEntry | FilmFailure] = {}
+    again: dict[str, int] = {}
+    # A file that two sources name is one film; one of them may have the caption.
+    for item in sorted(items, key=lambda item: isinstance(item, FilmFailure) or not item.caption):
+        earlier = places.setdefault(item.place, item)
+        if earlier is item or _same(earlier, item):
+            continue
+        again[item.place] = again.get(item.place, 1) + 1
+        name = f"{printable(item.film)} ({again[item.place]})"
+        detail = f"{printable(item.film)} is named twice; keep one line, or give parts of a film by start and end"
+        path = f"{printable(str(item.path))} ({again[item.place]})"
+        failure = FilmFailure(name, "duplicate_name", detail, path=path, source=item.source)
+        places[failure.place] = failure
+    for item in sorted(places.values(), key=lambda item: item.film):
+        if isinstance(item, FilmFailure):
+            settled.failures.append(item)
+        elif captions_required and not item.caption:
+            remedy = f"add a line to the captions file, or {Path(item.film).with_suffix('.txt').name} beside it"
+            detail, path = f"it has no caption; {remedy}", printable(str(item.path))
+            settled.failures.append(FilmFailure(item.film, "no_caption", detail, path=path, source=item.source))
+        else:
+            settled.entries.append(item)
+    return settled
+
+
+def _same(one: FilmEntry | FilmFailure, other: FilmEntry | FilmFailure) -> bool:
+    """Whether `other` says nothing that `one` does not, of the same place."""
+    if isinstance(other, FilmFailure):
+        return one.source != other.source or one == other
+    return isinstance(one, FilmEntry) and other.caption in ("", one.caption)
+
+
+def _scan(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Films below a folder by relative name, sorted; hidden files and linked folders are left out."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if os.path.splitext(name)[1].lower() in FILM_SUFFIXES and not name.startswith("."):
+                path = os.path.join(parent, name)
+                try:
+                    stat = os.stat(path)
+                except OSError:
+                    continue  # a dangling link is no film
+                yield os.path.relpath(path, folder).replace(os.sep, "/"), stat
+
+
+def _sidecar(film: Path) -> str:
+    try:
+        return " ".join(film.with_suffix(".txt").read_text("utf-8-sig", errors="replace").split())
+    except OSError:
+        return ""

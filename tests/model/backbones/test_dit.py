@@ -1,0 +1,171 @@
+"""The backbone: shapes, its start at zero, what it must not look at, and that all of it learns."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from model.backbones.dit import Backbone, BackboneConfig, Conditioning, waves_of_places
+
+CONFIG = BackboneConfig(
+    channels=3, height=4, width_latent=6, text_dim=10, width=32, depth=2, heads=2, patch=2
+)  # fmt: skip
+BATCH, WORDS = 2, 5
+
+
+def given(**changes: torch.Tensor) -> Conditioning:
+    """Two clips: one named with its first frame, one with neither."""
+    draw = torch.Generator().manual_seed(1)
+    return Conditioning(
+        **{
+            "text": torch.randn(BATCH, WORDS, 10, generator=draw),
+            "text_length": torch.tensor([5, 3]),
+            "clip_start": torch.tensor([1.0, 6.5]),
+            "named": torch.tensor([1.0, 0.0]),
+            "log_duration": torch.tensor([0.7, 0.7]),
+            "context": torch.randn(BATCH, 3, 4, 6, generator=draw),
+            "context_given": torch.tensor([1.0, 0.0]),
+            **changes,
+        }
+    )
+
+
+def latents(frames: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(2)
+    return torch.randn(BATCH, frames, 3, 4, 6, generator=draw), torch.rand(BATCH, frames, generator=draw)
+
+
+@pytest.fixture(scope="module")
+def awake() -> Backbone:
+    """A backbone whose gates, heads and inputs are all away from zero, as after training."""
+    torch.manual_seed(0)
+    backbone = Backbone(CONFIG)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return backbone.eval()
+
+
+def differs(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor], row: int) -> float:
+    return max(float((x[row] - y[row]).detach().abs().max()) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_shapes_and_zero_at_the_start(frames: int, awake: Backbone) -> None:
+    x, r = latents(frames)
+    for out in Backbone(CONFIG)(x, r, given()):
+        assert out.shape == (BATCH, frames, 3, 4, 6)
+        assert not out.any()
+    mean, derivative = awake(x, r, given())
+    assert mean.shape == derivative.shape == x.shape
+    assert mean.std() > 0.01
+    assert not torch.equal(mean, derivative)
+
+
+def test_rows_past_the_captions_end_are_not_read(awake: Backbone) -> None:
+    x, r = latents()
+    text = given().text.clone()
+    text[1, 3:] = 1e3
+    assert differs(awake(x, r, given()), awake(x, r, given(text=text)), 1) < 1e-6
+    text[1, 2, 0] += 1
+    assert differs(awake(x, r, given()), awake(x, r, given(text=text)), 1) > 1e-4
+
+
+def test_more_padding_changes_nothing(awake: Backbone) -> None:
+    x, r = latents()
+    padded = torch.nn.functional.pad(given().text, (0, 0, 0, 4), value=7.0)
+    assert differs(awake(x, r, given()), awake(x, r, given(text=padded)), 0) < 1e-5
+
+
+def test_clip_start_counts_only_where_the_clip_is_named(awake: Backbone) -> None:
+    x, r = latents()
+    moved = awake(x, r, given(clip_start=torch.tensor([3.0, 3.0])))
+    assert differs(awake(x, r, given()), moved, 0) > 1e-4
+    assert differs(awake(x, r, given()), moved, 1) == 0
+
+
+def test_context_counts_only_where_it_is_given(awake: Backbone) -> None:
+    x, r = latents()
+    other = awake(x, r, given(context=given().context + 1))
+    assert differs(awake(x, r, given()), other, 0) > 1e-4
+    assert differs(awake(x, r, given()), other, 1) == 0
+    # A first frame that is zero is still a first frame.
+    zero = torch.zeros(BATCH, 3, 4, 6)
+    both = [awake(x, r, given(context=zero, context_given=torch.full((BATCH,), flag))) for flag in (0.0, 1.0)]
+    assert differs(both[0], both[1], 0) > 1e-4
+
+
+@pytest.mark.parametrize("what", ["flow_time", "log_duration"])
+def test_times_are_read(awake: Backbone, what: str) -> None:
+    x, r = latents()
+    if what == "flow_time":
+        other = awake(x, r + 0.01, given())
+    else:
+        other = awake(x, r, given(log_duration=given().log_duration + 0.3))
+    assert differs(awake(x, r, given()), other, 0) > 1e-5
+
+
+def test_clips_of_a_batch_do_not_see_each_other_but_frames_of_a_clip_do(awake: Backbone) -> None:
+    x, r = latents(3)
+    changed = x.clone()
+    changed[0, 2] += 1
+    before, after = awake(x, r, given())[0], awake(changed, r, given())[0]
+    assert torch.equal(before[1], after[1])
+    assert float((before[0, 0] - after[0, 0]).detach().abs().max()) > 1e-4
+
+
+def test_patches_and_pictures_are_inverse() -> None:
+    backbone = Backbone(CONFIG)
+    x, _ = latents(3)
+    patches = backbone.patches(x)
+    assert patches.shape == (BATCH, 3, 6, 12)
+    assert torch.equal(backbone.pictures(patches), x)
+    # The second token is the square of rows 0-1, columns 2-3.
+    assert torch.equal(patches[0, 0, 1].view(3, 2, 2), x[0, 0, :, 0:2, 2:4])
+
+
+def test_places_differ(awake: Backbone) -> None:
+    waves = waves_of_places(dataclasses.replace(CONFIG, height=16, width_latent=16))
+    assert waves.shape == (64, 32)
+    distances = torch.cdist(waves, waves) + 100 * torch.eye(64)
+    assert distances.min() > 0.3
+
+
+def test_every_parameter_learns(awake: Backbone) -> None:
+    x, r = latents(3)
+    awake.zero_grad()
+    mean, derivative = awake(x, r, given())
+    (mean.square().mean() + derivative.square().mean()).backward()
+    dead = [name for name, value in awake.named_parameters() if value.grad is None or not value.grad.any()]
+    assert dead == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patch": 4}, r"patch 4 does not divide the latents 4x6; choose another with --set patch=..."),
+        ({"width": 36}, r"width 36 is no multiple of 4 x heads \(2\); choose others with --set width=..."),
+        ({"patch": 0}, "patch is 0; it must be at least 1"),
+        ({"heads": 0}, "heads is 0; it must be at least 1"),
+        ({"depth": -1}, "depth is -1; it must be at least 1"),
+    ],
+)
+def test_shapes_that_cannot_be_are_refused(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **changes)
+
+
+def test_a_config_survives_json() -> None:
+    assert BackboneConfig(**CONFIG.to_json()) == CONFIG
+
+
+def test_states_that_share_a_caption_may_have_it_once(awake: Backbone) -> None:
+    """Two states of each of two clips: the caption once for a clip gives what it gives once for a state."""
+    x, time = latents()
+    pairs = {name: value.repeat_interleave(2, 0) for name, value in vars(given()).items()}
+    once = {**pairs, "text": given().text, "text_length": given().text_length}
+    states = torch.cat([x, x.flip(-1)]), torch.cat([time, time / 2])
+    for whole, part in zip(awake(*states, Conditioning(**pairs)), awake(*states, Conditioning(**once)), strict=True):
+        torch.testing.assert_close(whole, part)

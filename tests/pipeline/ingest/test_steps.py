@@ -1,0 +1,330 @@
+"""Plan, blocks and commit: what is new is made, what is known is left alone, what is good is kept.
+
+Blocks are made in this process here, by the real worker on real films; tests/e2e and test_runner have the real Ray.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pipeline.ingest.plan
+from pipeline.ingest import commit, embed_captions, ingest, plan_ingest, run_blocks
+from pipeline.ingest.report import Account, AccountError, IngestReport
+from pipeline.recipes import DataRecipe, linear
+from pipeline.runner import Runner, Task
+from storage.arrays import read_clips
+from storage.failures import read_failures
+from storage.layout import DiskFull, Lake
+from storage.shards import ShardReader
+from storage.version import load, read_manifest, verify
+
+Film = Callable[..., Path]
+RECIPE = dataclasses.replace(linear(), size=(16, 16), duration=1.0, rate=8.0, block_clips=3, tolerate=0.3)
+
+
+class InProcess(Runner):
+    """Tasks one after the other, here; `crash` may stop the run, `die` loses items as a dying worker would."""
+
+    def __init__(self, crash: BaseException | None = None, after: int = 10**9, die: Sequence[float] = ()) -> None:
+        super().__init__()
+        self.crash, self.after, self.die = crash, after, die
+        self.tasks: list[str] = []
+
+    def run(self, worker: Any, tasks: Any, key: Any, done: Any, given_up: Any) -> None:
+        for number, (task_id, items) in enumerate(tasks):
+            if self.crash is not None and number >= self.after:
+                raise self.crash
+            self.tasks.append(task_id)
+            if not any(item.window.start in self.die for item in items):
+                done(Task(task_id, tuple(items), task_id), worker.process(task_id, items))
+                continue
+            for item in items:
+                part = Task(f"{task_id}-{key(item)}", (item,), task_id)
+                if item.window.start in self.die:
+                    given_up(part, "worker_died", "the worker died; re-encode the film")
+                else:
+                    done(part, worker.process(part.task_id, part.items))
+
+
+class NoWork(Runner):
+    """Fails where there is anything to do."""
+
+    def run(self, worker: Any, tasks: Any, key: Any, done: Any, given_up: Any) -> None:
+        assert not tasks
+
+
+@pytest.fixture
+def films(scene: Film, tmp_path: Path) -> Path:
+    folder = tmp_path / "films"
+    scene(folder / "a.mp4", rate="24", seconds=4)
+    scene(folder / "b.mkv", rate="10", seconds=2.5)
+    scene(folder / "c.webm", "-c:v", "libvpx", "-deadline", "realtime", rate="30", seconds=3)
+    (folder / "captions.csv").write_text("file,caption\na.mp4,a picture\nb.mkv,another picture\nc.webm,a picture\n")
+    return folder
+
+
+def make(
+    films: Path, lake: Path, recipe: DataRecipe = RECIPE, runner: Runner | None = None, **how: Any
+) -> IngestReport:
+    return ingest(films, lake, recipe=recipe, runner=runner or InProcess(), **how)
+
+
+def rows(lake: Path, number: int | None = None, table: str = "clips") -> list[dict[str, Any]]:
+    opened = Lake.open(lake)
+    return list(read_manifest(opened, load(opened, number), table).to_pylist())
+
+
+def sound(lake: Path) -> None:
+    opened = Lake.open(lake)
+    for path in sorted(opened.versions.glob("*.json")):
+        assert verify(opened, load(opened, int(path.stem))) == []
+
+
+def test_a_dataset(films: Path, tmp_path: Path) -> None:
+    heard: list[str] = []
+    progress: list[tuple[str, int, int]] = []
+    report = make(films, tmp_path / "lake", say=heard.append, on_progress=lambda *news: progress.append(news))
+    assert (report.version, report.published, report.exit_status) == (1, True, 0)
+    assert report.films.line() == "films: 3 discovered = 3 done + 0 unchanged + 0 filtered + 0 failed"
+    assert report.clips.line() == "clips: 9 discovered = 9 done + 0 unchanged + 0 filtered + 0 failed"
+    assert heard == [f"captions: {films / 'captions.csv'}", "3 films: 9 new clips in 3 blocks, 0 clips unchanged"]
+    assert progress[-1] == ("clips", 9, 9)
+    sound(tmp_path / "lake")
+    lake = Lake.open(tmp_path / "lake")
+    version = load(lake)
+    assert [shard.clips for shard in version.shards] == [3, 3, 3]
+    assert version.clip == {
+        **{"duration": 1.0, "rate": 8.0, "frames_max": 8, "frames_observed_max": 5, "order": 10, "method": "auto"},
+        **{"latent_shape": [12, 4, 4], "frame_shape": [16, 16, 3]},
+    }
+    table = rows(tmp_path / "lake")
+    assert sorted((row["film"], row["clip_start"]) for row in table) == [
+        *[("a.mp4", start) for start in (0.0, 1.0, 2.0, 3.0)],
+        *[("b.mkv", start) for start in (0.0, 1.0)],
+        *[("c.webm", start) for start in (0.0, 1.0, 2.0)],
+    ]
+    assert all(row["preview"] for row in table)
+    for row in table:
+        sample = ShardReader(lake.shards / row["shard"])[row["shard_row"]]
+        assert sample["__key__"] == row["clip_id"] == sample["clip.json"]["clip_id"]
+        assert sample["clip.json"]["caption"] == row["caption"]
+        assert sample["frame_time.npy"].shape == (row["frames"],)
+        assert sample["latents.npy"].shape == (row["frames"], 12, 4, 4)
+        assert sample["preview.npy"].shape == (row["frames"], 16, 16, 3)
+        assert sample["text.npy"].ndim == 2
+        stored = read_clips(lake, version.snapshot, version.group, [row["array_row"]], ["latents", "clip_start"])
+        np.testing.assert_array_equal(stored["latents"][0, : row["frames"]], sample["latents.npy"])
+        assert stored["clip_start"][0] == row["clip_start"]
+    same_caption = {row["text_row"] for row in table if row["caption"] == "a picture"}
+    assert len(same_caption) == 1
+    assert 0 not in {row["text_row"] for row in table}
+    facts = {
+        row["film"]: (row["clips"], row["width"], row["height"], row["codec"]) for row in rows(lake.root, table="films")
+    }
+    assert facts == {"a.mp4": (4, 96, 64, "h264"), "b.mkv": (2, 96, 64, "h264"), "c.webm": (3, 96, 64, "vp8")}
+    assert not list(lake.staging.iterdir())
+
+
+def test_nothing_new_touches_nothing(films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (films / "bad.mp4").write_bytes(b"")
+    (films / "bad.txt").write_text("nothing")
+    make(films, tmp_path / "lake")
+
+    def refuse(*values: object) -> None:
+        raise AssertionError(f"opened {values}")
+
+    monkeypatch.setattr(pipeline.ingest.plan, "probe", refuse)
+    monkeypatch.setattr(pipeline.ingest.plan, "digest_of", refuse)
+    before = sorted(path for path in (tmp_path / "lake").rglob("*") if "failures" not in path.parts)
+    report = make(films, tmp_path / "lake", runner=NoWork())
+    assert (report.version, report.published, report.exit_status) == (1, False, 0)
+    assert report.clips.line() == "clips: 9 discovered = 0 done + 9 unchanged + 0 filtered + 0 failed"
+    assert report.films.failed == {"empty_file": 1}, "a fault of the film is remembered too"
+    assert report.lines()[-1] == f"nothing new: version 1 of {tmp_path / 'lake'} is up to date"
+    assert sorted(path for path in (tmp_path / "lake").rglob("*") if "failures" not in path.parts) == before
+
+
+def test_only_what_changed_is_made_again(films: Path, scene: Film, tmp_path: Path) -> None:
+    lake = tmp_path / "lake"
+    make(films, lake)
+    first = {row["clip_id"]: row for row in rows(lake)}
+    original = (films / "b.mkv").read_bytes()
+    scene(films / "b.mkv", rate="12", seconds=3)
+    scene(films / "new.mp4", rate="9", seconds=1).with_suffix(".txt").write_text("x")
+    (films / "captions.csv").write_text((films / "captions.csv").read_text() + "new.mp4,a new one\n")
+    runner = InProcess()
+    report = make(films, lake, runner=runner)
+    assert report.clips.line() == "clips: 11 discovered = 4 done + 7 unchanged + 0 filtered + 0 failed"
+    assert report.superseded == 2
+    second = {row["clip_id"]: row for row in rows(lake)}
+    assert len(second) == 11
+    assert {row["clip_id"] for row in first.values() if row["film"] != "b.mkv"} < set(second)
+    assert not [clip for clip, row in first.items() if row["film"] == "b.mkv" and clip in second]
+    names = [[shard.name for shard in load(Lake.open(lake), number).shards] for number in (1, 2)]
+    assert set(names[0]) & set(names[1]), "whole shards go on as they are"
+    sound(lake)
+    # The film comes back as it was: its clips are copied from the first version, not made again.
+    (films / "b.mkv").write_bytes(original)
+    report = make(films, lake, runner=NoWork())
+    assert (report.version, report.clips.done, report.superseded) == (3, 2, 3)
+    third = {row["clip_id"]: row for row in rows(lake)}
+    assert set(first) < set(third)
+    assert all(third[clip]["array_row"] == row["array_row"] for clip, row in first.items())
+    sound(lake)
+
+
+def test_a_new_caption_is_a_new_clip(films: Path, tmp_path: Path) -> None:
+    make(films, tmp_path / "lake")
+    (films / "captions.csv").write_text("file,caption\na.mp4,said otherwise\nb.mkv,another picture\nc.webm,a picture\n")
+    report = make(films, tmp_path / "lake")
+    assert (report.clips.done, report.clips.unchanged, report.superseded) == (4, 5, 4)
+    assert {row["caption"] for row in rows(tmp_path / "lake") if row["film"] == "a.mp4"} == {"said otherwise"}
+    sound(tmp_path / "lake")
+
+
+def test_films_of_other_sources_stay(films: Path, scene: Film, tmp_path: Path) -> None:
+    make(films, tmp_path / "lake")
+    scene(tmp_path / "more" / "d.mp4", seconds=1).with_suffix(".txt").write_text("more")
+    report = make(tmp_path / "more", tmp_path / "lake")
+    assert report.films.discovered == 1
+    assert {row["film"] for row in rows(tmp_path / "lake")} == {"a.mp4", "b.mkv", "c.webm", "d.mp4"}
+    assert len(rows(tmp_path / "lake", table="films")) == 4
+    # A broken copy of a film does not take the good one's clips away.
+    (films / "a.mp4").write_bytes((films / "a.mp4").read_bytes()[:4000])
+    (films / "captions.csv").write_text((films / "captions.csv").read_text() + "e.mp4,e\n")
+    scene(films / "e.mp4", seconds=1, rate="8")
+    report = make(films, tmp_path / "lake")
+    assert report.films.failed == {"truncated": 1}
+    assert len([row for row in rows(tmp_path / "lake") if row["film"] == "a.mp4"]) == 4
+    sound(tmp_path / "lake")
+
+
+@pytest.mark.bit_identical
+def test_an_interrupted_run_goes_on(films: Path, tmp_path: Path) -> None:
+    make(films, tmp_path / "straight")
+    lake = tmp_path / "lake"
+    with pytest.raises(KeyboardInterrupt):
+        make(films, lake, runner=InProcess(KeyboardInterrupt(), after=2))
+    assert len(list(Lake.open(lake).staging.iterdir())) == 2
+    heard: list[str] = []
+    runner = InProcess()
+    report = make(films, lake, runner=runner, say=heard.append)
+    assert len(runner.tasks) == 1
+    assert "2 blocks are finished from an interrupted run and are kept" in heard
+    assert report.clips.done == 9
+    straight, resumed = load(Lake.open(tmp_path / "straight")), load(Lake.open(lake))
+    assert resumed.shards == straight.shards, "an interruption changes no byte"
+    assert resumed.merkle_root == straight.merkle_root
+    sound(lake)
+
+
+def test_an_interrupted_run_goes_on_with_other_films(films: Path, scene: Film, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        make(films, tmp_path / "lake", runner=InProcess(KeyboardInterrupt(), after=2))
+    scene(films / "d.mp4", seconds=2, rate="9")
+    (films / "captions.csv").write_text((films / "captions.csv").read_text() + "d.mp4,late\n")
+    runner = InProcess()
+    report = make(films, tmp_path / "lake", runner=runner)
+    assert (report.clips.done, len(runner.tasks)) == (11, 2)
+    sound(tmp_path / "lake")
+
+
+def test_a_full_disk_keeps_what_is_done(films: Path, tmp_path: Path) -> None:
+    lake = tmp_path / "lake"
+    with pytest.raises(DiskFull, match="make room and run the same command again"):
+        make(films, lake, runner=InProcess(DiskFull(lake / "staging", 0), after=2))
+    runner = InProcess()
+    assert make(films, lake, runner=runner).clips.done == 9
+    assert len(runner.tasks) == 1
+
+
+def test_a_clip_that_kills_its_worker_is_named_and_tried_again(films: Path, tmp_path: Path) -> None:
+    lake = tmp_path / "lake"
+    report = make(films, lake, runner=InProcess(die=[3.0]))
+    assert report.clips.failed == {"worker_died": 1}
+    assert report.clips.done == 8
+    assert (report.exit_status, report.faulty_films) == (3, 1)
+    (row,) = read_failures(Lake.open(lake), report.run_id)
+    assert (row["film"], row["clip_start"], row["reason"]) == ("a.mp4", 3.0, "worker_died")
+    assert {film["film"]: film["reason"] for film in rows(lake, table="films")}["a.mp4"] == "clips_failed"
+    sound(lake)
+    runner = InProcess()
+    report = make(films, lake, runner=runner)
+    assert report.clips.line() == "clips: 9 discovered = 1 done + 8 unchanged + 0 filtered + 0 failed"
+    assert (report.version, report.exit_status) == (2, 0)
+    sound(lake)
+
+
+def test_nothing_good_is_nothing_published(films: Path, tmp_path: Path) -> None:
+    broken = dataclasses.replace(RECIPE, codec={**RECIPE.codec, "scale": 1e8})
+    report = make(films, tmp_path / "lake", broken)
+    assert (report.version, report.exit_status) == (None, 1)
+    assert report.clips.failed == {"not_finite": 9}
+    assert report.films.failed == {"not_finite": 3}
+    assert report.lines()[-1].startswith("nothing was published")
+    assert not list(Lake.open(tmp_path / "lake").versions.iterdir())
+
+
+def test_filtered_films_and_clips(films: Path, scene: Film, tmp_path: Path) -> None:
+    scene(films / "short.mp4", seconds=0.9)
+    scene(films / "slow.mp4", rate="3", seconds=3)
+    os.link(films / "a.mp4", films / "copy of a.mp4")
+    extra = "short.mp4,s\nslow.mp4,t\ncopy of a.mp4,a picture\n"
+    (films / "captions.csv").write_text((films / "captions.csv").read_text() + extra)
+    report = make(films, tmp_path / "lake")
+    assert report.films.filtered == {"duplicate": 1, "shorter_than_window": 1, "too_few_frames": 1}
+    assert report.clips.filtered == {"too_few_frames": 3}
+    assert report.exit_status == 0, "what is filtered by rule is no failure"
+    assert {row["reason"] for row in report.failures} == {"duplicate", "shorter_than_window", "too_few_frames"}
+    assert make(films, tmp_path / "lake", runner=NoWork()).films.filtered == report.films.filtered
+
+
+def test_another_recipe_starts_anew_and_says_so(films: Path, tmp_path: Path) -> None:
+    make(films, tmp_path / "lake")
+    heard: list[str] = []
+    report = make(films, tmp_path / "lake", dataclasses.replace(RECIPE, observe="all"), say=heard.append)
+    assert report.clips.done == 9
+    assert "the recipe differs from version 1's: its clips are not carried on, all are new" in heard
+    sound(tmp_path / "lake")
+    # Back to the first recipe: its clips are all there, and are the newest version again.
+    report = make(films, tmp_path / "lake", runner=NoWork())
+    assert (report.version, report.published, report.clips.unchanged) == (3, True, 9)
+    assert load(Lake.open(tmp_path / "lake")).shards == load(Lake.open(tmp_path / "lake"), 1).shards
+    sound(tmp_path / "lake")
+
+
+def test_limit_and_parts_of_films(films: Path, tmp_path: Path) -> None:
+    report = make(films, tmp_path / "lake", limit=1)
+    assert (report.films.discovered, report.clips.done) == (1, 4)
+    table = films / "parts.csv"
+    table.write_text("file,caption,start,end\na.mp4,early,0,1\na.mp4,late,1.5,3.9\n")
+    make(table, tmp_path / "parts")
+    found = {(row["caption"], row["clip_start"]) for row in rows(tmp_path / "parts")}
+    assert found == {("early", 0.0), ("late", 1.5), ("late", 2.5)}
+    assert make(table, tmp_path / "parts", runner=NoWork()).clips.unchanged == 3
+
+
+def test_the_stages_by_hand(films: Path, tmp_path: Path) -> None:
+    plan = plan_ingest(tmp_path / "lake", films, None, RECIPE, now=0.0)
+    assert plan.created == "1970-01-01T00:00:00Z"
+    texts = embed_captions(plan)
+    results = [result for block in plan.blocks for result in run_blocks(plan, [block], InProcess())]
+    report = commit(plan, texts, results)
+    assert report.version == 1
+    assert set(report.to_json()["seconds"]) == {"plan", "embed", "decode", "invert", "project", "commit"}
+
+
+def test_accounts_add_up_or_stop() -> None:
+    account = Account.of("clips", 4, [("done", ""), ("done", ""), ("failed", "corrupt"), ("filtered", "duplicate")])
+    assert (
+        account.line() == "clips: 4 discovered = 2 done + 0 unchanged + 1 filtered (duplicate 1) + 1 failed (corrupt 1)"
+    )
+    with pytest.raises(AccountError, match="these are 4, not 5"):
+        Account.of("clips", 5, [("done", "")] * 4)
