@@ -105,7 +105,7 @@ def run_ingest(options: argparse.Namespace) -> int:
         raise ValueError(f"--limit is {options.limit}; it must be at least 1")
     if options.plan:
         return show_plan(options, settings)
-    from model.recipes import override
+    from model.settings import override
     from pipeline.recipes import recipe_named
     from pipeline.sources.folders import discover
 
@@ -138,7 +138,7 @@ def show_plan(options: argparse.Namespace, settings: dict[str, Any]) -> int:
     """Plan an ingest and print what it would do; a lake that is not there stays so."""
     import tempfile
 
-    from model.recipes import override
+    from model.settings import override
     from pipeline.ingest import plan_ingest
     from pipeline.recipes import recipe_named
     from storage.layout import Lake

@@ -28,7 +28,7 @@ from prefect.states import Failed
 from flows.artifacts import accounts_table, contact_sheet, data_address, summary
 from flows.server import ServerError, start_server
 from model.progress import Progress
-from model.recipes import override
+from model.settings import override
 from model.weights import CodecUnavailable
 from pipeline.ingest import IngestReport, commit, embed_captions, plan_ingest, run_blocks
 from pipeline.ingest.block import Block

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from model.progress import Progress, clock
@@ -94,14 +93,18 @@ def _ingest(source: str, lake: Path, captions: str | None, limit: int | None) ->
 
 def _train(lake: Path, run: Path, number: int, steps: int | None) -> Path:
     from model.recipes import demo as recipe
-    from model.recipes import override
-    from model.train import UNCHECKED, train
+    from model.settings import override
+    from model.train import train
     from model.training.checkpoint import Run
+    from model.training.record import RunRecord
 
     chosen = override(recipe(), {} if steps is None else {"steps": steps})
     if Run(run).file.is_file():
-        old = Run(run).read()["recipe"]
-        if any(old.get(name) != value for name, value in asdict(chosen).items() if name not in UNCHECKED):
+        try:
+            other = RunRecord.read(Run(run)).differences(chosen)
+        except ValueError:
+            other = [("format", "", "")]
+        if other:
             raise ValueError(f"{run} was trained by another version of this program; remove that folder to train anew")
     done = Run(run).steps()
     if done and done[-1] >= chosen.steps:
@@ -111,14 +114,16 @@ def _train(lake: Path, run: Path, number: int, steps: int | None) -> Path:
 
 
 def _evaluate(run: Path, lake: Path, out: Path) -> list[str]:
-    from model.evaluate import evaluate, headline
+    from model.evaluate import evaluate
+    from model.evaluation.figures import headline
 
     return headline(evaluate(run, lake, out))
 
 
 def _samples(run: Path, lake: Path, number: int, folder: Path) -> None:
     """One mp4 for each of six clips, at 24 frames per second: a rate that nothing was trained at."""
-    from model.sample import Sampler, SampleSettings
+    from model.methods.base import SampleSettings
+    from model.sample import Sampler
     from model.training.data import Clips, lake_and_version
     from model.video import write_video
 

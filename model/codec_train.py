@@ -25,7 +25,7 @@ from model.codecs.ddim import TRAIN_STEPS, noise_levels
 from model.codecs.networks import TEXT_LENGTH, new_autoencoder, new_text_model, new_unet, write_folder
 from model.program import add_settings_option, parse_settings, run_program
 from model.progress import Progress
-from model.recipes import override
+from model.settings import override
 from model.stop import Stopped, StopSignal
 from model.text.encoder import bundled_tokenizer
 from model.train import mixed_seed

@@ -3,59 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model.backbones.dit import Backbone, BackboneConfig, Conditioning
+from model.backbones.conditioning import Conditioning
+from model.backbones.dit import Backbone
 from model.codecs.base import Codec, codec_from_spec
-from model.flow.solver import METHODS, Trajectory
-from model.methods.vlfm import VLFM, make_vlfm
+from model.methods.base import Request, Sample, SampleSettings
 from model.program import run_program
-from model.recipes import TrainRecipe
 from model.text.encoder import TextEncoder, text_encoder_from_spec
 from model.training.checkpoint import Run, load_average
+from model.training.record import RunRecord
 from model.video import Frames, check_output, from_frames, to_frames, write_video
 
 READ_AT_ONCE = 64
 """Frames of a clip that are read and decoded together."""
-
-
-@dataclass(frozen=True)
-class SampleSettings:
-    """How to integrate."""
-
-    steps: int = 32
-    """Solver steps on a window of the clip; the frame rate does not change it."""
-    warmup_steps: int = 8
-    """Solver steps from noise to the first frame."""
-    solver: str = "euler"
-    """A method of model/flow/solver.py."""
-    guidance: float = 1.0
-    """Classifier-free guidance on the warm-up; 1 is none."""
-    seed: int = 0
-    """Seed of the noise."""
-    reanchor: bool = True
-    """Whether the state is set back on the predicted mean, `x = mean + sigma z`, at every solver step of the clip: its
-    drift is then cut, not summed (docs/experiments.md)."""
-
-    def __post_init__(self) -> None:
-        for name, value in {"steps": self.steps, "warmup_steps": self.warmup_steps}.items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        if self.solver not in METHODS:
-            raise ValueError(f"solver is {self.solver!r}; it must be one of {', '.join(METHODS)}")
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"guidance is {self.guidance}; it must be a number, 1 for none")
-        if not 0 <= self.seed < 2**62:
-            raise ValueError(f"seed is {self.seed}; it must lie between 0 and 2^62")
 
 
 class Sampler:
@@ -72,20 +41,14 @@ class Sampler:
 
     def __init__(self, run: str | Path, step: int | None = None, device: str | None = None) -> None:
         self.run = Run(Path(run))
-        self.about = self.run.read()
+        self.record = RunRecord.read(self.run)
         folder = self.run.checkpoint(step)
         self.step = int(folder.name.removeprefix("step-"))
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        try:
-            recipe, config = TrainRecipe(**self.about["recipe"]), BackboneConfig(**self.about["backbone"])
-        except TypeError as error:
-            raise ValueError(f"{self.run.file} is of another version of vlfm ({error}); train a new run") from None
-        self.backbone = Backbone(config).to(self.device).eval()
+        self.backbone = Backbone(self.record.backbone).to(self.device).eval()
         load_average(folder, self.backbone)
-        self.clip: dict[str, Any] = self.about["clip"]
-        self.method: VLFM = make_vlfm(recipe, self.clip, self.about["mean_scale"], self.about["derivative_scale"])
-        # The printed path's network learns no clean mean at its noisy times; it is read as the paper does.
-        self.readout = "mean" if recipe.path == "warmup" else "state"
+        self.clip = self.record.clip
+        self.method = self.record.method()
         self._codec: Codec | None = None
         self._encoder: TextEncoder | None = None
 
@@ -93,14 +56,14 @@ class Sampler:
     def codec(self) -> Codec:
         """The codec of the dataset's version, loaded on first use."""
         if self._codec is None:
-            self._codec = codec_from_spec(self.about["codec"]["spec"], device=str(self.device))
+            self._codec = codec_from_spec(self.record.codec["spec"], device=str(self.device))
         return self._codec
 
     @property
     def encoder(self) -> TextEncoder:
         """The text encoder of the dataset's version, loaded on first use."""
         if self._encoder is None:
-            self._encoder = text_encoder_from_spec(self.about["text"]["spec"])
+            self._encoder = text_encoder_from_spec(self.record.text["spec"])
         return self._encoder
 
     @property
@@ -108,59 +71,53 @@ class Sampler:
         """Duration in seconds of the clips that the backbone learned."""
         return float(self.clip["duration"])
 
-    def conditioning(
-        self, prompts: Sequence[str], starts: Sequence[float], first_frames: Tensor | None = None
-    ) -> Conditioning:
-        """What the backbone is told: prompts, the clips' starts in seconds, and first frames (B, C, h, w) if given."""
+    def conditioning(self, prompts: Sequence[str], starts: Sequence[float], named: bool = True) -> Conditioning:
+        """What the backbone is told of clips: prompts, and the clips' starts in seconds unless they are not `named`."""
         count = len(prompts)
         text, length = self.encoder.encode(list(prompts))
         rows = int(length.max())
-        shape = (count, *self.clip["latent_shape"])
-        given = torch.zeros(shape) if first_frames is None else first_frames.cpu()
         values = Conditioning(
             # Captions were stored in float16; the same rounding here keeps a training caption exactly itself.
             text=text[:, :rows].half().float(),
             text_length=length,
             clip_start=torch.tensor(list(starts), dtype=torch.float32),
-            named=torch.ones(count),
+            named=torch.full((count,), float(named)),
             log_duration=torch.full((count,), math.log(self.window)),
-            context=given,
-            context_given=torch.full((count,), float(first_frames is not None)),
+            context=torch.zeros((count, 1, *self.clip["latent_shape"])),
+            context_given=torch.zeros((count, 1), dtype=torch.bool),
         )
         return Conditioning(**{name: value.to(self.device) for name, value in vars(values).items()})
 
-    def noise(self, seeds: Sequence[int]) -> Tensor:
-        """Standard normal latents (B, C, h, w), each a function of its own seed."""
-        shape = tuple(self.clip["latent_shape"])
-        drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(drawn).to(self.device)
-
-    def trajectory(
+    def sample(
         self,
         prompts: Sequence[str],
         starts: Sequence[float],
         seeds: Sequence[int],
         settings: SampleSettings,
         first_frames: Tensor | None = None,
-    ) -> Trajectory:
-        """One window of latents for each prompt, readable at any time."""
-        given = self.conditioning(prompts, starts, first_frames)
+    ) -> Sample:
+        """One window of latents for each prompt, readable at any time.
+
+        first_frames: (B, C, h, w) latents, for the image-to-video task.
+        """
         empty = None
         if settings.guidance != 1.0:
-            plain = self.conditioning([""] * len(prompts), [0.0] * len(prompts), first_frames)
-            empty = Conditioning(**{**vars(plain), "named": torch.zeros_like(plain.named)})
-        return self.method.sample(
-            self.backbone,
-            given,
-            self.noise(seeds),
-            steps=settings.steps,
-            warmup_steps=settings.warmup_steps,
-            solver=settings.solver,
-            guidance=settings.guidance,
+            empty = self.conditioning([""] * len(prompts), [0.0] * len(prompts), named=False)
+        request = Request(
+            conditioning=self.conditioning(prompts, starts),
+            seeds=tuple(seeds),
+            shape=tuple(self.clip["latent_shape"]),
+            settings=settings,
             unconditional=empty,
-            first_frame=first_frames,
-            reanchor=settings.reanchor,
         )
+        if first_frames is not None:
+            request = dataclasses.replace(
+                request,
+                frames=first_frames[:, None],
+                frame_time=torch.zeros(1, dtype=torch.float64),
+                given=torch.ones((len(prompts), 1), dtype=torch.bool),
+            )
+        return self.method.sample(self.backbone, request)
 
     def videos(
         self,
@@ -196,27 +153,26 @@ class Sampler:
         times = np.arange(max(1, math.floor(duration * rate + 1e-6))) / rate
         first = None
         if image is not None:
-            encoded = self.codec.encode(image[None].to(self.device), text=self._codec_text(prompts[:1]))
-            first = encoded.expand(len(prompts), -1, -1, -1)
+            # A codec that inverts does so with the caption it will decode with: each prompt has its own.
+            encoded = [self.codec.encode(image[None].to(self.device), text=prompt) for prompt in prompts]
+            first = torch.cat(encoded)
         parts: list[list[Frames]] = [[] for _ in prompts]
-        for number in range(math.floor(times[-1] / self.window + 1e-9) + 1):
+        windows = math.floor(times[-1] / self.window + 1e-9) + 1
+        for number in range(windows):
             seeds = [settings.seed + index for index in range(len(prompts))]
             starts = [start + number * self.window] * len(prompts)
-            trajectory = self.trajectory(prompts, starts, seeds, settings, first)
+            sample = self.sample(prompts, starts, seeds, settings, first)
             inside = np.floor(times / self.window + 1e-9).astype(int) == number
             flow_times = torch.from_numpy((times[inside] / self.window - number).clip(0, 1))
             # A few frames at a time: at high rates a whole window of pictures would not fit the memory.
             for some in flow_times.split(READ_AT_ONCE):
-                latents = trajectory.read(some, self.readout)  # (L, B, C, h, w)
+                latents = sample.read(some)  # (L, B, C, h, w)
                 for index, prompt in enumerate(prompts):
-                    decoded = self.codec.decode(latents[:, index], text=self._codec_text([prompt]))
+                    decoded = self.codec.decode(latents[:, index], text=prompt)
                     parts[index].append(to_frames(decoded))
-            first = trajectory.read([1.0], self.readout)[0]
+            if number < windows - 1 and self.method.takes_first_frame:
+                first = sample.read([1.0])[0]
         return [np.concatenate(part) for part in parts]
-
-    def _codec_text(self, prompts: Sequence[str]) -> str | None:
-        """The caption a codec inverts with; the linear one ignores it."""
-        return prompts[0] if prompts else None
 
 
 def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +23,30 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.backbones.dit import Backbone, BackboneConfig
-from model.methods.base import ClipBatch, Method
-from model.methods.vlfm import make_vlfm
+from model.methods.base import Batch, Method
+from model.methods.registry import method_named
 from model.program import add_settings_option, parse_settings, run_program
 from model.progress import Progress
-from model.recipes import TrainRecipe, override, train_recipe
+from model.recipes import TrainRecipe, train_recipe
+from model.settings import override
 from model.stop import STOPPED, Stopped, StopSignal, signals_held
 from model.training import checkpoint
 from model.training.checkpoint import Run
-from model.training.data import Clips, Collate, Steps, curve_scales, lake_and_version, loader
+from model.training.data import Clips, Collate, Steps, lake_and_version, loader
 from model.training.ema import MovingAverage
 from model.training.launch import launch
 from model.training.optimizers import Updates, learning_rate_factor, make_optimizers, set_learning_rate
 from model.training.processes import Processes, given_rank, join_processes
+from model.training.record import DatasetVersion, RunRecord
 from storage.layout import Lake
 from storage.version import Version, read_empty_text
 
-UNCHECKED = {
-    "steps", "log_every", "checkpoint_every", "checkpoints_kept", "validate_every", "loader_workers",
-    "bad_steps_allowed",
-}  # fmt: skip
-"""Fields of the recipe that a resumed run may change."""
-MakeMethod = Callable[[TrainRecipe, Mapping[str, Any], float, float], Method]
 
-
-def train(
-    lake: str | Path, run: str | Path, recipe: TrainRecipe, version: int | None = None, method: MakeMethod = make_vlfm
-) -> Path:
+def train(lake: str | Path, run: str | Path, recipe: TrainRecipe, version: int | None = None) -> Path:
     """Train on one version of a lake until the recipe's last step, resuming where the run stands.
 
     A step whose loss or gradient is not finite changes nothing and is logged. SIGTERM and Ctrl-C end the run after the
-    step in flight, with a checkpoint. Another method than VLFM is what `method` makes of the same arguments.
+    step in flight, with a checkpoint.
 
     Returns:
         The folder of the last checkpoint; the run is finished.
@@ -67,43 +60,33 @@ def train(
         opened, chosen = lake_and_version(lake, version)
         processes = join_processes()
         try:
-            return _train(opened, Run(Path(run)), recipe, chosen, processes, method, stop)
+            return _train(opened, Run(Path(run)), recipe, chosen, processes, stop)
         finally:
             if processes.world > 1:
                 dist.destroy_process_group()
 
 
-def _train(
-    lake: Lake,
-    run: Run,
-    recipe: TrainRecipe,
-    version: Version,
-    processes: Processes,
-    make_method: MakeMethod,
-    stop: StopSignal,
-) -> Path:
-    clips = Clips(lake, version, "train")
-    about = describe(recipe, version, clips)
-    if run.file.is_file():
-        check_same(run.read(), about, run)
-    elif processes.first:
-        run.write(about)
+def _train(lake: Lake, run: Run, recipe: TrainRecipe, version: Version, processes: Processes, stop: StopSignal) -> Path:
+    collate = Collate(read_empty_text(lake, version), method_named(recipe.method).members)
+    clips = Clips(lake, version, "train", collate.arrays)
+    record = run_record(recipe, version, clips, run)
+    if processes.first and not run.file.is_file():
+        run.write(record.to_json())
     if run.steps() and run.steps()[-1] >= recipe.steps:
         return run.checkpoint()
 
     torch.manual_seed(recipe.seed)
-    backbone = Backbone(BackboneConfig(**about["backbone"])).to(processes.device)
+    backbone = Backbone(record.backbone).to(processes.device)
     average = MovingAverage(backbone, recipe.ema_decay)
     optimizers = make_optimizers(backbone, recipe)
     updates = Updates(
         backbone, average, optimizers, recipe.gradient_clip, recipe.bad_steps_allowed, run.root, processes
     )
-    method = make_method(recipe, version.clip, about["mean_scale"], about["derivative_scale"])
+    method = record.method()
     done = checkpoint.restore(run.checkpoint(), backbone, average, optimizers) if run.steps() else 0
     trained = DistributedDataParallel(backbone) if processes.world > 1 else backbone
-    collate = Collate(read_empty_text(lake, version))
     steps = Steps(len(clips), recipe.batch, recipe.seed, done, recipe.steps, processes.rank, processes.world)
-    validation = Clips(lake, version, "validation")
+    validation = Clips(lake, version, "validation", collate.arrays)
 
     if processes.any(stop.seen)[0]:
         raise Stopped(done)
@@ -130,10 +113,10 @@ def _train(
                 values = {name: float(value) for name, value in means.items()}
                 seconds = time.perf_counter() - began
                 count = (step - done - 1) % recipe.log_every + 1
-                rate = count * recipe.batch * recipe.times_per_clip / seconds
+                rate = count * recipe.batch * method.states_per_clip / seconds
                 log.scalars(step, **values, samples_per_second=rate, data_wait=waited / seconds)
                 if progress is not None:
-                    note = "  ".join(f"{name} {values[name]:.4f}" for name in ("loss", "mean") if values)
+                    note = "  ".join(f"{name} {value:.4f}" for name, value in [*values.items()][:2])
                     progress.update(step, note + f"  {updates.skipped} bad steps skipped" * bool(updates.skipped))
                 waited, began = 0.0, time.perf_counter()
             aside = time.perf_counter()
@@ -162,7 +145,7 @@ def _train(
 
 
 def gradients(
-    trained: nn.Module, method: Method, batch: ClipBatch, recipe: TrainRecipe, step: int, processes: Processes
+    trained: nn.Module, method: Method, batch: Batch, recipe: TrainRecipe, step: int, processes: Processes
 ) -> dict[str, Tensor]:
     """A step's losses, detached; their gradients are left in the network.
 
@@ -210,10 +193,16 @@ def validate(
     return None if stop.seen else total / len(chosen)
 
 
-def describe(recipe: TrainRecipe, version: Version, clips: Clips) -> dict[str, Any]:
-    """Everything that sampling and resuming need to know, without the lake."""
+def run_record(recipe: TrainRecipe, version: Version, clips: Clips, run: Run) -> RunRecord:
+    """The record of a run that is about to start, or of the one that is about to go on.
+
+    Raises:
+        ValueError: the run was started with other settings or on another version.
+    """
+    before = RunRecord.read(run) if run.file.is_file() else None
+    method = method_named(recipe.method)
     channels, height, width = version.clip["latent_shape"]
-    config = BackboneConfig(
+    backbone = BackboneConfig(
         channels=channels,
         height=height,
         width_latent=width,
@@ -222,39 +211,16 @@ def describe(recipe: TrainRecipe, version: Version, clips: Clips) -> dict[str, A
         depth=recipe.depth,
         heads=recipe.heads,
         patch=recipe.patch,
+        outputs=method.heads,
+        temporal=method.temporal,
     )
-    mean_scale, derivative_scale = curve_scales(clips)
-    return {
-        "format": 1,
-        "method": "vlfm",
-        "recipe": dataclasses.asdict(recipe),
-        "backbone": config.to_json(),
-        "mean_scale": mean_scale,
-        "derivative_scale": derivative_scale,
-        "clip": version.clip,
-        "codec": version.codec,
-        "text": version.text,
-        "version": {
-            "number": version.number,
-            "merkle_root": version.merkle_root,
-            "recipe_fingerprint": version.recipe_fingerprint,
-        },
-    }
-
-
-def check_same(old: Mapping[str, Any], new: Mapping[str, Any], run: Run) -> None:
-    """Refuse to go on with a run under other settings or on another version."""
-    for name, value in new["recipe"].items():
-        if name not in UNCHECKED and old["recipe"].get(name) != value:
-            raise ValueError(
-                f"the run {run.root} was started with {name}={old['recipe'].get(name)!r}, not {value!r}; "
-                "give another --run, or the same setting"
-            )
-    if old["version"]["merkle_root"] != new["version"]["merkle_root"]:
-        raise ValueError(
-            f"the run {run.root} trains on version {old['version']['number']} of its lake, "
-            f"not on {new['version']['number']}; give another --run, or --version {old['version']['number']}"
-        )
+    reference = DatasetVersion(version.number, version.merkle_root, version.recipe_fingerprint)
+    figures = {} if before is None else before.figures
+    record = RunRecord(recipe, figures, backbone, version.clip, version.codec, version.text, reference)
+    if before is not None:
+        before.check_resumable(record, run)
+        return record
+    return dataclasses.replace(record, figures=method.prepare(clips, version.clip))
 
 
 def mixed_seed(*parts: int) -> int:

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from flows import cli
-from model.recipes import override, train_recipe
+from model.recipes import train_recipe
+from model.settings import override
 from pipeline.recipes import recipe_named
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,20 +1,25 @@
-"""The backbone: a diffusion transformer that sees noisy latents, flow time, a caption and a first frame.
+"""The backbone: a diffusion transformer that sees noisy latents, flow time, a caption and given frames.
 
-It predicts what a flow path needs to assemble its velocity: the clip's mean latents and their derivative in flow time.
-Time has the shape (B, L), one value for each frame of a sequence; the VLFM method uses L = 1, methods that give every
-frame its own time use more. Every block modulates its tokens by adaLN-Zero (Peebles and Xie 2023, arXiv 2212.09748,
-section 3.2) and reads the caption by cross-attention; the two output heads start at zero.
+It predicts what a method asks for, by named heads: VLFM's are the clip's mean latents and their derivative in flow
+time. Flow time has the shape (B, L), one value for each frame of a sequence; VLFM uses L = 1, methods that give every
+frame its own time use more, and set `temporal`, so that frames are told apart by their place in the clip. Every block
+modulates its tokens by adaLN-Zero (Peebles and Xie 2023, arXiv 2212.09748, section 3.2) and reads the caption by
+cross-attention; the heads start at zero.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from model.backbones.conditioning import Conditioning
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,17 @@ class BackboneConfig:
     """Attention heads."""
     patch: int
     """Side of the square of latents that makes one token."""
+    outputs: tuple[str, ...] = ("mean", "derivative")
+    """Names of the heads; each gives latents."""
+    temporal: bool = False
+    """Whether frames have a place in time (`frame_time`); a sequence of frames needs it."""
 
     def __post_init__(self) -> None:
-        for name, value in self.to_json().items():
-            if value < 1:
+        for name, value in vars(self).items():
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if not self.outputs:
+            raise ValueError("outputs is empty; a backbone needs a head")
         if self.height % self.patch or self.width_latent % self.patch:
             raise ValueError(
                 f"patch {self.patch} does not divide the latents {self.height}x{self.width_latent}; "
@@ -57,36 +68,21 @@ class BackboneConfig:
         """Tokens of one frame."""
         return (self.height // self.patch) * (self.width_latent // self.patch)
 
-    def to_json(self) -> dict[str, int]:
+    def to_json(self) -> dict[str, Any]:
         """Plain values, enough to build the backbone again."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "outputs": list(self.outputs)}
 
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What a backbone is told beside latents and flow time; every tensor has the batch first.
-
-    Where K states in a row share a caption, `text` and `text_length` may have it once: B/K rows.
-    """
-
-    text: Tensor
-    """(B or B/K, M, D): embedded caption, rows past its length arbitrary."""
-    text_length: Tensor
-    """(B or B/K,): valid rows of `text`, at least 1; the last valid row is the pooled embedding."""
-    clip_start: Tensor
-    """(B,): seconds from the film's start to the clip's; ignored where `named` is 0."""
-    named: Tensor
-    """(B,): 1 where caption and clip_start are given, 0 where they are dropped (the text is then the empty one)."""
-    log_duration: Tensor
-    """(B,): logarithm of the clip's duration in seconds."""
-    context: Tensor
-    """(B, C, h, w): latents of the clip's first frame; zero where it is not given."""
-    context_given: Tensor
-    """(B,): 1 where `context` is given, else 0."""
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> BackboneConfig:
+        """The config of `to_json`. Raises TypeError for unknown fields."""
+        given = dict(values)
+        if "outputs" in given:
+            given["outputs"] = tuple(given["outputs"])
+        return cls(**given)
 
 
 class Backbone(nn.Module):
-    """Noisy latents (B, L, C, h, w) at flow times (B, L) to (mean, derivative), each (B, L, C, h, w)."""
+    """Noisy latents (B, L, C, h, w) at flow times (B, L) to latents of that shape, by the name of each head."""
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
@@ -95,17 +91,19 @@ class Backbone(nn.Module):
         self.embed_latents = nn.Linear(pixels, width)
         self.embed_context = nn.Linear(pixels, width)
         self.position = nn.Parameter(torch.empty(config.tokens, width))
-        self.time = WaveEmbedding(width, longest=4.0, shortest=1 / 32)
-        self.duration = WaveEmbedding(width, longest=16.0, shortest=0.5)
-        self.clip_start = WaveEmbedding(width, longest=4096.0, shortest=0.5)
+        self.time = SinusoidalEmbedding(width, longest=4.0, shortest=1 / 32)
+        self.duration = SinusoidalEmbedding(width, longest=16.0, shortest=0.5)
+        self.clip_start = SinusoidalEmbedding(width, longest=4096.0, shortest=0.5)
         self.pooled_text = nn.Sequential(nn.LayerNorm(config.text_dim), nn.Linear(config.text_dim, width))
         self.context_flag = nn.Parameter(torch.empty(width))
         self.text = nn.Sequential(nn.LayerNorm(config.text_dim), nn.Linear(config.text_dim, width))
         self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
         self.modulation = nn.Linear(width, 2 * width)
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.mean_head = nn.Linear(width, pixels)
-        self.derivative_head = nn.Linear(width, pixels)
+        for name in config.outputs:
+            self.add_module(f"{name}_head", nn.Linear(width, pixels))
+        # Only where it is used: a backbone of single states has no parameter that never learns.
+        self.frame_time = SinusoidalEmbedding(width, longest=64.0, shortest=1 / 16) if config.temporal else None
         self.initialise()
 
     def initialise(self) -> None:
@@ -114,49 +112,86 @@ class Backbone(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        # Waves of unit size, not small noise: tokens that start out alike take hundreds of steps to tell apart.
+        # Sinusoids of unit size, not small noise: tokens that start out alike take hundreds of steps to tell apart.
         with torch.no_grad():
-            self.position.copy_(waves_of_places(self.config))
+            self.position.copy_(position_embedding(self.config))
         nn.init.zeros_(self.context_flag)
-        for layer in (self.embed_context, self.modulation, self.mean_head, self.derivative_head):
+        for layer in (self.embed_context, self.modulation, *self.heads):
             nn.init.zeros_(layer.weight)
         for block in self.blocks:
             assert isinstance(block, Block)
             nn.init.zeros_(block.modulation.weight)
             nn.init.zeros_(block.cross.out.weight)
 
-    def forward(self, latents: Tensor, flow_time: Tensor, given: Conditioning) -> tuple[Tensor, Tensor]:
-        """Predicted m(max(r, 0)) and m'(max(r, 0)) at the flow times r of `latents`."""
+    @property
+    def heads(self) -> list[nn.Linear]:
+        """The heads, in the order of `config.outputs`."""
+        found = [self.get_submodule(f"{name}_head") for name in self.config.outputs]
+        return [head for head in found if isinstance(head, nn.Linear)]
+
+    def forward(
+        self,
+        latents: Tensor,
+        flow_time: Tensor,
+        given: Conditioning,
+        frame_time: Tensor | None = None,
+        valid: Tensor | None = None,
+        causal: bool = False,
+    ) -> dict[str, Tensor]:
+        """What each head predicts, (B, L, C, h, w), by name.
+
+        Args:
+            latents: (B, L, C, h, w) noisy latents.
+            flow_time: (B, L) each frame's flow time.
+            given: caption, clip and given frames.
+            frame_time: (B, L) seconds in the clip; needed where, and only where, the config is `temporal`.
+            valid: (B, L) bool, which frames are no padding; what is predicted for padding is arbitrary, and finite.
+            causal: whether a frame sees only itself and the frames before it in the sequence.
+
+        Raises:
+            ValueError: frame times that the config does not expect, or lacks.
+        """
+        if (frame_time is not None) != self.config.temporal:
+            raise ValueError(
+                f"the backbone has temporal={self.config.temporal}, frame_time is "
+                f"{'missing' if frame_time is None else 'given'}; build it for the method that runs it"
+            )
         batch, frames = flow_time.shape
-        tokens = self.embed_latents(self.patches(latents))  # (B, L, n, W)
-        context = self.embed_context(self.patches(given.context[:, None]))  # (B, 1, n, W)
-        tokens = tokens + self.position + context * given.context_given[:, None, None, None]
+        tokens = self.embed_latents(self.patchify(latents))  # (B, L, n, W)
+        context = self.embed_context(self.patchify(given.context))  # (B, L or 1, n, W)
+        shown = given.context_given.to(context.dtype)  # (B, L or 1)
+        tokens = tokens + self.position + context * shown[:, :, None, None]
 
         pooled = self.pooled_text(last_rows(given.text, given.text_length))
         clip = self.duration(given.log_duration) + pooled.repeat_interleave(batch // len(pooled), 0)
-        clip = clip + self.clip_start(given.clip_start) * given.named[:, None]
-        clip = clip + self.context_flag * given.context_given[:, None]  # (B, W)
-        condition = functional.silu(self.time(flow_time) + clip[:, None])  # (B, L, W)
+        clip = clip + self.clip_start(given.clip_start) * given.named[:, None]  # (B, W)
+        frame = clip[:, None] + self.context_flag * shown[:, :, None]  # (B, L or 1, W)
+        if self.frame_time is not None:
+            assert frame_time is not None
+            frame = frame + self.frame_time(frame_time)
+        condition = functional.silu(self.time(flow_time) + frame)  # (B, L, W)
 
         text = self.text(given.text)  # (B, M, W)
-        valid = torch.arange(text.shape[1], device=text.device) < given.text_length[:, None]  # (B, M)
+        words = torch.arange(text.shape[1], device=text.device) < given.text_length[:, None]  # (B, M)
+        seen = attention_mask(frames, self.config.tokens, valid, causal, tokens.device)  # (B or 1, 1, L*n, L*n) or None
         for block in self.blocks:
-            tokens = block(tokens, condition, text, valid)
+            tokens = block(tokens, condition, text, words, seen)
 
         shift, scale = self.modulation(condition)[:, :, None].chunk(2, dim=-1)  # (B, L, 1, W) each
         tokens = self.norm(tokens) * (1 + scale) + shift
-        mean = self.pictures(self.mean_head(tokens).view(batch, frames, self.config.tokens, -1))
-        derivative = self.pictures(self.derivative_head(tokens).view(batch, frames, self.config.tokens, -1))
-        return mean, derivative
+        flat = {name: head(tokens) for name, head in zip(self.config.outputs, self.heads, strict=True)}
+        return {
+            name: self.unpatchify(value.view(batch, frames, self.config.tokens, -1)) for name, value in flat.items()
+        }
 
-    def patches(self, latents: Tensor) -> Tensor:
+    def patchify(self, latents: Tensor) -> Tensor:
         """(B, L, C, h, w) to (B, L, n, C*p*p)."""
         batch, frames, channels, height, width = latents.shape
         p = self.config.patch
         cut = latents.reshape(batch, frames, channels, height // p, p, width // p, p)
         return cut.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch, frames, self.config.tokens, channels * p * p)
 
-    def pictures(self, patches: Tensor) -> Tensor:
+    def unpatchify(self, patches: Tensor) -> Tensor:
         """(B, L, n, C*p*p) to (B, L, C, h, w)."""
         c, p = self.config, self.config.patch
         batch, frames = patches.shape[:2]
@@ -178,8 +213,9 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
-    def forward(self, tokens: Tensor, condition: Tensor, text: Tensor, valid: Tensor) -> Tensor:
-        """Tokens (B, L, n, W), condition (B, L, W), text (B, M, W), valid (B, M) to tokens of the same shape."""
+    def forward(self, tokens: Tensor, condition: Tensor, text: Tensor, words: Tensor, seen: Tensor | None) -> Tensor:
+        """Tokens (B, L, n, W), condition (B, L, W), text (B, M, W), words (B, M), and seen (B or 1, 1, L*n, L*n) or
+        None for full attention, to tokens of the same shape."""
         batch, frames, count, width = tokens.shape
         parts = self.modulation(condition)[:, :, None].chunk(6, dim=-1)  # six of (B, L, 1, W)
         shift, scale, gate, shift_up, scale_up, gate_up = parts
@@ -187,11 +223,11 @@ class Block(nn.Module):
         inner = self.norm(tokens) * (1 + scale) + shift
         qkv = self.qkv(inner).view(batch, frames * count, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L*n, W/heads)
-        mixed = functional.scaled_dot_product_attention(q, k, v)
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         mixed = mixed.transpose(1, 2).reshape(batch, frames, count, width)
         tokens = tokens + gate * self.attention_out(mixed)
 
-        tokens = tokens + self.cross(self.norm(tokens), text, valid)
+        tokens = tokens + self.cross(self.norm(tokens), text, words)
 
         inner = self.norm(tokens) * (1 + scale_up) + shift_up
         return tokens + gate_up * self.down(functional.gelu(self.up(inner), approximate="tanh"))
@@ -207,17 +243,17 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor, text: Tensor, valid: Tensor) -> Tensor:
-        """Tokens (B, L, n, W), text (B/K, M, W), valid (B/K, M) to (B, L, n, W)."""
+    def forward(self, tokens: Tensor, text: Tensor, words: Tensor) -> Tensor:
+        """Tokens (B, L, n, W), text (B/K, M, W), words (B/K, M), true for valid rows, to (B, L, n, W)."""
         batch, frames, count, width = tokens.shape
         size, texts = width // self.heads, text.shape[0]
         q = self.query(tokens).view(texts, -1, self.heads, size).transpose(1, 2)  # K states' tokens in one row
         k, v = self.key_value(text).view(texts, -1, 2, self.heads, size).permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None])
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=words[:, None, None])
         return self.out(mixed.transpose(1, 2).reshape(batch, frames, count, width))
 
 
-class WaveEmbedding(nn.Module):
+class SinusoidalEmbedding(nn.Module):
     """A scalar as sines and cosines of wavelengths from `shortest` to `longest`, then two layers."""
 
     wavelengths: Tensor
@@ -238,7 +274,7 @@ class WaveEmbedding(nn.Module):
         return self.second(functional.silu(self.first(waves)))
 
 
-def waves_of_places(config: BackboneConfig) -> Tensor:
+def position_embedding(config: BackboneConfig) -> Tensor:
     """(tokens, width): sines and cosines of each token's row and column, from the widest wave to the finest."""
     rows, columns = config.height // config.patch, config.width_latent // config.patch
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
@@ -246,6 +282,23 @@ def waves_of_places(config: BackboneConfig) -> Tensor:
     rates = torch.exp(torch.linspace(math.log(widest), math.log(finest), config.width // 4))
     angles = [place.reshape(-1, 1) * rates for place in (y, x)]
     return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+
+
+def attention_mask(frames: int, tokens: int, valid: Tensor | None, causal: bool, device: torch.device) -> Tensor | None:
+    """(B or 1, 1, L*n, L*n) bool, true where a token (row) sees another (column); None where all see all.
+
+    frames, tokens: L frames of n tokens each. valid: (B, L) bool, or None where no frame is padding. causal: frames see
+    only themselves and those before. A frame always sees itself: a row without any true entry would give NaN.
+    """
+    if valid is None and not causal:
+        return None
+    seen = torch.ones(1, frames, frames, dtype=torch.bool, device=device)
+    if causal:
+        seen = seen.tril()
+    if valid is not None:
+        seen = seen & valid[:, None, :]
+    seen = seen | torch.eye(frames, dtype=torch.bool, device=device)
+    return seen.repeat_interleave(tokens, 1).repeat_interleave(tokens, 2)[:, None]
 
 
 def last_rows(text: Tensor, length: Tensor) -> Tensor:

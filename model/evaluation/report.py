@@ -7,17 +7,15 @@ import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from model.evaluation.figures import ClipResult, Shown
 from model.metrics.pictures import decibels
 from model.video import Frames, picture_bytes
 from storage.layout import write_atomic
 from storage.schema import CERTIFICATE, certificate_spread
-
-if TYPE_CHECKING:
-    from model.evaluate import ClipResult, Shown
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --muted: #59636e; --good: #1a7f37; --bad: #b35900; }

@@ -58,14 +58,16 @@ class Trajectory:
     """(B, ...): z of the path, the same all along."""
     network_calls: int
     """How often the network was asked."""
+    source: str = "mean"
+    """What frames are read from where `read` is not told."""
 
-    def read(self, flow_times: Sequence[float] | Tensor, source: str = "mean") -> Tensor:
+    def read(self, flow_times: Sequence[float] | Tensor, source: str | None = None) -> Tensor:
         """The clip at any flow times of [0, 1], by cubic Hermite between the grid points; asks no network.
 
         Args:
             flow_times: (L,) flow times in [0, the grid's end], in any sequence.
-            source: `mean` reads the predicted mean; `state` reads the integrated state less its noise,
-                `x - sigma z` (the readout of arXiv 2502.00500 where z = x_0).
+            source: `mean` reads the predicted mean; `state` reads the integrated state less its noise, `x - sigma z`
+                (the readout of arXiv 2502.00500 where z = x_0); None takes the trajectory's own.
 
         Returns:
             (L, B, ...).
@@ -73,6 +75,7 @@ class Trajectory:
         Raises:
             ValueError: times outside the grid's part of the clip, or an unknown source.
         """
+        source = source or self.source
         first = int(torch.searchsorted(self.grid, 0.0))
         grid = self.grid[first:]
         times = torch.as_tensor(flow_times, dtype=torch.float64, device="cpu").reshape(-1)

@@ -1,22 +1,31 @@
-"""What the trainer and the samplers know of a method."""
+"""The contract between a method and the programs that run it: the trainer, the sampler and the evaluation.
+
+A method is one class: what it needs of a dataset, its options, a loss and a sampler. The programs never ask which one
+they run. Tasks are boolean masks: which frames of a clip are given, in training (`Batch.given`) and in sampling
+(`Request.given`).
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from model.backbones.conditioning import Conditioning
+from model.flow.solver import METHODS as SOLVERS
 
 
 @dataclass(frozen=True)
-class ClipBatch:
-    """Clips as a method trains on them; every tensor has the batch first."""
+class Batch:
+    """Clips as a method trains on them; every tensor has the batch first, N is the most frames of a clip."""
 
     clip_ids: tuple[str, ...]
     """Names of the clips."""
-    coefficients: Tensor
-    """(B, order, C, h, w): HiPPO-LegS coefficients of the latents' path."""
     text: Tensor
     """(B, M, D): embedded captions, zero past their lengths."""
     text_length: Tensor
@@ -27,22 +36,170 @@ class ClipBatch:
     """(B,): seconds from the film's start."""
     duration: Tensor
     """(B,): seconds."""
+    coefficients: Tensor | None = None
+    """(B, order, C, h, w): HiPPO-LegS coefficients of the latents' path, where the method reads `coefficients`."""
+    latents: Tensor | None = None
+    """(B, N, C, h, w): latents of the kept frames, zero for padding, where the method reads `latents`."""
+    frame_time: Tensor | None = None
+    """(B, N): seconds in the clip, zero for padding, where the method reads `frame_time`."""
+    valid: Tensor | None = None
+    """(B, N) bool: which frames are no padding."""
+    observed: Tensor | None = None
+    """(B, N) bool: which frames entered the coefficients."""
+    given: Tensor | None = None
+    """(B, N) bool: which frames the task gives; None leaves the draw to the method."""
 
-    def to(self, device: torch.device) -> ClipBatch:
+    def to(self, device: torch.device) -> Batch:
         """The same clips on `device`."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return ClipBatch(clip_ids=self.clip_ids, **moved)
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return dataclasses.replace(self, **moved)
+
+    def part(self, name: str) -> Tensor:
+        """A tensor that the method reads from the shards. Raises ValueError where the batch lacks it."""
+        value = getattr(self, name)
+        if not isinstance(value, Tensor):
+            raise ValueError(f"the batch has no {name}; the method must list it among its members")
+        return value
 
 
-class Method(Protocol):
-    """A way to learn videos: a loss for training. The trainer never asks which one it runs."""
+@dataclass(frozen=True)
+class SampleSettings:
+    """How to integrate; a method ignores what it has no use for."""
 
-    def loss(self, backbone: torch.nn.Module, batch: ClipBatch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Named scalars; `loss` is the one that is minimised."""
+    steps: int = 32
+    """Solver steps on a window of the clip; the frame rate does not change it."""
+    warmup_steps: int = 8
+    """Solver steps from noise to the first frame."""
+    solver: str = "euler"
+    """A method of model/flow/solver.py."""
+    guidance: float = 1.0
+    """Classifier-free guidance; 1 is none."""
+    seed: int = 0
+    """Seed of the noise."""
+    reanchor: bool = True
+    """Whether the state is set back on the predicted mean, `x = mean + sigma z`, at every solver step of the clip: its
+    drift is then cut, not summed (docs/experiments.md)."""
+
+    def __post_init__(self) -> None:
+        for name, value in {"steps": self.steps, "warmup_steps": self.warmup_steps}.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver is {self.solver!r}; it must be one of {', '.join(SOLVERS)}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance is {self.guidance}; it must be a number, 1 for none")
+        if not 0 <= self.seed < 2**62:
+            raise ValueError(f"seed is {self.seed}; it must lie between 0 and 2^62")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Clips to sample: what they are told, what is given of them, and how to integrate."""
+
+    conditioning: Conditioning
+    """Captions and clips (B); a method adds given frames itself."""
+    seeds: tuple[int, ...]
+    """The seed of each clip's noise (B)."""
+    shape: tuple[int, int, int]
+    """(C, h, w) of a frame's latents."""
+    settings: SampleSettings = dataclasses.field(default_factory=SampleSettings)
+    """How to integrate."""
+    unconditional: Conditioning | None = None
+    """The empty caption's, for guidance."""
+    frames: Tensor | None = None
+    """(B, G, C, h, w): latents of frames that are given; None where none are."""
+    frame_time: Tensor | None = None
+    """(G,) seconds in the clip of the given frames."""
+    given: Tensor | None = None
+    """(B, G) bool: which of them are given for which clip."""
+
+    def noise(self) -> Tensor:
+        """(B, C, h, w) standard normal latents, each a function of its own seed, on the conditioning's device."""
+        drawn = [torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)) for seed in self.seeds]
+        return torch.stack(drawn).to(self.conditioning.text.device)
+
+    def first_frame(self) -> Tensor | None:
+        """(B, C, h, w): the first frame of the image-to-video task; None where no frame is given.
+
+        Raises:
+            ValueError: other frames are given, or only some clips have one; the message says what is possible.
+        """
+        if self.frames is None:
+            return None
+        assert self.frame_time is not None
+        assert self.given is not None
+        if self.frame_time.tolist() != [0.0] or not bool(self.given.all()):
+            raise ValueError(
+                f"frames at {self.frame_time.tolist()} s are given; this method takes the first frame (0 s) of every "
+                "clip, or none"
+            )
+        return self.frames[:, 0]
+
+
+class Sample(Protocol):
+    """Sampled clips, readable at any time."""
+
+    @property
+    def network_calls(self) -> int:
+        """Calls of the backbone so far."""
+        ...
+
+    def read(self, times: Sequence[float] | Tensor) -> Tensor:
+        """Latents (L, B, C, h, w) at times (L,) in [0, 1], in units of the clip's duration."""
         ...
 
 
-def drop_captions(batch: ClipBatch, dropped: Tensor) -> tuple[Tensor, Tensor]:
+class Clip(Protocol):
+    """What a method may look at before training."""
+
+    @property
+    def members(self) -> Mapping[str, Any]:
+        """Arrays by name."""
+        ...
+
+
+class Method(Protocol):
+    """A way to learn videos. Implementations are frozen dataclasses made by `build`."""
+
+    name: ClassVar[str]
+    """What `--set method=...` calls it."""
+    members: ClassVar[tuple[str, ...]]
+    """Arrays of a shard's sample that its batches need, beside the caption: of `coefficients, latents, frame_time,
+    observed`."""
+    heads: ClassVar[tuple[str, ...]]
+    """Heads of the backbone that it trains."""
+    temporal: ClassVar[bool]
+    """Whether its backbone sees sequences of frames with their times."""
+    takes_first_frame: ClassVar[bool]
+    """Whether a first frame can be given: windows of a long video then go on from each other, else they stand alone."""
+    Options: ClassVar[type[Any]]
+    """A frozen dataclass with a default for every field: what a training recipe chooses."""
+
+    @property
+    def states_per_clip(self) -> int:
+        """States of a clip in one step, for the throughput in the log."""
+        ...
+
+    @classmethod
+    def prepare(cls, clips: Sequence[Clip], clip_format: Mapping[str, Any]) -> dict[str, float]:
+        """Figures of the training clips that the method needs; measured once and kept in the run's record."""
+        ...
+
+    @classmethod
+    def build(cls, options: Any, figures: Mapping[str, float], clip_format: Mapping[str, Any]) -> Method:
+        """The method with these options on a version's clips. Raises ValueError for options that cannot be."""
+        ...
+
+    def loss(self, backbone: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """Named scalars; `loss`, the first, is minimised, the second is shown beside it."""
+        ...
+
+    def sample(self, backbone: nn.Module, request: Request) -> Sample:
+        """Samples the requested clips. Raises ValueError for a task it cannot do."""
+        ...
+
+
+def drop_captions(batch: Batch, dropped: Tensor) -> tuple[Tensor, Tensor]:
     """Text (B, M, D) and lengths (B,) with the empty caption where `dropped` (B,) is true."""
     length = batch.empty_text.shape[0]
     rows = max(length, batch.text.shape[1])

@@ -7,23 +7,54 @@ model/flow/path.py. The network predicts m(max(r, 0)) and m'(max(r, 0)), and the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model.backbones.dit import Conditioning
+from model.backbones.conditioning import Conditioning
 from model.flow.path import PaperPath, WarmupPath
 from model.flow.solver import Trajectory, solve
 from model.legs import basis_torch, derivative_torch
-from model.methods.base import ClipBatch, drop_captions
-from model.recipes import TrainRecipe
+from model.methods.base import Batch, Clip, Request, drop_captions
 
 END_SHARE, END_FROM = 0.06, 0.9
 """Share of the clip's training times that fall on its end, from END_FROM on, beside the even spread: the end has
 neighbours on one side only. The beginning needs none, the warm-up trains it."""
+
+
+@dataclass(frozen=True)
+class VLFMOptions:
+    """What a training recipe chooses of VLFM."""
+
+    path: str = "warmup"
+    """Flow path: `warmup` (docs/method.md) or `paper` (as printed, for comparison)."""
+    warmup: float = 0.25
+    """Length of the noise-to-first-frame part, in units of the clip's duration."""
+    sigma_end: float = 0.1
+    """Standard deviation of the path at every time of the clip, in latents of unit variance."""
+    times_per_clip: int = 4
+    """Flow times drawn for each clip of a step: one read of the clip serves them all."""
+    warmup_share: float = 0.3
+    """Share of the training times that fall on the warm-up, in (0, 1)."""
+    warmup_focus: float = 2.0
+    """Draws the warm-up's times towards the noise, where the caption alone must tell the frame; 1 is uniform."""
+    state_jitter: float = 0.3
+    """How far along the clip (standard deviation, in flow time) a state may be from its time in training. Without it
+    the network reads the time off the state, and a sample that once lags stays behind (docs/experiments.md)."""
+    error_focus: float = 1.0
+    """Exponent that weighs a state by its error relative to the others', so that no time of a clip is left behind; 0
+    weighs all alike."""
+    derivative_weight: float = 0.1
+    """Weight of the derivative's loss beside the mean's; each is in units of its own mean square over the data."""
+    caption_dropout: float = 0.1
+    """Rate at which caption and clip_start are replaced by the empty caption, for guidance."""
+    context_dropout: float = 0.75
+    """Rate at which the first frame is hidden; high, because most videos start from a prompt alone."""
 
 
 @dataclass(frozen=True)
@@ -39,45 +70,60 @@ class VLFM:
     derivative was wrong before, and the network must learn to set it right from the flow time, not to follow it.
     """
 
+    name: ClassVar[str] = "vlfm"
+    members: ClassVar[tuple[str, ...]] = ("coefficients",)
+    heads: ClassVar[tuple[str, ...]] = ("mean", "derivative")
+    temporal: ClassVar[bool] = False
+    takes_first_frame: ClassVar[bool] = True
+    Options: ClassVar[type[VLFMOptions]] = VLFMOptions
+
+    options: VLFMOptions
+    """What the recipe chose."""
     path: WarmupPath | PaperPath
     """The flow's path."""
     mean_scale: float
     """Root mean square of m over the data and over r in [0, 1]."""
     derivative_scale: float
     """The same of m', per unit of flow time."""
-    times_per_clip: int = 1
-    """Flow times drawn for each clip of a batch."""
-    warmup_share: float = 0.3
-    """Share of them on the warm-up."""
-    warmup_focus: float = 2.0
-    """Exponent that draws these towards the noise."""
-    state_jitter: float = 0.0
-    """How far along the clip a state may be from its time: standard deviation in flow time."""
-    error_focus: float = 0.0
-    """Exponent that weighs states by their error; 0 weighs all alike."""
-    derivative_weight: float = 0.1
-    """Weight of the derivative's loss."""
-    caption_dropout: float = 0.1
-    """Rate of the empty caption."""
-    context_dropout: float = 0.75
-    """Rate of the hidden first frame."""
 
-    def loss(self, backbone: nn.Module, batch: ClipBatch, generator: torch.Generator) -> dict[str, Tensor]:
+    @property
+    def states_per_clip(self) -> int:
+        """Flow times drawn for each clip."""
+        return self.options.times_per_clip
+
+    @classmethod
+    def prepare(cls, clips: Sequence[Clip], clip_format: Mapping[str, Any]) -> dict[str, float]:
+        """`mean_scale` and `derivative_scale` of the clips."""
+        mean, derivative = curve_scales(clips, clip_format["order"])
+        return {"mean_scale": mean, "derivative_scale": derivative}
+
+    @classmethod
+    def build(cls, options: VLFMOptions, figures: Mapping[str, float], clip_format: Mapping[str, Any]) -> VLFM:
+        """The method on a version's clips (`Version.clip`). Raises ValueError for values a path cannot have."""
+        if options.path not in ("warmup", "paper"):
+            raise ValueError(f"path is {options.path!r}; it must be warmup or paper: --set path=warmup")
+        path: WarmupPath | PaperPath = WarmupPath(options.warmup, options.sigma_end)
+        if options.path == "paper":
+            path = PaperPath(frames=clip_format["frames_observed_max"], duration=clip_format["duration"])
+        return cls(options, path, figures["mean_scale"], figures["derivative_scale"])
+
+    def loss(self, backbone: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """The flow-matching loss of a batch: `loss`, and its parts `mean`, `derivative` and `velocity`.
 
         `mean` and `derivative` are relative mean squared errors; `velocity` is the error of the assembled velocity in
         latents per unit of flow time, squared: what the paper's equation calls the loss, for the record.
         """
-        device = batch.coefficients.device
-        count, times = batch.coefficients.shape[0], self.times_per_clip
+        options, coefficients = self.options, batch.part("coefficients")
+        device = coefficients.device
+        count, times = coefficients.shape[0], options.times_per_clip
         flow_time = self.draw_times(count, generator, device)  # (B, K)
-        mean, derivative = curve(batch.coefficients, flow_time.clamp(min=0))  # (B, K, C, h, w)
+        mean, derivative = curve(coefficients, flow_time.clamp(min=0))  # (B, K, C, h, w)
         noise = torch.randn(mean.shape, generator=generator, device=device)
         wide = flow_time[:, :, None, None, None]
         shown = mean
-        if self.state_jitter > 0:
-            step = self.state_jitter * torch.randn(flow_time.shape, generator=generator, device=device)
-            shown, _ = curve(batch.coefficients, torch.where(flow_time > 0, flow_time + step, 0.0).clamp(0, 1))
+        if options.state_jitter > 0:
+            step = options.state_jitter * torch.randn(flow_time.shape, generator=generator, device=device)
+            shown, _ = curve(coefficients, torch.where(flow_time > 0, flow_time + step, 0.0).clamp(0, 1))
         centre, sigma = self.path.evaluate(wide, shown)
         latents = centre + sigma * noise
 
@@ -85,19 +131,19 @@ class VLFM:
         # The caption is told once for all times of a clip; the backbone reads it once then.
         told = {name: value.repeat_interleave(times, 0) for name, value in vars(given).items()}
         given = Conditioning(**{**told, "text": given.text, "text_length": given.text_length})
-        predicted, slope = backbone(latents.flatten(0, 1)[:, None], flow_time.reshape(-1, 1), given)
-        predicted = predicted[:, 0].unflatten(0, (count, times)).float() * self.mean_scale
-        slope = slope[:, 0].unflatten(0, (count, times)).float() * self.derivative_scale
+        found = backbone(latents.flatten(0, 1)[:, None], flow_time.reshape(-1, 1), given)
+        predicted = found["mean"][:, 0].unflatten(0, (count, times)).float() * self.mean_scale
+        slope = found["derivative"][:, 0].unflatten(0, (count, times)).float() * self.derivative_scale
 
         errors = (predicted - mean).square().mean(dim=(2, 3, 4)) / self.mean_scale**2  # (B, K)
-        weights = (errors.detach() / errors.detach().mean().clamp(min=1e-12)) ** self.error_focus
+        weights = (errors.detach() / errors.detach().mean().clamp(min=1e-12)) ** options.error_focus
         mean_loss = (errors * weights / weights.mean().clamp(min=1e-12)).mean()
         derivative_loss = (slope - derivative).square().mean() / self.derivative_scale**2
         with torch.no_grad():
             target = self.path.velocity(latents, wide, mean, derivative)
             velocity_loss = (self.path.velocity(latents, wide, predicted, slope) - target).square().mean()
         return {
-            "loss": mean_loss + self.derivative_weight * derivative_loss,
+            "loss": mean_loss + options.derivative_weight * derivative_loss,
             "mean": errors.detach().mean(),
             "derivative": derivative_loss.detach(),
             "velocity": velocity_loss,
@@ -105,110 +151,95 @@ class VLFM:
 
     def draw_times(self, count: int, generator: torch.Generator, device: torch.device) -> Tensor:
         """(count, K) flow times: stratified over the clips, `warmup_share` of them before 0."""
-        total = count * self.times_per_clip
+        total = count * self.options.times_per_clip
         order = torch.randperm(total, generator=generator, device=device)
         even = (order + torch.rand(total, generator=generator, device=device)) / total
-        share = self.warmup_share if self.path.start < 0 else 0.0
-        early = self.path.start * (1 - (even / max(share, 1e-9)).clamp(max=1) ** self.warmup_focus)
+        share = self.options.warmup_share if self.path.start < 0 else 0.0
+        early = self.path.start * (1 - (even / max(share, 1e-9)).clamp(max=1) ** self.options.warmup_focus)
         place = ((even - share) / (1 - share)).clamp(0, 1)
         spread, at_end = place / (1 - END_SHARE), 1 - (1 - END_FROM) * (1 - place) / END_SHARE
         late = torch.where(spread < 1, spread, at_end)
-        return torch.where(even < share, early, late).reshape(count, self.times_per_clip)
+        return torch.where(even < share, early, late).reshape(count, self.options.times_per_clip)
 
-    def conditioning(self, batch: ClipBatch, generator: torch.Generator) -> Conditioning:
+    def conditioning(self, batch: Batch, generator: torch.Generator) -> Conditioning:
         """What the network is told of each clip in training, with captions and first frames dropped at their rates."""
-        device, count = batch.coefficients.device, batch.coefficients.shape[0]
-        dropped = torch.rand(count, generator=generator, device=device) < self.caption_dropout
-        hidden = torch.rand(count, generator=generator, device=device) < self.context_dropout
+        coefficients = batch.part("coefficients")
+        device, count = coefficients.device, coefficients.shape[0]
+        dropped = torch.rand(count, generator=generator, device=device) < self.options.caption_dropout
+        hidden = torch.rand(count, generator=generator, device=device) < self.options.context_dropout
+        if batch.given is not None:
+            if bool(batch.given[:, 1:].any()):
+                raise ValueError("the batch gives other frames than the first; vlfm can be given the first frame alone")
+            hidden = ~batch.given[:, 0]
         text, length = drop_captions(batch, dropped)
-        context, _ = curve(batch.coefficients, torch.zeros(count, 1, device=device))
-        shown = (~hidden).float()
+        context, _ = curve(coefficients, torch.zeros(count, 1, device=device))  # (B, 1, C, h, w)
+        shown = ~hidden[:, None]  # (B, 1)
         return Conditioning(
             text=text,
             text_length=length,
             clip_start=batch.clip_start.float(),
             named=(~dropped).float(),
             log_duration=batch.duration.log().float(),
-            context=context[:, 0] * shown[:, None, None, None],
+            context=context * shown[:, :, None, None, None],
             context_given=shown,
         )
 
     @torch.no_grad()
-    def sample(
-        self,
-        backbone: nn.Module,
-        given: Conditioning,
-        noise: Tensor,
-        *,
-        steps: int = 32,
-        warmup_steps: int = 8,
-        solver: str = "euler",
-        guidance: float = 1.0,
-        unconditional: Conditioning | None = None,
-        first_frame: Tensor | None = None,
-        reanchor: bool = True,
-    ) -> Trajectory:
-        """Integrate the flow from `noise` (B, C, h, w); the trajectory is read at any time of the clip.
+    def sample(self, backbone: nn.Module, request: Request) -> Trajectory:
+        """Integrate the flow from noise; the trajectory is read at any time of the clip.
 
-        Args:
-            backbone: the trained network.
-            given: caption, clip_start and, where given, the first frame.
-            noise: standard normal latents; kept as the path's noise all along.
-            steps: solver steps on the clip, however many frames are read.
-            warmup_steps: solver steps from noise to the first frame.
-            solver: a method of model/flow/solver.py.
-            guidance: weight of classifier-free guidance on the warm-up; 1 is none. On the clip it would scale motion.
-            unconditional: the empty caption's conditioning; needed when guidance is not 1.
-            first_frame: (B, C, h, w) latents of the first frame; the flow then starts on the clip, at r = 0.
-            reanchor: whether the state is set back on the predicted mean at the clip's grid points.
+        Guidance acts on the warm-up alone: on the clip it would scale motion. With a given first frame the flow starts
+        on the clip, at r = 0.
 
         Raises:
-            ValueError: guidance without the empty caption.
+            ValueError: guidance without the empty caption, or other frames given than the first.
         """
+        settings, first_frame, noise = request.settings, request.first_frame(), request.noise()
+        guidance, unconditional = settings.guidance, request.unconditional
         if guidance != 1.0 and unconditional is None:
             raise ValueError(f"guidance is {guidance}, so the empty caption's conditioning must be given")
-        grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+        told = with_first_frame(request.conditioning, first_frame)
+        untold = None if unconditional is None else with_first_frame(unconditional, first_frame)
+        grid = torch.linspace(0, 1, settings.steps + 1, dtype=torch.float64)
         if first_frame is None and self.path.start < 0:
-            grid = torch.cat([torch.linspace(self.path.start, 0, warmup_steps + 1, dtype=torch.float64)[:-1], grid])
+            before = torch.linspace(self.path.start, 0, settings.warmup_steps + 1, dtype=torch.float64)[:-1]
+            grid = torch.cat([before, grid])
 
         def predict(latents: Tensor, flow_time: float) -> tuple[Tensor, Tensor]:
-            time = torch.full((latents.shape[0], 1), flow_time, device=latents.device)
-            mean, slope = backbone(latents[:, None], time, given)
+            mean, slope = self.predict(backbone, latents, flow_time, told)
             if guidance != 1.0 and flow_time < 0:
-                assert unconditional is not None
-                free, free_slope = backbone(latents[:, None], time, unconditional)
+                assert untold is not None
+                free, free_slope = self.predict(backbone, latents, flow_time, untold)
                 mean, slope = free + guidance * (mean - free), free_slope + guidance * (slope - free_slope)
-            return mean[:, 0].float() * self.mean_scale, slope[:, 0].float() * self.derivative_scale
+            return mean * self.mean_scale, slope * self.derivative_scale
 
-        return solve(self.path, predict, noise, grid, method=solver, reanchor=reanchor, start_mean=first_frame)
+        trajectory = solve(
+            self.path,
+            predict,
+            noise,
+            grid,
+            method=settings.solver,
+            reanchor=settings.reanchor,
+            start_mean=first_frame,
+        )
+        # The printed path's network learns no clean mean at its noisy times; it is read as the paper does.
+        return dataclasses.replace(trajectory, source="state" if self.options.path == "paper" else "mean")
+
+    def predict(
+        self, backbone: nn.Module, latents: Tensor, flow_time: float, given: Conditioning
+    ) -> tuple[Tensor, Tensor]:
+        """What the heads say, unscaled, of latents (B, C, h, w) that all have one flow time: m and m', float32."""
+        time = torch.full((latents.shape[0], 1), flow_time, device=latents.device)
+        found = backbone(latents[:, None], time, given)
+        return found["mean"][:, 0].float(), found["derivative"][:, 0].float()
 
 
-def make_vlfm(
-    recipe: TrainRecipe, clip: Mapping[str, Any], mean_scale: float = 1.0, derivative_scale: float = 1.0
-) -> VLFM:
-    """The method of a training recipe on a version's clips (`Version.clip`) with these root mean squares.
-
-    Raises:
-        ValueError: an unknown path, or values a path cannot have.
-    """
-    if recipe.path not in ("warmup", "paper"):
-        raise ValueError(f"path is {recipe.path!r}; it must be warmup or paper: --set path=warmup")
-    path: WarmupPath | PaperPath = WarmupPath(recipe.warmup, recipe.sigma_end)
-    if recipe.path == "paper":
-        path = PaperPath(frames=clip["frames_observed_max"], duration=clip["duration"])
-    return VLFM(
-        path=path,
-        mean_scale=mean_scale,
-        derivative_scale=derivative_scale,
-        times_per_clip=recipe.times_per_clip,
-        warmup_share=recipe.warmup_share,
-        warmup_focus=recipe.warmup_focus,
-        state_jitter=recipe.state_jitter,
-        error_focus=recipe.error_focus,
-        derivative_weight=recipe.derivative_weight,
-        caption_dropout=recipe.caption_dropout,
-        context_dropout=recipe.context_dropout,
-    )
+def with_first_frame(given: Conditioning, first_frame: Tensor | None) -> Conditioning:
+    """The conditioning with the first frame (B, C, h, w) as its context; unchanged where there is none."""
+    if first_frame is None:
+        return given
+    context = first_frame[:, None]
+    return dataclasses.replace(given, context=context, context_given=torch.ones_like(given.context_given))
 
 
 def curve(coefficients: Tensor, flow_time: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,3 +251,24 @@ def curve(coefficients: Tensor, flow_time: Tensor) -> tuple[Tensor, Tensor]:
         torch.bmm(basis_torch(flow_time, order).to(flat.dtype), flat).view(shape),
         torch.bmm(derivative_torch(flow_time, order).to(flat.dtype), flat).view(shape),
     )
+
+
+def curve_scales(clips: Sequence[Clip], order: int, most: int = 4096) -> tuple[float, float]:
+    """Root mean squares of m(r) and m'(r) over r in [0, 1] and over the clips (`most` of them, evenly spread).
+
+    Exact for each clip: the basis is orthonormal, so the mean square of a curve is the sum of its squared coefficients,
+    and Gauss-Legendre quadrature of the derivative is exact for polynomials.
+    """
+    chosen = np.unique(np.linspace(0, len(clips) - 1, min(len(clips), most)).astype(int))
+    nodes, weights = np.polynomial.legendre.leggauss(order + 1)
+    at = torch.from_numpy((nodes + 1) / 2)
+    gram = torch.from_numpy(weights / 2)
+    slopes = derivative_torch(at, order)  # (nodes, order)
+    gram_matrix = (slopes.T * gram) @ slopes  # (order, order): integral of g'_n g'_m
+    values = torch.zeros(2, dtype=torch.float64)
+    for index in chosen:
+        flat = torch.from_numpy(clips[int(index)].members["coefficients"].astype(np.float64)).flatten(1)
+        energy = flat @ flat.T / flat.shape[1]
+        values += torch.stack([energy.trace(), (gram_matrix * energy).sum()])
+    mean, derivative = (values / len(chosen)).sqrt().tolist()
+    return max(mean, 1e-6), max(derivative, 1e-6)

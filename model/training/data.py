@@ -13,8 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from model.legs import derivative_torch
-from model.methods.base import ClipBatch
+from model.methods.base import Batch
 from model.stop import end_with_trainer
 from storage.layout import Lake
 from storage.shards import ShardReader
@@ -40,13 +39,16 @@ class Clips(Dataset[Clip]):
         lake: the lake.
         version: the version; nothing that it does not name is read.
         split: `train`, `validation`, or None for both.
+        arrays: what is read of a clip, such as `text` and `coefficients`; all there is by default.
 
     Raises:
         ValueError: a shard is missing or its size is not the version's; the message says how to mend it.
     """
 
-    def __init__(self, lake: Lake, version: Version, split: str | None = None) -> None:
-        self.lake, self.version, self.split = lake, version, split
+    def __init__(
+        self, lake: Lake, version: Version, split: str | None = None, arrays: Sequence[str] | None = None
+    ) -> None:
+        self.lake, self.version, self.split, self.arrays = lake, version, split, arrays
         for shard in version.shards:
             path = lake.shards / shard.name
             size = path.stat().st_size if path.is_file() else -1
@@ -73,14 +75,15 @@ class Clips(Dataset[Clip]):
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"lake": self.lake, "version": self.version, "split": self.split, "places": self.places}
+        return {name: getattr(self, name) for name in ("lake", "version", "split", "arrays", "places")}
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, index: int) -> Clip:
         shard, row = self.places[index]
-        sample = self.readers[shard][row]
+        names = None if self.arrays is None else ["clip.json", *(f"{name}.npy" for name in self.arrays)]
+        sample = self.readers[shard].read(row, names)
         members = {name.removesuffix(".npy"): value for name, value in sample.items() if name.endswith(".npy")}
         return Clip(self.readers[shard].keys[row], sample["clip.json"], members)
 
@@ -132,22 +135,44 @@ class Steps(Sampler[list[int]]):
 
 
 class Collate:
-    """Joins clips into a batch; the empty caption's embedding goes with every batch."""
+    """Joins clips into a batch; the empty caption's embedding goes with every batch.
 
-    def __init__(self, empty_text: NDArray[np.float16]) -> None:
+    Args:
+        empty_text: (E, D) embedding of the empty caption.
+        members: what the method reads: of `coefficients, latents, frame_time, observed`.
+    """
+
+    def __init__(self, empty_text: NDArray[np.float16], members: Sequence[str]) -> None:
         self.empty_text = torch.from_numpy(empty_text.astype(np.float32))
+        self.members = tuple(members)
 
-    def __call__(self, clips: Sequence[Clip]) -> ClipBatch:
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """The arrays of a clip that a batch is made of."""
+        return ("text", *self.members)
+
+    def __call__(self, clips: Sequence[Clip]) -> Batch:
         texts = [torch.from_numpy(clip.members["text"].astype(np.float32)) for clip in clips]
-        coefficients = np.stack([clip.members["coefficients"] for clip in clips]).astype(np.float32)
-        return ClipBatch(
+        asked: dict[str, torch.Tensor] = {}
+        if "coefficients" in self.members:
+            coefficients = np.stack([clip.members["coefficients"] for clip in clips]).astype(np.float32)
+            asked["coefficients"] = torch.from_numpy(coefficients)
+        by_frame = [name for name in ("latents", "frame_time", "observed") if name in self.members]
+        for name in by_frame:
+            kind = bool if name == "observed" else np.float32
+            rows = [torch.from_numpy(clip.members[name].astype(kind)) for clip in clips]
+            asked[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        if by_frame:
+            kept = torch.tensor([len(clip.members[by_frame[0]]) for clip in clips])
+            asked["valid"] = torch.arange(int(kept.max())) < kept[:, None]
+        return Batch(
             clip_ids=tuple(clip.clip_id for clip in clips),
-            coefficients=torch.from_numpy(coefficients),
             text=torch.nn.utils.rnn.pad_sequence(texts, batch_first=True),
             text_length=torch.tensor([len(text) for text in texts]),
             empty_text=self.empty_text,
             clip_start=torch.tensor([clip.about["clip_start"] for clip in clips], dtype=torch.float32),
             duration=torch.tensor([clip.about["duration"] for clip in clips], dtype=torch.float32),
+            **asked,
         )
 
 
@@ -163,28 +188,6 @@ def loader(clips: Clips, steps: Steps, collate: Collate, workers: int) -> DataLo
         multiprocessing_context="spawn" if workers else None,
         worker_init_fn=end_with_trainer if workers else None,
     )
-
-
-def curve_scales(clips: Clips, most: int = 4096) -> tuple[float, float]:
-    """Root mean squares of m(r) and m'(r) over r in [0, 1] and over the clips (`most` of them, evenly spread).
-
-    Exact for each clip: the basis is orthonormal, so the mean square of a curve is the sum of its squared coefficients,
-    and Gauss-Legendre quadrature of the derivative is exact for polynomials.
-    """
-    chosen = np.unique(np.linspace(0, len(clips) - 1, min(len(clips), most)).astype(int))
-    order = clips.version.clip["order"]
-    nodes, weights = np.polynomial.legendre.leggauss(order + 1)
-    at = torch.from_numpy((nodes + 1) / 2)
-    gram = torch.from_numpy(weights / 2)
-    slopes = derivative_torch(at, order)  # (nodes, order)
-    gram_matrix = (slopes.T * gram) @ slopes  # (order, order): integral of g'_n g'_m
-    values = torch.zeros(2, dtype=torch.float64)
-    for index in chosen:
-        flat = torch.from_numpy(clips[int(index)].members["coefficients"].astype(np.float64)).flatten(1)
-        energy = flat @ flat.T / flat.shape[1]
-        values += torch.stack([energy.trace(), (gram_matrix * energy).sum()])
-    mean, derivative = (values / len(chosen)).sqrt().tolist()
-    return max(mean, 1e-6), max(derivative, 1e-6)
 
 
 def lake_and_version(lake: str | Path, number: int | None) -> tuple[Lake, Version]:

@@ -18,21 +18,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import legs
-from model.flow.solver import Trajectory
-from model.methods.vlfm import make_vlfm
+from model.methods.base import Request, SampleSettings
+from model.methods.vlfm import VLFM, VLFMOptions
 from model.metrics.pictures import decibels, psnr
 from model.program import add_settings_option, parse_settings, run_program
 from model.progress import Progress
-from model.recipes import TrainRecipe, override
-from model.sample import Sampler, SampleSettings
+from model.recipes import TrainRecipe
+from model.sample import Sampler
+from model.settings import override
 from model.train import train
 from model.training.checkpoint import Run
 from model.training.data import Clip, Clips, lake_and_version
 from pipeline.experiments.looks import Looks
-from pipeline.experiments.per_frame import make_per_frame, sample_frames, times_of
 from storage.fingerprint import fingerprint, short_id
 from storage.layout import write_atomic
 
@@ -52,8 +52,6 @@ class Variant:
     """What the table calls it."""
     settings: Mapping[str, Any]
     """Fields of the recipe that set it apart."""
-    per_frame: bool = False
-    """Whether it learns single frames, each on its own."""
 
 
 VARIANTS = (
@@ -62,7 +60,7 @@ VARIANTS = (
     Variant("sigma 0.03", {"sigma_end": 0.03}),
     Variant("sigma 0.3", {"sigma_end": 0.3}),
     Variant("sigma 0.1, no jitter", {"sigma_end": 0.1, "state_jitter": 0.0}),
-    Variant("per frame", {}, per_frame=True),
+    Variant("per frame", {"method": "per_frame"}),
     Variant("paper path", {"path": "paper", "state_jitter": 0.0}),
     Variant("sigma 0.1, jitter 0.1", {"sigma_end": 0.1, "state_jitter": 0.1}),
     Variant("sigma 0.01, no jitter", {"sigma_end": 0.01, "state_jitter": 0.0}),
@@ -150,11 +148,9 @@ def drift_recipe() -> TrainRecipe:
         heads=4,
         patch=4,
         batch=16,
-        times_per_clip=2,
-        warmup_share=0.25,
-        state_jitter=0.3,
-        error_focus=0.0,
-        context_dropout=0.9,
+        options=VLFMOptions(
+            times_per_clip=2, warmup_share=0.25, state_jitter=0.3, error_focus=0.0, context_dropout=0.9
+        ),
         steps=1200,
         learning_rate=2e-3,
         learning_rate_warmup=50,
@@ -197,7 +193,7 @@ def experiment(lake: str | Path, out: str | Path, recipe: TrainRecipe) -> list[R
         run = Run(out / "runs" / f"{variant.name.replace(' ', '-').replace(',', '')}-{short_id(made_of)}")
         if not run.steps() or run.steps()[-1] < chosen.steps:
             print(f"network {number} of {len(VARIANTS)}: {variant.name}", file=sys.stderr)
-            train(lake, run.root, chosen, version.number, make_per_frame if variant.per_frame else make_vlfm)
+            train(lake, run.root, chosen, version.number)
         rows += sampled(variant, run, clips)
     rows = [*references(Sampler(run.root), clips), *rows]
     write_atomic(out / "drift.json", json.dumps(as_json(rows), indent=1).encode())
@@ -215,10 +211,7 @@ def sampled(variant: Variant, run: Run, clips: Sequence[Clip]) -> list[Row]:
     if missing:
         sampler, progress = Sampler(run.root), Progress("sample", len(missing), "readings")
     for made_of, reading in missing.items():
-        if variant.per_frame:
-            latents, calls = sample_frames(sampler, clips, reading.settings.warmup_steps, reading.source)
-        else:
-            latents, calls = sample_clips(sampler, reading, clips)
+        latents, calls = sample_clips(sampler, reading, clips)
         measured = [measure(sampler, clip, read) for clip, read in zip(clips, latents, strict=True)]
         row = Row(variant.name, reading.name, calls, measured)
         known[made_of] = dataclasses.asdict(row)
@@ -229,7 +222,7 @@ def sampled(variant: Variant, run: Run, clips: Sequence[Clip]) -> list[Row]:
 
 def readings_of(variant: Variant) -> tuple[Reading, ...]:
     """How a network is sampled."""
-    if variant.per_frame:
+    if variant.settings.get("method") == "per_frame":
         return FRAME_READINGS
     if variant.settings.get("path") == "paper":
         return PAPER_READINGS
@@ -239,31 +232,33 @@ def readings_of(variant: Variant) -> tuple[Reading, ...]:
 def sample_clips(sampler: Sampler, reading: Reading, clips: Sequence[Clip]) -> tuple[list[Tensor], int]:
     """Every clip's kept frames (k, C, h, w), each clip from noise of its own, and the network calls for one."""
     found: list[Tensor] = []
-    for start in range(0, len(clips), CLIPS_AT_ONCE):
-        part = clips[start : start + CLIPS_AT_ONCE]
-        noise = sampler.noise(range(start, start + len(part)))
-        path, scale = sampler.method.path, sampler.method.mean_scale
-        truth = torch.from_numpy(np.stack([clip.members["coefficients"] for clip in part])).float()
-        network = Looks(sampler.backbone, reading.look, path, scale, noise, truth.to(sampler.device))
-        trajectory = sampler.method.sample(
-            network,
-            sampler.conditioning([c.about["caption"] for c in part], [c.about["clip_start"] for c in part]),
-            noise,
-            steps=reading.settings.steps,
-            warmup_steps=reading.settings.warmup_steps,
-            solver=reading.settings.solver,
-            reanchor=reading.settings.reanchor,
+    calls = 0
+    size = CLIPS_AT_ONCE if isinstance(sampler.method, VLFM) else 1
+    for start in range(0, len(clips), size):
+        part = clips[start : start + size]
+        request = Request(
+            conditioning=sampler.conditioning(
+                [clip.about["caption"] for clip in part], [clip.about["clip_start"] for clip in part]
+            ),
+            seeds=tuple(range(start, start + len(part))),
+            shape=tuple(sampler.clip["latent_shape"]),
+            settings=reading.settings,
         )
+        network: nn.Module = sampler.backbone
+        if isinstance(sampler.method, VLFM):
+            truth = torch.from_numpy(np.stack([clip.members["coefficients"] for clip in part])).float()
+            path, scale = sampler.method.path, sampler.method.mean_scale
+            network = Looks(sampler.backbone, reading.look, path, scale, request.noise(), truth.to(sampler.device))
+        sample: Any = sampler.method.sample(network, request)
         for index, clip in enumerate(part):
-            found.append(one_of(trajectory, index).read(times_of(clip, sampler), reading.source)[:, 0])
-    return found, network.calls
+            found.append(sample.read(times_of(clip, sampler), reading.source)[:, index])
+        calls = network.calls if isinstance(network, Looks) else max(calls, sample.network_calls * len(found[-1]))
+    return found, calls
 
 
-def one_of(trajectory: Trajectory, index: int) -> Trajectory:
-    """The trajectory of one clip among those that were sampled together."""
-    batched = ("means", "derivatives", "states")
-    alone = {name: getattr(trajectory, name)[:, index : index + 1] for name in batched}
-    return dataclasses.replace(trajectory, **alone, noise=trajectory.noise[index : index + 1])
+def times_of(clip: Clip, sampler: Sampler) -> Tensor:
+    """(k,) float64: the kept frames' places r in the clip."""
+    return torch.from_numpy(clip.members["frame_time"] / sampler.window).clamp(0, 1)
 
 
 def references(sampler: Sampler, clips: Sequence[Clip]) -> list[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from model.backbones.dit import Conditioning
+from model.backbones.conditioning import Conditioning
 from model.flow.solver import Path
 from model.methods.vlfm import curve
 
@@ -38,7 +38,7 @@ class Looks(nn.Module):
         self.noise, self.truth, self.calls = noise, truth, 0
         self.first: Tensor | None = None
 
-    def forward(self, latents: Tensor, time: Tensor, given: Conditioning) -> tuple[Tensor, Tensor]:
+    def forward(self, latents: Tensor, time: Tensor, given: Conditioning) -> dict[str, Tensor]:
         """As `Backbone.forward`, for states (B, 1, C, h, w) that all have one flow time."""
         now = float(time.flatten()[0])
         if now < 0:
@@ -47,16 +47,15 @@ class Looks(nn.Module):
             latents = self.first
         elif self.look == "truth":
             latents = self._state(curve(self.truth, time)[0], now)
-        mean, slope = self._ask(latents, time, given)
+        found = self._ask(latents, time, given)
+        state = self._state(found["mean"] * self.mean_scale, now)
         if now == 0:
-            self.first = self._state(mean * self.mean_scale, now)
-        if self.look == "twice":
-            mean, slope = self._ask(self._state(mean * self.mean_scale, now), time, given)
-        return mean, slope
+            self.first = state
+        return self._ask(state, time, given) if self.look == "twice" else found
 
-    def _ask(self, latents: Tensor, time: Tensor, given: Conditioning) -> tuple[Tensor, Tensor]:
+    def _ask(self, latents: Tensor, time: Tensor, given: Conditioning) -> dict[str, Tensor]:
         self.calls += 1
-        answer: tuple[Tensor, Tensor] = self.backbone(latents, time, given)
+        answer: dict[str, Tensor] = self.backbone(latents, time, given)
         return answer
 
     def _state(self, mean: Tensor, now: float) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Container
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from model.codec_train import CodecRecipe, Stage
-from model.methods.vlfm import make_vlfm
-from model.recipes import override
+from model.settings import override
 from model.train import train
 from model.training.checkpoint import Run
 from storage.layout import Lake
 from tests.model.test_train import TINY, environment, logged, weights
 from tests.model.tiny_lake import make_lake
+from tests.model.wrapped_method import Wrapper, vlfm_wrapped
 
 RECIPE = override(
     TINY, {"steps": 40, "log_every": 20, "checkpoint_every": 3, "checkpoints_kept": 2, "validate_every": 40}
@@ -38,11 +39,12 @@ def nan_gradient(loss: Tensor) -> Tensor:
     return loss
 
 
-class Spoiled:
+class Spoiled(Wrapper):
     """A method whose loss is spoiled at some steps, counted from `done`; validation is left alone."""
 
     def __init__(self, method: Any, bad: Container[int], kind: str, done: int = 0) -> None:
-        self.method, self.bad, self.kind, self.step = method, bad, kind, done
+        super().__init__(method)
+        self.bad, self.kind, self.step = bad, kind, done
 
     def loss(self, backbone: nn.Module, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = self.method.loss(backbone, batch, generator)
@@ -53,8 +55,8 @@ class Spoiled:
         return losses
 
 
-def spoiled(bad: Container[int], kind: str = "loss", done: int = 0) -> Callable[..., Any]:
-    return lambda *arguments: Spoiled(make_vlfm(*arguments), bad, kind, done)
+def spoiled(bad: Container[int], kind: str = "loss", done: int = 0) -> AbstractContextManager[None]:
+    return vlfm_wrapped(lambda method: Spoiled(method, bad, kind, done))
 
 
 def skipped(run: Path) -> list[int]:
@@ -85,7 +87,8 @@ def healthy(lake: Lake, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", SPOIL)
 def test_a_bad_step_changes_nothing_the_last_one_neither(lake: Lake, tmp_path: Path, kind: str) -> None:
     run = tmp_path / "run"
-    train(lake.root, run, RECIPE, method=spoiled({31, 32, 40}, kind))
+    with spoiled({31, 32, 40}, kind):
+        train(lake.root, run, RECIPE)
     assert skipped(run) == [31, 32, 40]
     assert Run(run).steps() == [39, 40]
     assert finite(weights(run, 39))
@@ -99,8 +102,9 @@ def test_many_in_a_row_end_the_run_and_the_good_checkpoints_stay(
     lake: Lake, healthy: Path, tmp_path: Path, kind: str
 ) -> None:
     run, recipe = tmp_path / "run", override(RECIPE, {"bad_steps_allowed": 5})
-    with pytest.raises(FloatingPointError, match=r"step 36 .* 6 steps in a row where 5 are allowed; the last") as error:
-        train(lake.root, run, recipe, method=spoiled(range(31, 99), kind))
+    told = r"step 36 .* 6 steps in a row where 5 are allowed; the last"
+    with spoiled(range(31, 99), kind), pytest.raises(FloatingPointError, match=told) as error:
+        train(lake.root, run, recipe)
     assert "\n" not in str(error.value)
     assert Run(run).steps() == [27, 30]
     assert same(weights(run, 27), weights(healthy, 27))
@@ -111,7 +115,8 @@ def test_many_in_a_row_end_the_run_and_the_good_checkpoints_stay(
 
 def test_a_checkpoint_that_is_due_waits_for_a_good_step(lake: Lake, tmp_path: Path) -> None:
     recipe = override(RECIPE, {"checkpoint_every": 15, "checkpoints_kept": 9})
-    train(lake.root, tmp_path / "run", recipe, method=spoiled({15, 16}))
+    with spoiled({15, 16}):
+        train(lake.root, tmp_path / "run", recipe)
     assert Run(tmp_path / "run").steps() == [17, 30, 40]
 
 
@@ -131,13 +136,14 @@ PROGRAM = """
 import os, sys
 from model.train import train
 from tests.model.test_bad_steps import RECIPE, spoiled
-from model.recipes import override
+from model.settings import override
 rank = int(os.environ["RANK"])
 try:
     recipe = override(RECIPE, {"steps": 12, "bad_steps_allowed": 1})
-    train(sys.argv[1], sys.argv[2], recipe, method=spoiled({2, 8, 9} if rank else (), "loss alone"))
+    with spoiled({2, 8, 9} if rank else (), "loss alone"):
+        train(sys.argv[1], sys.argv[2], recipe)
 except FloatingPointError as error:
-    print(rank, error, flush=True)
+    os.write(1, f"{rank} {error}\\n".encode())  # at once: the other process writes here too
 """
 
 

@@ -19,7 +19,7 @@ from model import codec_train
 from model.codec_train import CodecRecipe, cosine, main, pictures, train_codec
 from model.codecs.base import DiffusersCodec
 from model.codecs.ddim import DDIMSchedule, noise_levels
-from model.recipes import override
+from model.settings import override
 from model.stop import Stopped
 from model.text.encoder import pretrained_text_encoder
 from model.training.codec_data import Footage, dead_leaves, footage, random_crop, recoloured

@@ -17,9 +17,12 @@ import torch
 from PIL import Image
 
 from model import legs
-from model.evaluate import evaluate, headline, main
-from model.recipes import override, train_recipe
-from model.sample import Sampler, SampleSettings
+from model.evaluate import evaluate, main
+from model.evaluation.figures import headline
+from model.methods.base import SampleSettings
+from model.recipes import train_recipe
+from model.sample import Sampler
+from model.settings import override
 from model.train import train
 from model.training.data import Clips
 from storage import version
@@ -76,7 +79,7 @@ def test_the_figures_of_a_clip_made_again(made: Made, number: int) -> None:
     def decoded(values: Any) -> np.ndarray:
         return codec.decode(torch.as_tensor(np.asarray(values), dtype=torch.float32)).numpy()
 
-    trajectory = sampler.trajectory([row["caption"]], [row["clip_start"]], [SETTINGS.seed + number], SETTINGS)
+    trajectory = sampler.sample([row["caption"]], [row["clip_start"]], [SETTINGS.seed + number], SETTINGS)
     sample = decoded(trajectory.read(list(times / DURATION))[:, 0])
     reconstruction = decoded(latents)
     curve = decoded(legs.evaluate(clip.members["coefficients"].astype(np.float64), times, DURATION))
@@ -135,7 +138,7 @@ def test_the_summary_is_of_training_clips_and_the_unseen_stand_apart(made: Made)
 
 
 def test_the_goals_can_be_met() -> None:
-    from model.evaluate import ClipResult
+    from model.evaluation.figures import ClipResult
 
     def result(**changes: float) -> dict[str, bool]:
         figures = {name: 30.0 for name in ClipResult.__dataclass_fields__ if name not in ("clip_id", "film")}

@@ -6,7 +6,10 @@ import dataclasses
 
 import pytest
 
-from model.recipes import TrainRecipe, base, demo, override, train_recipe
+from model.methods.per_frame import PerFrameOptions
+from model.methods.registry import METHODS
+from model.recipes import TrainRecipe, base, demo, train_recipe
+from model.settings import override
 
 
 def test_named_recipes() -> None:
@@ -20,7 +23,7 @@ def test_named_recipes() -> None:
 
 def test_override_parses_by_type() -> None:
     recipe = override(demo(), {"steps": "7", "learning_rate": "1", "precision": "bfloat16", "sigma_end": 0.3})
-    assert (recipe.steps, recipe.learning_rate, recipe.precision, recipe.sigma_end) == (7, 1.0, "bfloat16", 0.3)
+    assert (recipe.steps, recipe.learning_rate, recipe.precision, recipe.options.sigma_end) == (7, 1.0, "bfloat16", 0.3)
     assert isinstance(recipe.learning_rate, float)
     assert demo().steps != 7
 
@@ -43,10 +46,22 @@ def test_override_refuses(settings: dict[str, str], message: str) -> None:
 def test_every_field_is_documented() -> None:
     import inspect
 
-    source = inspect.getsource(TrainRecipe)
-    for field in dataclasses.fields(TrainRecipe):
-        after = source.split(f"    {field.name}: ", 1)[1].split("\n", 2)[1]
-        assert after.strip().startswith('"""'), field.name
+    for kind in (TrainRecipe, *(method.Options for method in METHODS.values())):
+        source = inspect.getsource(kind)
+        for field in dataclasses.fields(kind):
+            after = source.split(f"    {field.name}: ", 1)[1].split("\n", 2)[1]
+            assert after.strip().startswith('"""'), field.name
+
+
+def test_a_methods_options_go_with_the_method() -> None:
+    """`--set method=...` before or after the options: those that both methods have carry over, others are unknown."""
+    for settings in ({"method": "per_frame", "warmup": "0.5"}, {"warmup": "0.5", "method": "per_frame"}):
+        recipe = override(demo(), settings)
+        assert recipe.options == PerFrameOptions(warmup=0.5, times_per_clip=2)
+    with pytest.raises(ValueError, match=r"setting .state_jitter. is unknown; the fields are: .*times_per_clip"):
+        override(demo(), {"method": "per_frame", "state_jitter": "0.1"})
+    with pytest.raises(ValueError, match="method is 'vae'; it must be one of vlfm, per_frame"):
+        override(demo(), {"method": "vae"})
 
 
 def test_tuples_and_dictionaries() -> None:

@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from model.backbones.dit import Conditioning
-from model.recipes import override, train_recipe
-from model.sample import Sampler, SampleSettings, main, read_image
+from model.methods.base import SampleSettings
+from model.recipes import train_recipe
+from model.sample import Sampler, main, read_image
+from model.settings import override
 from model.train import train
 from model.training.checkpoint import Run
 from model.training.data import Clips
@@ -47,6 +48,11 @@ def run(lake: Lake) -> Path:
 @pytest.fixture(scope="module")
 def sampler(run: Path) -> Sampler:
     return Sampler(run, device="cpu")
+
+
+def noise(sampler: Sampler, seed: int) -> torch.Tensor:
+    """(1, C, h, w): what a clip of this seed starts from."""
+    return torch.randn(1, *sampler.clip["latent_shape"], generator=torch.Generator().manual_seed(seed))
 
 
 def videos(sampler: Sampler, rate: float = 8, duration: float = DURATION, seed: int = 0, **more: object) -> np.ndarray:
@@ -97,8 +103,8 @@ def test_past_the_window_the_last_frame_starts_the_next(sampler: Sampler) -> Non
     film, long = videos(sampler, 8, DURATION), videos(sampler, 8, 2.5 * DURATION)
     assert len(long) == 40
     assert np.abs(long[:16].astype(int) - film).max() <= 1
-    first = sampler.trajectory(CAPTIONS[:1], [0.0], [0], QUICK)
-    second = sampler.trajectory(CAPTIONS[:1], [DURATION], [0], QUICK, first.read([1.0])[0])
+    first = sampler.sample(CAPTIONS[:1], [0.0], [0], QUICK)
+    second = sampler.sample(CAPTIONS[:1], [DURATION], [0], QUICK, first.read([1.0])[0])
     expected = sampler.codec.decode(second.read(torch.arange(16) / 16)[:, 0])
     assert np.abs((from_frames(long[16:32]) - expected).numpy()).max() < 2 / 255
 
@@ -107,7 +113,7 @@ def test_a_state_may_be_left_where_it_drifts(sampler: Sampler) -> None:
     """Without re-anchoring Euler's steps on the clip add up from the first frame's state; with it they do not."""
     gaps = {}
     for reanchor in (True, False):
-        path = sampler.trajectory(CAPTIONS[:1], [0.0], [0], dataclasses.replace(QUICK, reanchor=reanchor))
+        path = sampler.sample(CAPTIONS[:1], [0.0], [0], dataclasses.replace(QUICK, reanchor=reanchor))
         states, slopes = path.states[2:], path.derivatives[2:]  # the warm-up has two points
         summed = states[:1] + slopes[:-1].cumsum(0) / QUICK.steps
         gaps[reanchor] = float((states[1:] - summed).abs().max())
@@ -128,9 +134,9 @@ def test_an_image_starts_the_clip(sampler: Sampler, tmp_path: Path) -> None:
     np.testing.assert_array_equal(film, videos(sampler, image=one))
     assert np.abs(film.astype(int) - videos(sampler, image=other)).mean() > 0.1
     latents = sampler.codec.encode(one[None])
-    start = sampler.trajectory(CAPTIONS[:1], [0.0], [3], QUICK, latents)
+    start = sampler.sample(CAPTIONS[:1], [0.0], [3], QUICK, latents)
     assert float(start.grid[0]) == 0
-    torch.testing.assert_close(start.states[0], latents + sampler.method.path.sigma_end * sampler.noise([3]))
+    torch.testing.assert_close(start.states[0], latents + sampler.method.path.sigma_end * noise(sampler, 3))
 
 
 def test_images_are_cropped_at_the_centre_and_turned_upright(tmp_path: Path) -> None:
@@ -157,14 +163,13 @@ def test_a_training_caption_is_told_exactly_as_in_training(sampler: Sampler, lak
 
 @pytest.mark.bit_identical  # a guidance of 101 makes rounding visible
 def test_guidance_leads_away_from_the_empty_caption(sampler: Sampler) -> None:
-    plain = sampler.trajectory(CAPTIONS[:1], [2.0], [0], QUICK).means[0]
+    plain = sampler.sample(CAPTIONS[:1], [2.0], [0], QUICK).means[0]
     strong = SampleSettings(steps=4, warmup_steps=2, guidance=101.0)
-    guided = sampler.trajectory(CAPTIONS[:1], [2.0], [0], strong).means[0]
-    empty = sampler.conditioning([""], [0.0])
-    empty = Conditioning(**{**vars(empty), "named": torch.zeros(1)})
+    guided = sampler.sample(CAPTIONS[:1], [2.0], [0], strong).means[0]
+    empty = sampler.conditioning([""], [0.0], named=False)
     with torch.no_grad():
         time = torch.full((1, 1), sampler.method.path.start)
-        free = sampler.backbone(sampler.noise([0])[:, None], time, empty)[0][:, 0] * sampler.method.mean_scale
+        free = sampler.backbone(noise(sampler, 0)[:, None], time, empty)["mean"][:, 0] * sampler.method.mean_scale
     assert float((plain - free).abs().max()) > 1e-6
     torch.testing.assert_close(guided, free + 101 * (plain - free), atol=1e-3, rtol=1e-3)
 

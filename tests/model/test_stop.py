@@ -21,7 +21,6 @@ from torch import nn
 import model.train
 from flows import cli, demo
 from model import stop as module
-from model.methods.vlfm import make_vlfm
 from model.stop import STOPPED, Stopped, StopSignal
 from model.train import main, train
 from model.training.checkpoint import Run
@@ -29,6 +28,7 @@ from model.training.launch import launch
 from storage.layout import Lake
 from tests.model.test_train import TINY, command, environment, logged, weights
 from tests.model.tiny_lake import make_lake
+from tests.model.wrapped_method import Wrapper, vlfm_wrapped
 
 ENDLESS = ["--set=steps=100000", "--set=checkpoint_every=100000", "--set=validate_every=100000"]
 MARK = "VLFM_TEST_RUN"
@@ -223,11 +223,12 @@ def test_a_wrong_number_of_processes_is_one_line(
 # --- when in a run: signals to this process ---
 
 
-class Interrupted:
+class Interrupted(Wrapper):
     """VLFM that sends this process a signal at a moment of its own: at a step, or in the first validation."""
 
     def __init__(self, method: Any, step: int = 0, validating: bool = False) -> None:
-        self.method, self.step, self.validating, self.calls = method, step, validating, 0
+        super().__init__(method)
+        self.step, self.validating, self.calls = step, validating, 0
 
     def loss(self, backbone: nn.Module, batch: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
         self.calls += torch.is_grad_enabled()
@@ -265,8 +266,8 @@ def test_a_signal_in_the_run(
 ) -> None:
     """Repeated at once it is one signal; and the run goes on bit by bit."""
     run = tmp_path / "run"
-    with pytest.raises(Stopped, match=message):
-        train(lake.root, run, TINY, method=lambda *given: Interrupted(make_vlfm(*given), **moment))
+    with vlfm_wrapped(lambda method: Interrupted(method, **moment)), pytest.raises(Stopped, match=message):
+        train(lake.root, run, TINY)
     assert Run(run).steps() == steps
     train(lake.root, run, TINY)
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(run).items())
@@ -274,18 +275,20 @@ def test_a_signal_in_the_run(
 
 @pytest.mark.usefixtures("handlers")
 def test_a_signal_before_the_first_step(lake: Lake, tmp_path: Path) -> None:
-    def make(*given: Any) -> Any:
+    def make(method: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
-        return make_vlfm(*given)
+        return method
 
-    with pytest.raises(Stopped, match="stopped before the first step; the same command goes on"):
-        train(lake.root, tmp_path / "run", TINY, method=make)
+    told = "stopped before the first step; the same command goes on"
+    with vlfm_wrapped(make), pytest.raises(Stopped, match=told):
+        train(lake.root, tmp_path / "run", TINY)
     assert Run(tmp_path / "run").steps() == []
 
 
 @pytest.mark.usefixtures("handlers")
 def test_a_signal_in_the_last_step_finishes(lake: Lake, tmp_path: Path) -> None:
-    made = train(lake.root, tmp_path / "run", TINY, method=lambda *given: Interrupted(make_vlfm(*given), step=6))
+    with vlfm_wrapped(lambda method: Interrupted(method, step=6)):
+        made = train(lake.root, tmp_path / "run", TINY)
     assert made.name == "step-00000006"
 
 

@@ -8,7 +8,7 @@ import inspect
 import numpy as np
 import pytest
 
-from model.recipes import override
+from model.settings import override
 from pipeline.recipes import DataRecipe, demo, linear, recipe_named, stable_diffusion
 from pipeline.rows import observed_frames, split_of
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from typing import Any
 
 import pytest
 import torch
 
-from model.backbones.dit import Backbone, BackboneConfig, Conditioning, waves_of_places
+from model.backbones.conditioning import Conditioning
+from model.backbones.dit import Backbone, BackboneConfig, attention_mask, position_embedding
 
 CONFIG = BackboneConfig(
     channels=3, height=4, width_latent=6, text_dim=10, width=32, depth=2, heads=2, patch=2
@@ -25,8 +28,8 @@ def given(**changes: torch.Tensor) -> Conditioning:
             "clip_start": torch.tensor([1.0, 6.5]),
             "named": torch.tensor([1.0, 0.0]),
             "log_duration": torch.tensor([0.7, 0.7]),
-            "context": torch.randn(BATCH, 3, 4, 6, generator=draw),
-            "context_given": torch.tensor([1.0, 0.0]),
+            "context": torch.randn(BATCH, 1, 3, 4, 6, generator=draw),
+            "context_given": torch.tensor([[True], [False]]),
             **changes,
         }
     )
@@ -48,17 +51,18 @@ def awake() -> Backbone:
     return backbone.eval()
 
 
-def differs(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor], row: int) -> float:
-    return max(float((x[row] - y[row]).detach().abs().max()) for x, y in zip(a, b, strict=True))
+def differs(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], row: int) -> float:
+    assert a.keys() == b.keys() == {"mean", "derivative"}
+    return max(float((a[name][row] - b[name][row]).detach().abs().max()) for name in a)
 
 
 @pytest.mark.parametrize("frames", [1, 3])
 def test_shapes_and_zero_at_the_start(frames: int, awake: Backbone) -> None:
     x, r = latents(frames)
-    for out in Backbone(CONFIG)(x, r, given()):
+    for out in Backbone(CONFIG)(x, r, given()).values():
         assert out.shape == (BATCH, frames, 3, 4, 6)
         assert not out.any()
-    mean, derivative = awake(x, r, given())
+    mean, derivative = awake(x, r, given()).values()
     assert mean.shape == derivative.shape == x.shape
     assert mean.std() > 0.01
     assert not torch.equal(mean, derivative)
@@ -92,8 +96,8 @@ def test_context_counts_only_where_it_is_given(awake: Backbone) -> None:
     assert differs(awake(x, r, given()), other, 0) > 1e-4
     assert differs(awake(x, r, given()), other, 1) == 0
     # A first frame that is zero is still a first frame.
-    zero = torch.zeros(BATCH, 3, 4, 6)
-    both = [awake(x, r, given(context=zero, context_given=torch.full((BATCH,), flag))) for flag in (0.0, 1.0)]
+    zero = torch.zeros(BATCH, 1, 3, 4, 6)
+    both = [awake(x, r, given(context=zero, context_given=torch.full((BATCH, 1), flag))) for flag in (False, True)]
     assert differs(both[0], both[1], 0) > 1e-4
 
 
@@ -111,23 +115,23 @@ def test_clips_of_a_batch_do_not_see_each_other_but_frames_of_a_clip_do(awake: B
     x, r = latents(3)
     changed = x.clone()
     changed[0, 2] += 1
-    before, after = awake(x, r, given())[0], awake(changed, r, given())[0]
+    before, after = awake(x, r, given())["mean"], awake(changed, r, given())["mean"]
     assert torch.equal(before[1], after[1])
     assert float((before[0, 0] - after[0, 0]).detach().abs().max()) > 1e-4
 
 
-def test_patches_and_pictures_are_inverse() -> None:
+def test_unpatchify_inverts_patchify() -> None:
     backbone = Backbone(CONFIG)
     x, _ = latents(3)
-    patches = backbone.patches(x)
+    patches = backbone.patchify(x)
     assert patches.shape == (BATCH, 3, 6, 12)
-    assert torch.equal(backbone.pictures(patches), x)
+    assert torch.equal(backbone.unpatchify(patches), x)
     # The second token is the square of rows 0-1, columns 2-3.
     assert torch.equal(patches[0, 0, 1].view(3, 2, 2), x[0, 0, :, 0:2, 2:4])
 
 
 def test_places_differ(awake: Backbone) -> None:
-    waves = waves_of_places(dataclasses.replace(CONFIG, height=16, width_latent=16))
+    waves = position_embedding(dataclasses.replace(CONFIG, height=16, width_latent=16))
     assert waves.shape == (64, 32)
     distances = torch.cdist(waves, waves) + 100 * torch.eye(64)
     assert distances.min() > 0.3
@@ -136,7 +140,7 @@ def test_places_differ(awake: Backbone) -> None:
 def test_every_parameter_learns(awake: Backbone) -> None:
     x, r = latents(3)
     awake.zero_grad()
-    mean, derivative = awake(x, r, given())
+    mean, derivative = awake(x, r, given()).values()
     (mean.square().mean() + derivative.square().mean()).backward()
     dead = [name for name, value in awake.named_parameters() if value.grad is None or not value.grad.any()]
     assert dead == []
@@ -150,15 +154,19 @@ def test_every_parameter_learns(awake: Backbone) -> None:
         ({"patch": 0}, "patch is 0; it must be at least 1"),
         ({"heads": 0}, "heads is 0; it must be at least 1"),
         ({"depth": -1}, "depth is -1; it must be at least 1"),
+        ({"outputs": ()}, "outputs is empty; a backbone needs a head"),
     ],
 )
-def test_shapes_that_cannot_be_are_refused(changes: dict[str, int], message: str) -> None:
+def test_shapes_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **changes)
 
 
 def test_a_config_survives_json() -> None:
-    assert BackboneConfig(**CONFIG.to_json()) == CONFIG
+    for config in (CONFIG, dataclasses.replace(CONFIG, outputs=("rate",), temporal=True)):
+        assert BackboneConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    old = {name: value for name, value in CONFIG.to_json().items() if name not in ("outputs", "temporal")}
+    assert BackboneConfig.from_json(old) == CONFIG, "a run.json of before named neither"
 
 
 def test_states_that_share_a_caption_may_have_it_once(awake: Backbone) -> None:
@@ -167,5 +175,99 @@ def test_states_that_share_a_caption_may_have_it_once(awake: Backbone) -> None:
     pairs = {name: value.repeat_interleave(2, 0) for name, value in vars(given()).items()}
     once = {**pairs, "text": given().text, "text_length": given().text_length}
     states = torch.cat([x, x.flip(-1)]), torch.cat([time, time / 2])
-    for whole, part in zip(awake(*states, Conditioning(**pairs)), awake(*states, Conditioning(**once)), strict=True):
-        torch.testing.assert_close(whole, part)
+    torch.testing.assert_close(awake(*states, Conditioning(**pairs)), awake(*states, Conditioning(**once)))
+
+
+@pytest.fixture(scope="module")
+def temporal() -> Backbone:
+    """The same for sequences of frames with their times, with one head."""
+    torch.manual_seed(0)
+    backbone = Backbone(dataclasses.replace(CONFIG, outputs=("velocity",), temporal=True))
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return backbone.eval()
+
+
+TIMES = torch.tensor([[0.0, 0.5, 1.5], [0.0, 0.25, 2.0]])
+
+
+def test_heads_have_names_and_cost_no_other_weight() -> None:
+    two, one = Backbone(CONFIG), Backbone(dataclasses.replace(CONFIG, outputs=("mean",)))
+    x, r = latents()
+    assert list(one(x, r, given())) == ["mean"]
+    assert set(two.state_dict()) - set(one.state_dict()) == {"derivative_head.weight", "derivative_head.bias"}
+
+
+def test_frames_at_one_flow_time_are_told_apart_by_their_place(awake: Backbone, temporal: Backbone) -> None:
+    x, _ = latents(3)
+    same = torch.full((BATCH, 3), 0.3)
+    swapped = x[:, [1, 0, 2]]
+    before, after = awake(x, same, given())["mean"], awake(swapped, same, given())["mean"]
+    torch.testing.assert_close(before[:, [1, 0, 2]], after)  # without a place they are interchangeable
+    before, after = (temporal(state, same, given(), TIMES)["velocity"] for state in (x, swapped))
+    assert float((before[:, [1, 0, 2]] - after).detach().abs().max()) > 1e-3
+    for backbone, times in ((awake, TIMES), (temporal, None)):
+        with pytest.raises(ValueError, match=r"frame_time is (given|missing); build it for the method that runs it"):
+            backbone(x, same, given(), times)
+
+
+def test_padding_is_not_seen_and_stays_finite(temporal: Backbone) -> None:
+    x, r = latents(3)
+    valid = torch.tensor([[True, True, False], [True, True, True]])
+    whole = temporal(x, r, given(), TIMES, valid)["velocity"]
+    other = x.clone()
+    other[0, 2] = 1e3
+    padded = temporal(other, r, given(), TIMES, valid)["velocity"]
+    torch.testing.assert_close(whole[0, :2], padded[0, :2])
+    torch.testing.assert_close(whole[1], padded[1])
+    assert bool(padded.isfinite().all())
+    alone = temporal(x[:1, :2], r[:1, :2], first(given()), TIMES[:1, :2])["velocity"]
+    torch.testing.assert_close(whole[:1, :2], alone)
+    nothing = temporal(x, r, given(), TIMES, torch.zeros(BATCH, 3, dtype=torch.bool))["velocity"]
+    assert bool(nothing.isfinite().all())
+
+
+def first(all_of: Conditioning) -> Conditioning:
+    return Conditioning(**{name: value[:1] for name, value in vars(all_of).items()})
+
+
+def test_a_causal_frame_sees_what_came_before(temporal: Backbone) -> None:
+    x, r = latents(3)
+    before = temporal(x, r, given(), TIMES, causal=True)["velocity"]
+    changed = x.clone()
+    changed[:, 2] += 1
+    after = temporal(changed, r, given(), TIMES, causal=True)["velocity"]
+    assert torch.equal(before[:, :2], after[:, :2])
+    changed = x.clone()
+    changed[:, 0] += 1
+    after = temporal(changed, r, given(), TIMES, causal=True)["velocity"]
+    assert float((before[:, 2] - after[:, 2]).detach().abs().max()) > 1e-4
+
+
+def test_masks_are_what_they_say() -> None:
+    assert attention_mask(3, 2, None, False, torch.device("cpu")) is None
+    valid = torch.tensor([[True, False, True]])
+    mask = attention_mask(3, 2, valid, True, torch.device("cpu"))
+    assert mask is not None
+    assert mask.shape == (1, 1, 6, 6)
+    frames = mask[0, 0, ::2, ::2].tolist()
+    assert frames == [[True, False, False], [True, True, False], [True, False, True]]
+    assert torch.equal(mask[0, 0, ::2, ::2], mask[0, 0, 1::2, 1::2])
+
+
+def test_every_frame_may_have_its_own_given_frame(temporal: Backbone) -> None:
+    """The tasks' masks: frames that are given are shown clean beside the noisy ones, each in its place."""
+    x, r = latents(3)
+    clean = torch.randn(BATCH, 3, 3, 4, 6, generator=torch.Generator().manual_seed(9))
+    shown = torch.tensor([[True, False, True], [True, True, False]])
+    base = given(context=clean, context_given=shown)
+    before = temporal(x, r, base, TIMES)["velocity"]
+    hidden = clean.clone()
+    hidden[0, 1] += 5
+    torch.testing.assert_close(temporal(x, r, given(context=hidden, context_given=shown), TIMES)["velocity"], before)
+    visible = clean.clone()
+    visible[0, 2] += 5
+    after = temporal(x, r, given(context=visible, context_given=shown), TIMES)["velocity"]
+    assert float((before[0] - after[0]).detach().abs().max()) > 1e-3
+    assert torch.equal(before[1], after[1])

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from model.recipes import override, train_recipe
+from model.recipes import train_recipe
+from model.settings import override
 from model.train import train
 from model.training.checkpoint import Run, load_average, restore, save
 from model.training.ema import MovingAverage

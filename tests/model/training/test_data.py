@@ -49,7 +49,7 @@ def test_a_batch_pads_captions_and_keeps_their_lengths(lake: Lake) -> None:
     two = [clips[0], clips[1]]
     short = two[1].members["text"][:3]
     two[1].members["text"] = short
-    batch = Collate(empty)(two)
+    batch = Collate(empty, ["coefficients"])(two)
     assert batch.clip_ids == (two[0].clip_id, two[1].clip_id)
     assert batch.coefficients.shape == (2, ORDER, 12, SIDE // 4, SIDE // 4)
     assert batch.coefficients.dtype == batch.text.dtype == torch.float32
@@ -74,7 +74,7 @@ def test_an_open_dataset_travels_to_a_worker_and_closes(lake: Lake) -> None:
 
 def test_workers_bring_the_same_batches(lake: Lake) -> None:
     made = version.load(lake)
-    clips, collate = Clips(lake, made, "train"), Collate(version.read_empty_text(lake, made))
+    clips, collate = Clips(lake, made, "train"), Collate(version.read_empty_text(lake, made), ["coefficients"])
     steps = Steps(len(clips), 2, seed=3, first=0, last=4)
     here = list(loader(clips, steps, collate, workers=0))
     there = list(loader(clips, steps, collate, workers=1))

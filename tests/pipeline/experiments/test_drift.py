@@ -11,18 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from model.backbones.dit import Conditioning
+from model.backbones.conditioning import Conditioning
 from model.flow.path import WarmupPath
-from model.methods.vlfm import curve
-from model.sample import Sampler
-from model.training.data import Clips, Collate
 from pipeline.experiments import drift
 from pipeline.experiments.drift import READINGS, VARIANTS, main
 from pipeline.experiments.looks import LOOKS, Looks
-from pipeline.experiments.per_frame import STILL_WAVES, make_per_frame, sample_frames
-from storage import version
 from storage.layout import Lake
-from tests.model.tiny_lake import KEPT, ORDER, make_lake
+from tests.model.tiny_lake import KEPT, make_lake
 
 TINY = ["width=32", "depth=1", "heads=2", "batch=4", "log_every=1", "learning_rate_warmup=1", "ema_decay=0.5"]
 KINDS = ("sigma 0.1", "sigma 0.3, no jitter", "per frame", "paper path")
@@ -60,7 +55,7 @@ def test_what_is_compared() -> None:
     paths = {(v.settings.get("sigma_end"), v.settings.get("state_jitter")) for v in VARIANTS}
     assert paths >= {(sigma, jitter) for sigma in (0.01, 0.03, 0.1, 0.3) for jitter in (None, 0.0)}
     assert {(r.source, r.settings.reanchor) for r in READINGS} >= {(s, a) for s in ("mean", "state") for a in (0, 1)}
-    assert drift.drift_recipe().state_jitter == 0.3
+    assert drift.drift_recipe().options.state_jitter == 0.3
     assert all(variant.settings.keys() <= drift.VARIED for variant in VARIANTS)
 
 
@@ -73,7 +68,7 @@ def test_the_table_has_every_row(made: Path) -> None:
     ]  # fmt: skip
     for variant in drift.VARIANTS:
         named = {reading for network, reading in places if network == variant.name}
-        assert named >= ({"mean", "state"} if variant.per_frame else {reading.name for reading in READINGS})
+        assert named >= ({"mean", "state"} if "method" in variant.settings else {reading.name for reading in READINGS})
     text = (made / "drift.md").read_text().splitlines()
     assert len(text) == len(rows) + 2
     for line, row in zip(text[2:], rows, strict=True):
@@ -180,12 +175,12 @@ class Told(torch.nn.Module):
         self.given: list[Conditioning] = []
         self.times: list[torch.Tensor] = []
 
-    def forward(self, latents: torch.Tensor, time: torch.Tensor, given: Conditioning) -> tuple[Any, Any]:
+    def forward(self, latents: torch.Tensor, time: torch.Tensor, given: Conditioning) -> dict[str, torch.Tensor]:
         self.states.append(latents)
         self.given.append(given)
         self.times.append(time)
         mean = self.answer.expand_as(latents) + 0.0 * latents
-        return mean, torch.zeros_like(mean)
+        return {"mean": mean, "derivative": torch.zeros_like(mean)}
 
 
 @pytest.mark.parametrize("look", LOOKS)
@@ -213,39 +208,3 @@ def test_what_the_network_is_shown(look: str) -> None:
 def test_an_unknown_look_is_refused() -> None:
     with pytest.raises(ValueError, match="look is 'away'; it must be one of solver, twice, first, truth"):
         Looks(Told(torch.zeros(())), "away", WarmupPath(), 1.0, torch.zeros(()), torch.zeros(()))
-
-
-def test_single_frames_are_stills_at_the_times_they_are_told(lake: Lake) -> None:
-    """The loss of a network that answers zero is the energy of the very frames that it was told the times of."""
-    clips = Clips(lake, version.load(lake), "train")
-    batch = Collate(torch.zeros(1, 64).half().numpy())([clips[0]])
-    recipe = dataclasses.replace(drift.drift_recipe(), times_per_clip=5, error_focus=0.0)
-    method = make_per_frame(recipe, clips.version.clip, mean_scale=2.0)
-    network = Told(torch.tensor(0.0))
-    losses = method.loss(network, batch, torch.Generator().manual_seed(3))
-    (given,), (flow_time,) = network.given, network.times
-    assert flow_time.shape == (5, 1)
-    assert bool((flow_time < 0).all()), "a frame is made on the warm-up"
-    assert float(given.context_given.abs().max()) == 0
-    times = given.log_duration / STILL_WAVES
-    assert bool(((times >= 0) & (times <= 1)).all())
-    assert len(times.unique()) == 5
-    frames, _ = curve(batch.coefficients, times[None])
-    assert float(losses["mean"]) == pytest.approx(float(frames.square().mean()) / 4.0, rel=1e-4)
-    assert batch.coefficients.shape[1] == ORDER
-
-
-def test_single_frames_are_sampled_from_one_noise(made: Path, lake: Lake) -> None:
-    clips = list(Clips(lake, version.load(lake), "train").every())[:2]
-    folder = next((made / "runs").glob("per-frame-*"))
-    sampler = Sampler(folder, device="cpu")
-    network = Told(torch.tensor(0.25))
-    sampler.backbone = network  # type: ignore[assignment]
-    found, calls = sample_frames(sampler, clips, steps=4)
-    assert calls == 5 * KEPT
-    assert len(network.states) == 10
-    first = network.states[0][:, 0]
-    torch.testing.assert_close(first, sampler.noise([0]).expand_as(first))
-    torch.testing.assert_close(network.given[0].log_duration, STILL_WAVES * torch.arange(KEPT) / KEPT)
-    torch.testing.assert_close(found[1], torch.full_like(found[1], 0.25 * sampler.method.mean_scale))
-    assert found[0].shape == clips[0].members["latents"].shape

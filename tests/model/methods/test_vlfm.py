@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from model import legs
-from model.backbones.dit import Conditioning
+from model.backbones.conditioning import Conditioning
 from model.flow.path import PaperPath, WarmupPath
-from model.methods.vlfm import VLFM, curve, make_vlfm
-from model.recipes import train_recipe
+from model.flow.solver import Trajectory
+from model.methods.base import Batch, Request, SampleSettings
+from model.methods.vlfm import VLFM, VLFMOptions, curve
+from model.tasks import image_to_video, interpolation
 
 ORDER, SHAPE = 8, (3, 4, 4)
 MEAN_SCALE, DERIVATIVE_SCALE = 0.7, 2.5
@@ -38,36 +40,60 @@ class Oracle(torch.nn.Module):
         self.asked: list[tuple[float, bool]] = []
         self.seen: list[torch.Tensor] = []
 
-    def forward(self, latents: torch.Tensor, time: torch.Tensor, given: Conditioning) -> tuple[Any, Any]:
+    def forward(self, latents: torch.Tensor, time: torch.Tensor, given: Conditioning) -> dict[str, Any]:
         assert latents.shape == (2, 1, *SHAPE)
         assert time.shape == (2, 1)
         named = bool(given.named.all())
         self.asked.append((float(time[0, 0]), named))
         self.seen.append(latents[:, 0])
         mean, slope = curve(clips(), time.double().clamp(min=0))
-        return (mean + self.push * named) / MEAN_SCALE, (slope + self.push * named) / DERIVATIVE_SCALE
+        return {
+            "mean": (mean + self.push * named) / MEAN_SCALE,
+            "derivative": (slope + self.push * named) / DERIVATIVE_SCALE,
+        }
 
 
 def given(named: float = 1.0) -> Conditioning:
     none = torch.zeros(2)
     return Conditioning(
         text=torch.zeros(2, 1, 4), text_length=torch.ones(2, dtype=torch.long), clip_start=none,
-        named=torch.full((2,), named), log_duration=none, context=torch.zeros(2, *SHAPE), context_given=none,
+        named=torch.full((2,), named), log_duration=none, context=torch.zeros(2, 1, *SHAPE),
+        context_given=torch.zeros(2, 1, dtype=torch.bool),
     )  # fmt: skip
 
 
-METHOD = VLFM(WarmupPath(), MEAN_SCALE, DERIVATIVE_SCALE)
+METHOD = VLFM(VLFMOptions(), WarmupPath(), MEAN_SCALE, DERIVATIVE_SCALE)
+
+
+class Asked(Request):
+    """A request with the noise of these tests, in float64."""
+
+    def noise(self) -> torch.Tensor:
+        return noise()
+
+
+def sampled(
+    oracle: Oracle, first_frame: torch.Tensor | None = None, unconditional: Conditioning | None = None, **settings: Any
+) -> Trajectory:
+    frames: dict[str, Any] = {}
+    if first_frame is not None:
+        given_frames = torch.ones(2, 1, dtype=torch.bool)
+        frames = {"frames": first_frame[:, None], "frame_time": torch.zeros(1), "given": given_frames}
+    request = Asked(given(), (0, 1), SHAPE, SampleSettings(**settings), unconditional, **frames)
+    return METHOD.sample(oracle, request)
+
+
 TIMES = torch.tensor([0.0, 0.013, 0.25, 1 / 3, 0.77, 0.999, 1.0], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "rk4"])
 def test_a_network_that_knows_the_clip_gives_the_clip_at_any_time(solver: str) -> None:
-    read = METHOD.sample(Oracle(), given(), noise(), steps=64, solver=solver).read(TIMES)
+    read = sampled(Oracle(), steps=64, solver=solver).read(TIMES)
     truth = torch.stack([legs.evaluate(clip, TIMES.numpy(), 1.0) for clip in clips()], dim=1)
     assert read.shape == (7, 2, *SHAPE)
     # Between 65 grid points a polynomial of degree 7 differs from its Hermite interpolant by less than this.
     assert float((read - truth).abs().max()) < 2e-5
-    at_grid = METHOD.sample(Oracle(), given(), noise(), steps=64, solver=solver).read([0.0, 0.25, 1.0])
+    at_grid = sampled(Oracle(), steps=64, solver=solver).read([0.0, 0.25, 1.0])
     truth = torch.stack([legs.evaluate(clip, [0.0, 0.25, 1.0], 1.0) for clip in clips()], dim=1)
     assert float((at_grid - truth).abs().max()) < 1e-6
 
@@ -76,7 +102,7 @@ def test_the_integrated_state_arrives_there_too() -> None:
     """Not only the answers at the grid: the state that the flow carries from noise is the clip plus its noise."""
     errors = []
     for steps in (16, 64):
-        path = METHOD.sample(Oracle(), given(), noise(), steps=steps, warmup_steps=steps, solver="heun")
+        path = sampled(Oracle(), steps=steps, warmup_steps=steps, solver="heun")
         truth = torch.stack([legs.evaluate(clip, [0.0, 0.5, 1.0], 1.0) for clip in clips()], dim=1)
         errors.append(float((path.read([0.0, 0.5, 1.0], "state") - truth).abs().max()))
     assert errors[1] < 2e-2
@@ -85,33 +111,31 @@ def test_the_integrated_state_arrives_there_too() -> None:
 
 def test_calls_do_not_depend_on_the_rate_of_reading() -> None:
     oracle = Oracle()
-    trajectory = METHOD.sample(oracle, given(), noise(), steps=10, warmup_steps=4)
+    trajectory = sampled(oracle, steps=10, warmup_steps=4)
     assert trajectory.network_calls == len(oracle.asked) == 15
     for rate in (8, 12, 240):
         assert len(trajectory.read(torch.arange(rate) / rate)) == rate
     assert len(oracle.asked) == 15
-    assert METHOD.sample(Oracle(), given(), noise(), steps=10, warmup_steps=4, solver="heun").network_calls == 29
+    assert sampled(Oracle(), steps=10, warmup_steps=4, solver="heun").network_calls == 29
 
 
 def test_guidance_acts_on_the_warmup_alone() -> None:
     oracle = Oracle(push=1.0)
-    guided = METHOD.sample(
-        oracle, given(), noise(), steps=8, warmup_steps=4, guidance=3.0, unconditional=given(named=0.0)
-    )
+    guided = sampled(oracle, steps=8, warmup_steps=4, guidance=3.0, unconditional=given(named=0.0))
     free = [time for time, named in oracle.asked if not named]
     assert free == pytest.approx([-0.25, -0.1875, -0.125, -0.0625])
-    plain = METHOD.sample(Oracle(push=1.0), given(), noise(), steps=8, warmup_steps=4)
+    plain = sampled(Oracle(push=1.0), steps=8, warmup_steps=4)
     early = guided.grid < 0
     # free + 3 (named - free) = truth + 3 where the named answer alone is truth + 1.
     torch.testing.assert_close(guided.means[early], plain.means[early] + 2.0)
     torch.testing.assert_close(guided.means[~early], plain.means[~early])
     with pytest.raises(ValueError, match=r"guidance is 3.0, so the empty caption's conditioning must be given"):
-        METHOD.sample(Oracle(), given(), noise(), guidance=3.0)
+        sampled(Oracle(), guidance=3.0)
 
 
 def test_guidance_of_one_asks_once() -> None:
     oracle = Oracle()
-    METHOD.sample(oracle, given(), noise(), steps=4, warmup_steps=2, unconditional=given(named=0.0))
+    sampled(oracle, steps=4, warmup_steps=2, unconditional=given(named=0.0))
     assert len(oracle.asked) == 7
     assert all(named for _, named in oracle.asked)
 
@@ -120,7 +144,7 @@ def test_guidance_of_one_asks_once() -> None:
 def test_reanchoring_sets_the_state_back_on_the_answer(reanchor: bool) -> None:
     """A coarse Euler step leaves the curve; with re-anchoring the next one starts on it again."""
     oracle, path = Oracle(), METHOD.path
-    METHOD.sample(oracle, given(), noise(), steps=4, warmup_steps=2, reanchor=reanchor)
+    sampled(oracle, steps=4, warmup_steps=2, reanchor=reanchor)
     truth, slope = curve(clips(), torch.linspace(0, 1, 5, dtype=torch.float64).expand(2, 5))
     expected = truth[:, :-1] + slope[:, :-1] / 4 + path.sigma_end * noise()[:, None]  # one step from the curve
     summed = truth[:, :1] + (slope[:, :-1] / 4).cumsum(1) + path.sigma_end * noise()[:, None]
@@ -135,7 +159,7 @@ def test_reanchoring_sets_the_state_back_on_the_answer(reanchor: bool) -> None:
 def test_a_first_frame_starts_the_flow_on_the_clip() -> None:
     oracle = Oracle()
     first = curve(clips(), torch.zeros(2, 1, dtype=torch.float64))[0][:, 0]
-    trajectory = METHOD.sample(oracle, given(), noise(), steps=64, first_frame=first)
+    trajectory = sampled(oracle, first_frame=first, steps=64)
     assert oracle.asked[0][0] == 0.0
     torch.testing.assert_close(oracle.seen[0], first + METHOD.path.sigma_end * noise())
     assert trajectory.network_calls == 65
@@ -144,13 +168,41 @@ def test_a_first_frame_starts_the_flow_on_the_clip() -> None:
 
 
 def test_the_printed_path_can_be_asked_for_and_nothing_else() -> None:
-    clip = {"frames_observed_max": 16, "duration": 2.0}
-    recipe = train_recipe("demo")
-    assert isinstance(make_vlfm(recipe, clip).path, WarmupPath)
-    paper = make_vlfm(dataclasses.replace(recipe, path="paper"), clip)
+    clip, figures = {"frames_observed_max": 16, "duration": 2.0}, {"mean_scale": 1.0, "derivative_scale": 1.0}
+    assert isinstance(VLFM.build(VLFMOptions(), figures, clip).path, WarmupPath)
+    paper = VLFM.build(VLFMOptions(path="paper"), figures, clip)
     assert paper.path == PaperPath(frames=16, duration=2.0)
     with pytest.raises(ValueError, match="path is 'straight'; it must be warmup or paper: --set path=warmup"):
-        make_vlfm(dataclasses.replace(recipe, path="straight"), clip)
+        VLFM.build(VLFMOptions(path="straight"), figures, clip)
+
+
+def test_tasks_that_it_cannot_do_are_refused() -> None:
+    """The first frame of every clip, or none: other masks wait for methods that take them."""
+    clean = torch.zeros(2, 2, *SHAPE)
+    for times, mask in (([0.0, 2.0], [[True, True]] * 2), ([0.0, 2.0], [[True, False]] * 2)):
+        request = Asked(given(), (0, 1), SHAPE, frames=clean, frame_time=torch.tensor(times), given=torch.tensor(mask))
+        with pytest.raises(ValueError, match=r"frames at \[0.0, 2.0\] s are given; this method takes the first frame"):
+            METHOD.sample(Oracle(), request)
+    partly = Asked(
+        given(), (0, 1), SHAPE, frames=clean[:, :1], frame_time=torch.zeros(1), given=torch.tensor([[True], [False]])
+    )
+    with pytest.raises(ValueError, match="of every clip, or none"):
+        METHOD.sample(Oracle(), partly)
+
+
+def test_a_batch_may_say_which_clips_are_given_their_first_frame() -> None:
+    valid = torch.ones(2, 4, dtype=torch.bool)
+    batch = Batch(
+        clip_ids=("a", "b"), text=torch.zeros(2, 1, 4), text_length=torch.ones(2, dtype=torch.long),
+        empty_text=torch.zeros(1, 4), clip_start=torch.zeros(2), duration=torch.ones(2), coefficients=clips().float(),
+        given=image_to_video(valid) & torch.tensor([[True], [False]]),
+    )  # fmt: skip
+    told = METHOD.conditioning(batch, torch.Generator().manual_seed(0))
+    assert told.context_given.tolist() == [[True], [False]]
+    assert bool(told.context[0].any())
+    assert not told.context[1].any()
+    with pytest.raises(ValueError, match="vlfm can be given the first frame alone"):
+        METHOD.conditioning(replace(batch, given=interpolation(valid)), torch.Generator().manual_seed(0))
 
 
 def test_the_curve_and_its_slope_are_those_of_the_clip() -> None:

@@ -1,0 +1,157 @@
+"""Flow matching of single frames, the other way to make a clip: every frame on its own, all from the same noise."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from model.flow.path import WarmupPath
+from model.flow.solver import solve
+from model.methods.base import Batch, Clip, Request
+from model.methods.vlfm import VLFM, VLFMOptions, curve
+
+PLACE_WAVES = 8.0
+"""What a frame's place r in its clip is multiplied with on its way into the embedding of the duration (PerFrame): its
+wavelengths, from 16 to 0.5, are then 2 to 1/16 clips, as fine as those that tell VLFM its flow time."""
+FRAMES_AT_ONCE = 256
+"""Frames of all clips together that are integrated in one batch."""
+
+
+@dataclass(frozen=True)
+class PerFrameOptions:
+    """What a training recipe chooses of the per-frame method; as the fields of VLFMOptions."""
+
+    warmup: float = 0.25
+    """Length of the path from noise to a frame, in flow time."""
+    sigma_end: float = 0.1
+    """Standard deviation of the path at the frame."""
+    times_per_clip: int = 4
+    """Frames drawn of each clip of a step."""
+    warmup_focus: float = 2.0
+    """Draws the flow times towards the noise; 1 is uniform."""
+    error_focus: float = 1.0
+    """Exponent that weighs a state by its error relative to the others'; 0 weighs all alike."""
+    caption_dropout: float = 0.1
+    """Rate of the empty caption."""
+
+
+@dataclass(frozen=True)
+class PerFrame:
+    """Flow matching of single frames: noise to the frame at a time that the network is told, by VLFM's warm-up alone.
+
+    A frame is a clip that stands still. The network, the caption, the clip's start and the target m(r) are VLFM's; r
+    goes in by way of the duration, which is the same for all clips (PLACE_WAVES).
+    """
+
+    name: ClassVar[str] = "per_frame"
+    members: ClassVar[tuple[str, ...]] = VLFM.members
+    heads: ClassVar[tuple[str, ...]] = VLFM.heads
+    temporal: ClassVar[bool] = False
+    takes_first_frame: ClassVar[bool] = False
+    Options: ClassVar[type[PerFrameOptions]] = PerFrameOptions
+
+    options: PerFrameOptions
+    """What the recipe chose."""
+    stills: VLFM
+    """The loss of clips that stand still."""
+
+    @property
+    def states_per_clip(self) -> int:
+        """Frames drawn of each clip."""
+        return self.options.times_per_clip
+
+    @classmethod
+    def prepare(cls, clips: Sequence[Clip], clip_format: Mapping[str, Any]) -> dict[str, float]:
+        """As VLFM's."""
+        return VLFM.prepare(clips, clip_format)
+
+    @classmethod
+    def build(cls, options: PerFrameOptions, figures: Mapping[str, float], clip_format: Mapping[str, Any]) -> PerFrame:
+        """The method on a version's clips. Raises ValueError for values a path cannot have."""
+        # All times fall on the warm-up (a share of 1 would divide by zero), and the first frame is never given away.
+        chosen = {**dataclasses.asdict(options), "times_per_clip": 1}
+        still = VLFMOptions(**chosen, warmup_share=1 - 1e-6, context_dropout=1.0, state_jitter=0.0)
+        return cls(options, VLFM.build(still, figures, clip_format))
+
+    def loss(self, backbone: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """As `VLFM.loss`, over frames of the clips drawn from the times that VLFM draws on a clip."""
+        coefficients, repeats = batch.part("coefficients"), self.options.times_per_clip
+        spread = dataclasses.replace(self.stills.options, warmup_share=0.0, times_per_clip=repeats)
+        on_clip = dataclasses.replace(self.stills, options=spread)
+        times = on_clip.draw_times(coefficients.shape[0], generator, coefficients.device)  # (B, K)
+        frames, _ = curve(coefficients, times)
+
+        def repeated(values: Tensor) -> Tensor:
+            return values.repeat_interleave(repeats, 0)
+
+        stills = Batch(
+            clip_ids=tuple(name for name in batch.clip_ids for _ in range(repeats)),
+            coefficients=frames.flatten(0, 1)[:, None],
+            text=repeated(batch.text),
+            text_length=repeated(batch.text_length),
+            empty_text=batch.empty_text,
+            clip_start=repeated(batch.clip_start),
+            duration=(PLACE_WAVES * times.flatten()).exp(),
+        )
+        return self.stills.loss(backbone, stills, generator)
+
+    def sample(self, backbone: nn.Module, request: Request) -> FrameSample:
+        """Clips whose frames are made when they are read. Raises ValueError where a frame is given, or with guidance
+        but without the empty caption."""
+        if request.frames is not None:
+            raise ValueError("the per_frame method makes every frame on its own and takes no given frame")
+        if request.settings.guidance != 1.0 and request.unconditional is None:
+            raise ValueError(f"guidance is {request.settings.guidance}, so the empty caption must be given")
+        return FrameSample(self, backbone, request)
+
+
+class FrameSample:
+    """Clips of single frames, each integrated from the clip's one noise when it is read."""
+
+    def __init__(self, method: PerFrame, backbone: nn.Module, request: Request) -> None:
+        self.method, self.backbone, self.request = method, backbone, request
+        self.noise = request.noise()
+        self.network_calls = 0
+
+    @torch.no_grad()
+    def read(self, times: Sequence[float] | Tensor, source: str = "mean") -> Tensor:
+        """Latents (L, B, C, h, w) at times (L,) in [0, 1]; `source` as in Trajectory.read."""
+        at = torch.as_tensor(times, dtype=torch.float64).reshape(-1)
+        size = max(1, FRAMES_AT_ONCE // len(self.noise))
+        return torch.cat([self._frames(part, source) for part in at.split(size)])
+
+    def _frames(self, times: Tensor, source: str) -> Tensor:
+        count, clips = len(times), len(self.noise)
+        settings, stills = self.request.settings, self.method.stills
+        assert isinstance(stills.path, WarmupPath)
+        grid = torch.linspace(stills.path.start, 0, settings.warmup_steps + 1, dtype=torch.float64)
+        place = (PLACE_WAVES * times.float()).to(self.noise.device).repeat_interleave(clips)
+
+        def at_place(name: str) -> Any:
+            given = getattr(self.request, name)
+            if given is None:
+                return None
+            every = {key: torch.cat([value] * count) for key, value in vars(given).items()}
+            return type(given)(**{**every, "log_duration": place})
+
+        told, untold = at_place("conditioning"), at_place("unconditional")
+
+        def predict(latents: Tensor, flow_time: float) -> tuple[Tensor, Tensor]:
+            self.network_calls += 1
+            mean, slope = stills.predict(self.backbone, latents, flow_time, told)
+            if settings.guidance != 1.0:
+                free, free_slope = stills.predict(self.backbone, latents, flow_time, untold)
+                mean, slope = (
+                    free + settings.guidance * (mean - free),
+                    free_slope + settings.guidance * (slope - free_slope),
+                )
+            return mean * stills.mean_scale, slope * stills.derivative_scale
+
+        noise = torch.cat([self.noise] * count)
+        read: Tensor = solve(stills.path, predict, noise, grid, method=settings.solver).read([0.0], source)[0]
+        return read.unflatten(0, (count, clips))

@@ -1,0 +1,96 @@
+"""Recipes by name, and the one way to override their fields from the command line. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any, TypeVar, cast
+
+Recipe = TypeVar("Recipe")
+
+
+def recipe_named(module: ModuleType, name: str, kind: type[Recipe]) -> Callable[..., Recipe]:
+    """The recipe function `name` of `module`: any public function there that is annotated to return `kind`.
+
+    Raises:
+        ValueError: there is no such recipe; the message lists those there are.
+    """
+    functions = {
+        key: value
+        for key, value in vars(module).items()
+        if callable(value) and getattr(value, "__annotations__", {}).get("return") in (kind, kind.__name__)
+    }
+    if name not in functions or name.startswith("_"):
+        known = ", ".join(sorted(key for key in functions if not key.startswith("_") and key != "override"))
+        raise ValueError(f"recipe {name!r} is unknown; the recipes are: {known}")
+    return cast(Callable[..., Recipe], functions[name])
+
+
+def override(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
+    """`recipe` with single fields replaced, as by `--set key=value`.
+
+    Values are JSON where they parse as JSON, else plain text; they must be of the field's type. A dictionary
+    field takes single entries as `field.entry=value`. The fields of a nested dataclass are named like the recipe's own,
+    and are replaced after those: the recipe may have chosen another dataclass by then.
+
+    Raises:
+        ValueError: an unknown field, or a value of the wrong type; the message names the field and what it takes.
+    """
+    own = {field.name for field in dataclasses.fields(cast(Any, recipe))}
+    direct = {key: value for key, value in settings.items() if key.partition(".")[0] in own}
+    changed = dataclasses.replace(cast(Any, recipe), **_changes(recipe, direct))
+    left = {key: value for key, value in settings.items() if key not in direct}
+    for name in _nested(changed):
+        nested = getattr(changed, name)
+        known = {field.name for field in dataclasses.fields(nested)}
+        taken = {key: left.pop(key) for key in list(left) if key.partition(".")[0] in known}
+        changed = dataclasses.replace(changed, **{name: dataclasses.replace(nested, **_changes(nested, taken))})
+    if left:
+        known = own | {f.name for name in _nested(changed) for f in dataclasses.fields(getattr(changed, name))}
+        fields = ", ".join(sorted(known - set(_nested(changed))))
+        raise ValueError(f"setting {next(iter(left))!r} is unknown; the fields are: {fields}")
+    return cast(Recipe, changed)
+
+
+def _nested(recipe: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(recipe) if dataclasses.is_dataclass(getattr(recipe, field.name))]
+
+
+def _changes(recipe: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {field.name: field for field in dataclasses.fields(recipe)}
+    changes: dict[str, Any] = {}
+    for key, given in settings.items():
+        name, _, entry = key.partition(".")
+        current = changes.get(name, getattr(recipe, name))
+        value = _parsed(given) if isinstance(given, str) else given
+        if entry:
+            if not isinstance(current, dict):
+                raise ValueError(f"setting {key!r}: {name} is no dictionary but {type(current).__name__}")
+            changes[name] = {**current, entry: value}
+        else:
+            changes[name] = _coerced(
+                key, given if isinstance(current, str) else value, current, any_length="..." in str(fields[name].type)
+            )
+    return changes
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text.lower() if text.lower() in ("true", "false") else text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _coerced(key: str, value: Any, current: Any, any_length: bool = False) -> Any:
+    kind = type(current)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is tuple and isinstance(value, list) and (any_length or len(value) == len(current)):
+        return tuple(value)
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    count = "any number of" if any_length else len(current) if kind is tuple else 1
+    shape = f"{count} values as [a, b]" if kind is tuple else kind.__name__
+    raise ValueError(f"setting {key!r} takes {shape}, like {current!r}; it was given {value!r}")
