@@ -1,10 +1,11 @@
-"""The README against the code: its commands exist, its layout is the code's, and no file tells of a machine."""
+"""The documents against the code: their commands exist, the layout is the code's, and no file tells of a machine."""
 
 from __future__ import annotations
 
 import argparse
 import ast
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -27,19 +28,23 @@ from pipeline.recipes import recipe_named
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("flows", "pipeline", "model", "storage")
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = "\n".join(path.read_text() for path in DOCUMENTS)
 PLACEHOLDERS = {"SCHEDULE-ID": "00000000-0000-0000-0000-000000000000"}
-"""Words of the README that a reader replaces, and something that a parser takes in their place."""
+"""Words of the documents that a reader replaces, and something that a parser takes in their place."""
 
 
 def blocks(language: str) -> list[str]:
-    """The README's code blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    """The documents' code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", DOCS, re.MULTILINE | re.DOTALL)
 
 
 def command_lines() -> list[list[str]]:
-    """The words of every command in the README's shell blocks, without comments."""
+    """The words of every command in the documents' shell blocks, without comments."""
     lines = "".join(blocks("sh")).replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    found = [shlex.split(line, comments=True) for line in lines]
+    # An assignment before a command is for its environment.
+    return [words[1:] if re.match(r"[A-Z_]+=", words[0]) else words for words in found if words]
 
 
 def of_program(name: str) -> list[list[str]]:
@@ -49,8 +54,8 @@ def of_program(name: str) -> list[list[str]]:
 
 
 def inline(name: str) -> list[list[str]]:
-    """The words behind a program's name in the README's running text."""
-    spans = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL))
+    """The words behind a program's name in the documents' running text."""
+    spans = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^```.*?^```$", "", DOCS, flags=re.MULTILINE | re.DOTALL))
     return [span.split()[1:] for span in spans if span.split()[0] in (name, f".venv/bin/{name}") and " " in span]
 
 
@@ -67,7 +72,7 @@ def help_of(command: str) -> str:
 
 
 def check_options_are_spelt_out(words: list[str], text: str) -> None:
-    """argparse takes abbreviations, and the README must not teach them."""
+    """argparse takes abbreviations, and the documents must not teach them."""
     for option in (word.split("=")[0] for word in words if word.startswith("--")):
         assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", text), f"there is no option {option}"
 
@@ -76,7 +81,7 @@ def test_the_readme_has_commands_of_every_program() -> None:
     """So that no check below passes for lack of anything to check."""
     programs = {words[0] for words in command_lines()}
     checked = {"make"} | {f".venv/bin/{name}" for name in ("vlfm", "prefect", "torchrun", "hf", "pip")}
-    assert programs - {"export", "python3.12"} == checked
+    assert programs - {"export", "python3.12", ".venv/bin/python", ".venv/bin/ray"} == checked
     for name in sorted(checked - {"make"}):
         assert Path(sys.executable).with_name(Path(name).name).exists(), f"{name} is not in the environment"
 
@@ -163,7 +168,7 @@ def test_the_deployment_has_the_flows_parameters() -> None:
     assert set(deployment["parameters"]) <= parameters
     given = [word.partition("=")[0] for words in of_program("prefect") for word in words if "=/" in word]
     assert set(given) == {"source", "lake"}
-    assert f"{deployment['name']}/{deployment['name']}" in README
+    assert f"{deployment['name']}/{deployment['name']}" in DOCS
 
 
 def test_hf_takes_the_readmes_lines() -> None:
@@ -180,14 +185,14 @@ def extras() -> set[str]:
 
 
 def test_every_extra_is_in_the_readme_and_no_other() -> None:
-    assert set(re.findall(r"\.\[(\w+)\]", README)) == extras()
+    assert set(re.findall(r"\.\[(\w+)\]", DOCS)) == extras()
     for words in of_program("pip"):
         assert set(re.findall(r"\.\[(\w+)\]", " ".join(words))) <= extras()
         assert (ROOT / words[words.index("--constraint") + 1]).is_file()
 
 
 def listed_modules() -> list[str]:
-    """Paths of the .py files in the README's layout, by its indentation; each line has a caption."""
+    """Paths of the .py files in the layout of docs/architecture.md, by its indentation; each line has a caption."""
     (tree,) = [block for block in blocks("text") if block.startswith("flows/")]
     folders: list[str] = []
     found = []
@@ -218,7 +223,7 @@ def test_the_layout_lists_exactly_the_modules() -> None:
 
 
 def test_the_reasons_of_bad_films_are_the_codes() -> None:
-    table = README.split("| reason | status |")[1].split("\n\n")[0]
+    table = DOCS.split("| reason | status |")[1].split("\n\n")[0]
     reasons = [
         reason
         for row in table.splitlines()
@@ -233,16 +238,11 @@ def test_the_reasons_of_bad_films_are_the_codes() -> None:
 def test_every_erratum_names_its_test() -> None:
     module = ast.parse((ROOT / "tests" / "model" / "test_errata.py").read_text())
     tests = {node.name for node in module.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
-    assert set(re.findall(r"`(test_\w+)`", README)) == tests
+    assert set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "method.md").read_text())) == tests
 
 
 def test_links_lead_somewhere() -> None:
-    for document in [
-        ROOT / "README.md",
-        ROOT / "CHANGELOG.md",
-        *(ROOT / "docs").glob("*.md"),
-        ROOT / "docker/README.md",
-    ]:
+    for document in [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "docker/README.md"]:
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
             assert "://" in target or (document.parent / target).exists(), f"{document.name}: {target}"
 
@@ -288,3 +288,43 @@ def test_no_host_names() -> None:
 def test_the_constraints_name_no_registry() -> None:
     lines = [line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
     assert [line for line in lines if line and not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+", line)] == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.encode()) <= 9000
+
+
+def test_no_document_leaves_the_repository() -> None:
+    assert [str(path) for path in DOCUMENTS if "../shared" in path.read_text()] == []
+
+
+def test_every_name_in_the_documents_exists() -> None:
+    """Files and dotted names of ours in backquotes."""
+    git = set(project_files())
+    missing = []
+    for span in re.findall(
+        r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^```.*?^```$", "", DOCS, flags=re.MULTILINE | re.DOTALL)
+    ):
+        if re.fullmatch(r"(flows|pipeline|model|storage|tests|docs|docker)(/[\w.-]+)*/?", span):
+            known = span.rstrip("/") in git or any(name.startswith(span.rstrip("/") + "/") for name in git)
+            missing += [] if known else [span]
+        elif re.fullmatch(r"(flows|pipeline|model|storage)(\.\w+)+", span):
+            missing += [] if resolves(span) else [span]
+    assert missing == []
+
+
+def resolves(dotted: str) -> bool:
+    """Whether `package.module[.name[.name]]` can be imported or reached."""
+    parts = dotted.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[cut:]:
+            fields = getattr(found, "__dataclass_fields__", {})
+            if not hasattr(found, name) and name not in fields:
+                return False
+            found = getattr(found, name, None)
+        return True
+    return False
