@@ -156,7 +156,7 @@ def test_the_program_ends_with_one_line_and_status_1(arguments: list[str], messa
         (["sample", "--run", "no", "--prompt", "a", "--out", "a.gif"], "no is no training run; make one with `vlfm"),
         (["sample", "--run", "no", "--prompt", "a", "--out", "a.doc"], "a.doc: cannot write .doc; use .mp4"),
         (["interpolate", "no.mp4", "--fps", "24", "--out", "a.mp4"], "film_missing: no.mp4 is not there"),
-        (["interpolate", "films", "--fps", "24", "--out", "a.mp4"], "unreadable: films: Is a directory"),
+        (["interpolate", "films", "--fps", "24", "--out", "a.mp4"], "unreadable: films is no regular file"),
         (["interpolate", "no.mp4", "--fps", "24", "--out", "a.avi"], "a.avi: cannot write .avi; use .mp4"),
         (
             ["interpolate", "a", "--fps", "9", "--out", "a.gif", "--codec", "x"],

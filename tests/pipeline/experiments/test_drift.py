@@ -13,6 +13,8 @@ import torch
 
 from model.backbones.conditioning import Conditioning
 from model.flow.path import WarmupPath
+from model.recipes import TrainRecipe
+from model.stop import STOPPED, Stopped
 from pipeline.experiments import drift
 from pipeline.experiments.drift import READINGS, VARIANTS, main
 from pipeline.experiments.looks import LOOKS, Looks
@@ -133,13 +135,17 @@ def test_other_settings_are_other_networks(made: Path, lake: Lake, monkeypatch: 
 def test_a_training_that_was_stopped_is_no_result(lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM ends a training with a checkpoint; the table must not be made of it, and the next run goes on."""
     real = drift.train
+
+    def stopped(lake: Path, run: Path, recipe: TrainRecipe, *rest: Any) -> Path:
+        real(lake, run, dataclasses.replace(recipe, steps=1), *rest)
+        raise Stopped(1)
+
     monkeypatch.setattr(drift, "VARIANTS", VARIANTS[:1])
-    monkeypatch.setattr(
-        drift, "train", lambda lake, run, recipe, *rest: real(lake, run, dataclasses.replace(recipe, steps=1), *rest)
-    )
-    with pytest.raises(KeyboardInterrupt):
-        run(lake.root, tmp_path)
+    monkeypatch.setattr(drift, "train", stopped)
+    assert run(lake.root, tmp_path) == STOPPED
     assert not (tmp_path / "drift.md").exists()
+    monkeypatch.setattr(drift, "train", real)
+    assert run(lake.root, tmp_path) == 0
 
 
 @pytest.mark.parametrize(
