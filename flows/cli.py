@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from model.program import add_settings_option, is_expected, parse_settings
@@ -24,8 +26,19 @@ your own films:          vlfm ingest films/ --captions captions.csv --lake lake
 
 exit status:             0 done, 1 an error, 2 wrong usage, 3 an ingest lost more films than tolerated,
                          75 a training was asked to stop and left a checkpoint: the same command goes on,
-                         130 interrupted
+                         130 interrupted, 143 terminated: the same command goes on
 """
+
+
+INTERRUPTED = "interrupted; everything finished is kept, the same command goes on from there"
+
+
+class _Terminated(BaseException):
+    """SIGTERM, where nothing nearer answers it: a training leaves a checkpoint, a flow its last state."""
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,13 +55,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name == "train" and arguments is None:
         hold_signals()  # importing torch takes seconds; a signal meanwhile waits for the trainer, which answers with 75
     options = parser(name).parse_args(given)
+    if arguments is None:
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         return int(options.run_it(options))
+    except _Terminated:
+        print(f"\n{INTERRUPTED}", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except Stopped as stopped:
         print(f"\n{stopped}", file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt:
-        print("\ninterrupted; everything finished is kept, the same command goes on from there", file=sys.stderr)
+        print(f"\n{INTERRUPTED}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 1

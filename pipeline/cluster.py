@@ -6,9 +6,11 @@ in the environment of its processes and nowhere else; Ray refuses every call wit
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 import tempfile
@@ -93,11 +95,15 @@ class RaySession:
 def _init(**options: Any) -> None:
     import ray
 
+    before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         where = options["address"] if options["address"] != "local" else "on this machine"
         raise RunnerError(f"Ray cannot start ({where}): {one_line(error)}") from error
+    # Ray's own handler of SIGTERM ends the process on the spot; Prefect's, or the program's, was there before.
+    with contextlib.suppress(ValueError):  # outside the main thread
+        signal.signal(signal.SIGTERM, before)
 
 
 def _own() -> dict[str, str | None]:

@@ -162,7 +162,10 @@ class Runner:
                 hire()
             deaths_unanswered = 0
             while waiting or any(task is not None for _, task, _ in running.values()):
-                ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
+                try:
+                    ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
+                except SystemError as error:  # so Ray tells what a signal's handler raised while it waited
+                    raise error.__cause__ or error from None
                 for reference in ready:
                     actor, task, _ = running.pop(reference)
                     try:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from model.ffmpeg import find_ffmpeg
+
 ROOT = Path(__file__).parents[2]
 SERVER = """
 import time
@@ -119,3 +121,29 @@ def test_nothing_but_the_result_is_on_standard_output(tmp_path: Path) -> None:
     assert run.stdout == '["worker_died"]\n', run.stderr
     for words in ("a library prints", "C code prints", "a program prints"):
         assert words in run.stderr
+
+
+def test_sigterm_ends_an_ingest_in_one_line(tmp_path: Path) -> None:
+    """Ray answers it by aborting the process, and hides what a handler raises while it waits."""
+    films = tmp_path / "films"
+    films.mkdir()
+    source = ["-f", "lavfi", "-i", "testsrc=size=64x64:rate=8:duration=120", "-c:v", "mpeg4"]
+    subprocess.run([find_ffmpeg().path, *source, str(films / "a.mp4")], check=True, capture_output=True)
+    (films / "a.txt").write_text("a clock")
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom flows.cli import main\n"
+    )
+    command = [sys.executable, "-c", f"{program}sys.exit(main())", "ingest", "films", "--lake", "lake"]
+    command += ["--recipe", "linear"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path), stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        lines, shown = iter(run.stderr.readline, ""), []
+        for line in lines:
+            shown.append(line)
+            if "clips" in line:
+                break
+        run.send_signal(signal.SIGTERM)
+        shown += list(lines)
+    assert run.returncode == 143, shown
+    assert "interrupted; everything finished is kept" in shown[-1]
+    assert not any("Traceback" in line or "***" in line for line in shown)
