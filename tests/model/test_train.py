@@ -20,10 +20,11 @@ from model.methods.vlfm import VLFM, VLFMOptions, curve, curve_scales
 from model.recipes import TrainRecipe, train_recipe
 from model.settings import override
 from model.stop import STOPPED
-from model.train import main, mixed_seed, train
+from model.train import main, train
 from model.training.checkpoint import Run
 from model.training.data import Clips, Collate, Steps
 from model.training.optimizers import learning_rate_factor
+from model.training.seeds import mixed_seed
 from storage import version
 from storage.layout import Lake
 from tests.model.tiny_lake import make_lake
