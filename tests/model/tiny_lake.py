@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from model import legs
-from model.codecs.linear import LinearCodec
+from model.codecs.linear import LinearCodec, LinearSettings
 from model.text.encoder import builtin_text_encoder
 from model.video import from_frames
 from storage import version
@@ -35,11 +35,11 @@ def frames(number: int) -> np.ndarray:
 @functools.cache
 def computed(number: int, caption: str, every: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Text, latents and coefficients of square `number`, float16; computed once, so that two samples are equal."""
-    codec, encoder = LinearCodec(4, 12, 1.0), builtin_text_encoder()
+    codec, encoder = LinearCodec(LinearSettings(4, 12, 1.0)), builtin_text_encoder()
     text, length = encoder.encode([caption])
     frame_time = np.arange(KEPT) * DURATION / KEPT
     observed = np.arange(KEPT) % every == 0
-    latents = codec.encode(from_frames(frames(number)))
+    latents = codec.encode(from_frames(frames(number))).latents
     matrix = legs.projection_matrix(frame_time[observed], DURATION, ORDER)
     coefficients = legs.project(latents[torch.from_numpy(observed)], matrix)
     found = (text[0, : int(length[0])], latents, coefficients)
@@ -81,7 +81,7 @@ def make_lake(folder: Path, clips: int = 6, validation: int = 1, **looks: Any) -
     half = len(samples) // 2
     parts = [samples[:half], samples[half:]]
     infos = [write_shard(lake.shards / f"block{i}.tar", part) for i, part in enumerate(parts)]
-    encoder, codec = builtin_text_encoder(), LinearCodec(4, 12, 1.0)
+    encoder, codec = builtin_text_encoder(), LinearCodec(LinearSettings(4, 12, 1.0))
     empty, length = encoder.encode([""])
     kept = version.write_empty_text(lake, encoder.id, empty[0, : int(length[0])].numpy().astype(np.float16))
     made = version.Version(
