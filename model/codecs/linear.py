@@ -70,9 +70,8 @@ class LinearCodec:
         self.scale = natural if settings.scale is None else float(settings.scale)
         self.id = f"linear-f{factor}-c{channels}" + ("" if self.scale == natural else f"-scale{self.scale:.9g}")
         self._identity = factor == 1 and channels == 3
-        basis = torch.from_numpy(np.eye(3) if self._identity else block_basis(factor))
-        self._kept = basis[:channels].float()
-        self._discarded = basis[channels:]
+        basis = np.eye(3) if self._identity else block_basis(factor)
+        self._kept = torch.from_numpy(basis[:channels]).float()
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of a frame of height x width pixels. Raises ValueError for sizes that do not divide."""
@@ -111,19 +110,6 @@ class LinearCodec:
 
     def without_inversion(self, frames: Tensor) -> None:
         """None: this codec does not invert."""
-
-    def discarded_error(self, frames: Tensor) -> Tensor:
-        """Mean squared error of the round trip of each frame before clamping, from the discarded coefficients alone.
-
-        frames as in `encode`; returns float64 (N,), squared units of [-1, 1]. Parseval: the transform is orthonormal,
-        so the error of a frame is exactly the energy that was not kept. PSNR is `10 log10(4 / error)`.
-        """
-        check_frames(frames, self.factor)
-        if len(frames) == 0:
-            return frames.new_zeros(0, dtype=torch.float64)
-        blocks = functional.pixel_unshuffle(frames.double(), self.factor)
-        lost = torch.einsum("kc,nchw->nkhw", self._discarded.to(frames.device), blocks)
-        return lost.square().sum((1, 2, 3)) / frames[0].numel()
 
     def spec(self) -> dict[str, object]:
         """JSON from which `codec_from_spec` rebuilds this codec."""
