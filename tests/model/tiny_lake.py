@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from model import legs
@@ -16,7 +17,8 @@ from model.video import from_frames
 from storage import version
 from storage.fingerprint import fingerprint, short_id
 from storage.layout import Lake
-from storage.shards import write_shard
+from storage.schema import CLIP_SCHEMA, completed
+from storage.shards import ShardInfo, write_shard
 
 DURATION, KEPT, ORDER, SIDE = 2.0, 8, 6, 16
 RECIPE = {"name": "tiny", "duration": DURATION}
@@ -74,6 +76,21 @@ def sample(
     }
 
 
+def manifest_rows(parts: list[list[dict[str, Any]]], infos: list[ShardInfo]) -> list[dict[str, Any]]:
+    """The manifest's table of clips; what a trainer has no use for is as unknown."""
+    rows = [
+        {**part[row]["clip.json"], "frames": KEPT, "shard": info.name, "shard_row": row}
+        for part, info in zip(parts, infos, strict=True)
+        for row in range(len(part))
+    ]
+    known = pa.Table.from_pylist(
+        [{name: row[name] for name in CLIP_SCHEMA.names if name in row} for row in rows],
+        schema=pa.schema([field for field in CLIP_SCHEMA if field.name in rows[0]]),
+    )
+    table: list[dict[str, Any]] = completed(known, CLIP_SCHEMA).to_pylist()
+    return table
+
+
 def make_lake(folder: Path, clips: int = 6, validation: int = 1, **looks: Any) -> Lake:
     """A lake of `clips` training clips and some for validation, in two shards; `looks` as for `sample`."""
     lake = Lake.create(folder)
@@ -104,7 +121,7 @@ def make_lake(folder: Path, clips: int = 6, validation: int = 1, **looks: Any) -
         snapshot="none",
         group="none",
         shards=tuple(infos),
-        manifest=version.write_manifest(lake, 1, [], []),
+        manifest=version.write_manifest(lake, 1, manifest_rows(parts, infos), []),
         merkle_root=version.shards_root(lake, infos),
         counts={"films": {"discovered": clips + validation}, "clips": {"discovered": clips + validation}},
     )
