@@ -8,6 +8,7 @@ Films that are held out are never read.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -26,20 +27,25 @@ from model.codecs.networks import TEXT_LENGTH, new_autoencoder, new_text_model, 
 from model.program import add_settings_option, parse_settings, run_program
 from model.progress import Progress
 from model.settings import override
-from model.stop import Stopped, StopSignal
+from model.stop import StopSignal
 from model.text.encoder import bundled_tokenizer
-from model.train import mixed_seed
-from model.training.checkpoint import Run, load_average, restore, save
+from model.training.checkpoint import Run, load_average
 from model.training.codec_data import Footage, dead_leaves, drawn, footage, random_crop, recoloured
 from model.training.ema import MovingAverage
-from model.training.optimizers import Updates, adamw, set_learning_rate
+from model.training.log import read_log
+from model.training.loop import Schedule, Training, run_training
+from model.training.optimizers import adamw
 from model.training.processes import Processes
+from model.training.seeds import mixed_seed
+from model.training.state import TrainingState
 from storage.fingerprint import fingerprint
 
 EMPTY = 0
 """Number of the empty caption among the captions of a run."""
 ALONE = Processes(0, 1, torch.device("cpu"))
 """A codec is trained by one process."""
+LOSSES = {"vae": ("loss", "error", "kl"), "unet": ("loss",)}
+"""The stages, and the names of their losses."""
 BAD_STEPS_ALLOWED = 10
 """Steps in a row that may be skipped because loss or gradient are not finite; one more ends the run."""
 
@@ -99,6 +105,8 @@ class Stage:
     steps: int
     learning_rate: float
     loss: Callable[[int], dict[str, Tensor]]
+    batch: int = 1
+    """Pictures of a step."""
 
     def train(self, folder: Path, recipe: CodecRecipe) -> None:
         """Goes on from the newest checkpoint to the last step.
@@ -108,38 +116,27 @@ class Stage:
             FloatingPointError: too many steps in a row are not finite; the last good checkpoint stays.
         """
         run = Run(folder / self.name)
-        average = MovingAverage(self.network, recipe.ema_decay)
         optimizer = adamw(self.network.parameters(), self.learning_rate, weight_decay=1e-2, second_beta=0.99)
-        updates = Updates(self.network, average, [optimizer], 1.0, BAD_STEPS_ALLOWED, run.root, ALONE)
-        done = restore(run.checkpoint(), self.network, average, [optimizer]) if run.steps() else 0
-        progress = Progress(self.name, self.steps, "steps", done, every=30)
-        run.root.mkdir(parents=True, exist_ok=True)
-        sums: dict[str, float] = {}
-        summed, due = 0, False
-        with StopSignal() as stop, run.log.open("a") as log:
-            for step in range(done, self.steps):
-                set_learning_rate(optimizer, min(1.0, (step + 1) / 200) * cosine(step / self.steps))
-                losses = self.loss(step)
-                losses["loss"].backward()
-                update = updates.apply(step + 1, losses["loss"], stop.seen)
-                if update.applied:
-                    for name, value in losses.items():
-                        sums[name] = sums.get(name, 0.0) + float(value.detach())
-                    summed += 1
-                if step % 50 == 49:
-                    means = {name: round(value / max(summed, 1), 6) for name, value in sums.items()}
-                    log.write(json.dumps({"step": step + 1, **means}) + "\n")
-                    log.flush()
-                    note = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-                    progress.update(step + 1, note + f"  {updates.skipped} bad steps skipped" * bool(updates.skipped))
-                    sums, summed = {}, 0
-                last = step + 1 == self.steps
-                due = due or (step + 1) % recipe.save_every == 0
-                if last or update.stop or (due and update.applied):
-                    due = False
-                    save(run, step + 1, self.network, average, [optimizer], keep=1)
-                if update.stop and not last:
-                    raise Stopped(step + 1, f" of {self.name}")
+        state = TrainingState(self.network, MovingAverage(self.network, recipe.ema_decay), [optimizer])
+        training = Training(
+            batches=lambda done: itertools.repeat(None),  # the loss makes its own
+            losses=lambda step, _: self.loss(step - 1),
+            learning_rate=lambda step: min(1.0, step / 200) * cosine((step - 1) / self.steps),
+            gradient_clip=1.0,
+            samples=self.batch,
+            name=self.name,
+            part=f" of {self.name}",
+        )
+        schedule = Schedule(
+            steps=self.steps,
+            log_every=50,
+            checkpoint_every=recipe.save_every,
+            checkpoints_kept=1,
+            bad_steps_allowed=BAD_STEPS_ALLOWED,
+            mean_losses=True,
+        )
+        with StopSignal() as stop:
+            run_training(training, state, run, schedule, ALONE, stop)
         load_average(run.checkpoint(), self.network)
         self.network.eval()
 
@@ -184,7 +181,7 @@ def autoencoder_stage(vae: nn.Module, lakes: Sequence[Sequence[Footage]], recipe
         rise = min(1.0, max(0.0, step / max(recipe.kl_from, 1) - 1))
         return {"loss": error + rise * recipe.kl_weight * kl, "error": error, "kl": kl}
 
-    return Stage("vae", vae, recipe.vae_steps, recipe.vae_learning_rate, loss)
+    return Stage("vae", vae, recipe.vae_steps, recipe.vae_learning_rate, loss, recipe.vae_batch)
 
 
 def captioned(
@@ -275,7 +272,7 @@ def denoiser_stage(
             predicted = denoiser(noisy.contiguous(memory_format=torch.channels_last), ddim_step, tokens[number])
         return {"loss": (predicted - noise).square().mean()}
 
-    return Stage("unet", denoiser, recipe.unet_steps, recipe.unet_learning_rate, loss)
+    return Stage("unet", denoiser, recipe.unet_steps, recipe.unet_learning_rate, loss, recipe.unet_batch)
 
 
 def train_codec(lakes: Sequence[str | Path], folder: Path, out: Path, recipe: CodecRecipe) -> Path:
@@ -307,16 +304,16 @@ def train_codec(lakes: Sequence[str | Path], folder: Path, out: Path, recipe: Co
         "frames": sum(len(clip.frames) for lake in clips for clip in lake),
         "captions": len(captions),
         "footage": fingerprint(sorted([clip.film, clip.caption] for lake in clips for clip in lake)),
-        "losses": {stage: _last_losses(Run(folder / stage).log) for stage in ("vae", "unet")},
+        "losses": {stage: _last_losses(Run(folder / stage).log, names) for stage, names in LOSSES.items()},
     }
     write_folder(out, vae, denoiser.unet, denoiser.text_model, record)
     return out
 
 
-def _last_losses(log: Path) -> dict[str, float]:
-    """The mean of the last ten lines of a log."""
-    rows = [json.loads(line) for line in log.read_text().splitlines()[-10:]]
-    return {name: round(float(np.mean([row[name] for row in rows])), 5) for name in (rows[-1] if rows else {})}
+def _last_losses(log: Path, names: Sequence[str]) -> dict[str, float]:
+    """The mean of the last ten lines of a log that have losses."""
+    rows = [row for row in read_log(log) if names[0] in row][-10:]
+    return {name: round(float(np.mean([row[name] for row in rows])), 5) for name in names if rows}
 
 
 def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:

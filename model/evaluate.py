@@ -19,6 +19,7 @@ from model.program import run_program
 from model.progress import Progress
 from model.sample import Sampler
 from model.training.data import Clip, Clips, lake_and_version
+from model.training.log import read_log
 from storage.fingerprint import fingerprint, finite_json
 from storage.layout import write_atomic
 from storage.version import read_manifest
@@ -121,17 +122,6 @@ def evaluate(
     # Written last: its presence says that the report is whole.
     write_atomic(out / "metrics.json", json.dumps(metrics, indent=1).encode())
     return metrics
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a training log; a torn last line is left out."""
-    lines = []
-    for text in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
 
 
 def _complete(clip: Clip) -> bool:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from model.backbones.conditioning import Conditioning
 from model.backbones.dit import Backbone
-from model.codecs.base import Codec, codec_from_spec
+from model.codecs.base import Codec
+from model.codecs.factory import codec_from_spec
 from model.methods.base import Request, Sample, SampleSettings
 from model.program import run_program
 from model.text.encoder import TextEncoder, text_encoder_from_spec
@@ -154,7 +155,7 @@ class Sampler:
         first = None
         if image is not None:
             # A codec that inverts does so with the caption it will decode with: each prompt has its own.
-            encoded = [self.codec.encode(image[None].to(self.device), text=prompt) for prompt in prompts]
+            encoded = [self.codec.encode(image[None].to(self.device), text=prompt).latents for prompt in prompts]
             first = torch.cat(encoded)
         parts: list[list[Frames]] = [[] for _ in prompts]
         windows = math.floor(times[-1] / self.window + 1e-9) + 1

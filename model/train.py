@@ -9,35 +9,32 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.backbones.dit import Backbone, BackboneConfig
-from model.methods.base import Batch, Method
+from model.methods.base import Batch
 from model.methods.registry import method_named
 from model.program import add_settings_option, parse_settings, run_program
-from model.progress import Progress
 from model.recipes import TrainRecipe, train_recipe
 from model.settings import override
-from model.stop import STOPPED, Stopped, StopSignal, signals_held
-from model.training import checkpoint
+from model.stop import STOPPED, Stopped, StopSignal
 from model.training.checkpoint import Run
 from model.training.data import Clips, Collate, Steps, lake_and_version, loader
 from model.training.ema import MovingAverage
 from model.training.launch import launch
-from model.training.optimizers import Updates, learning_rate_factor, make_optimizers, set_learning_rate
+from model.training.loop import Schedule, Training, run_training
+from model.training.objective import Objective
+from model.training.optimizers import learning_rate_factor, make_optimizers
 from model.training.processes import Processes, given_rank, join_processes
 from model.training.record import DatasetVersion, RunRecord
+from model.training.state import TrainingState
 from storage.layout import Lake
 from storage.version import Version, read_empty_text
 
@@ -53,7 +50,7 @@ def train(lake: str | Path, run: str | Path, recipe: TrainRecipe, version: int |
 
     Raises:
         Stopped: SIGTERM or Ctrl-C came before the last step; the same call goes on.
-        ValueError, FileNotFoundError: bad settings, or no such lake, version or shard; the message says the mend.
+        ValueError, FileNotFoundError: bad settings, or no such lake, version or shard; the message says the remedy.
         FloatingPointError: too many steps in a row are not finite; the last good checkpoint stays.
     """
     with StopSignal() as stop:
@@ -69,6 +66,7 @@ def train(lake: str | Path, run: str | Path, recipe: TrainRecipe, version: int |
 def _train(lake: Lake, run: Run, recipe: TrainRecipe, version: Version, processes: Processes, stop: StopSignal) -> Path:
     collate = Collate(read_empty_text(lake, version), method_named(recipe.method).members)
     clips = Clips(lake, version, "train", collate.arrays)
+    validation = Clips(lake, version, "validation", collate.arrays)
     record = run_record(recipe, version, clips, run)
     if processes.first and not run.file.is_file():
         run.write(record.to_json())
@@ -77,120 +75,34 @@ def _train(lake: Lake, run: Run, recipe: TrainRecipe, version: Version, processe
 
     torch.manual_seed(recipe.seed)
     backbone = Backbone(record.backbone).to(processes.device)
-    average = MovingAverage(backbone, recipe.ema_decay)
-    optimizers = make_optimizers(backbone, recipe)
-    updates = Updates(
-        backbone, average, optimizers, recipe.gradient_clip, recipe.bad_steps_allowed, run.root, processes
-    )
-    method = record.method()
-    done = checkpoint.restore(run.checkpoint(), backbone, average, optimizers) if run.steps() else 0
+    state = TrainingState(backbone, MovingAverage(backbone, recipe.ema_decay), make_optimizers(backbone, recipe))
     trained = DistributedDataParallel(backbone) if processes.world > 1 else backbone
-    steps = Steps(len(clips), recipe.batch, recipe.seed, done, recipe.steps, processes.rank, processes.world)
-    validation = Clips(lake, version, "validation", collate.arrays)
+    objective = Objective(record.method(), recipe, processes)
 
-    if processes.any(stop.seen)[0]:
-        raise Stopped(done)
-    progress = Progress("train", recipe.steps, "steps", done) if processes.first else None
-    with Log(run, enabled=processes.first) as log:
-        log.event(event="start", step=done, clips=len(clips), parameters=sum(p.numel() for p in backbone.parameters()))
-        waited, began, due = 0.0, time.perf_counter(), False
-        with signals_held():  # a signal to the whole process group must not end the workers
-            batches = iter(loader(clips, steps, collate, recipe.loader_workers))
-        for step in range(done + 1, recipe.steps + 1):
-            before = time.perf_counter()
-            batch = next(batches).to(processes.device)
-            waited += time.perf_counter() - before
-            for optimizer in optimizers:
-                set_learning_rate(optimizer, learning_rate_factor(step, recipe))
-            losses = gradients(trained, method, batch, recipe, step, processes)
-            update = updates.apply(step, losses["loss"], stop.seen)
-            last = step == recipe.steps
+    def batches(done: int) -> Iterator[Batch]:
+        steps = Steps(len(clips), recipe.batch, recipe.seed, done, recipe.steps, processes.rank, processes.world)
+        read = iter(loader(clips, steps, collate, recipe.loader_workers))
+        return (batch.to(processes.device) for batch in read)
 
-            if not update.applied:
-                log.event(event="skipped", step=step, reason="the loss or its gradient is not finite")
-            if step % recipe.log_every == 0 or last:
-                means = processes.mean({**losses, "gradient_norm": update.gradient_norm}) if update.applied else {}
-                values = {name: float(value) for name, value in means.items()}
-                seconds = time.perf_counter() - began
-                count = (step - done - 1) % recipe.log_every + 1
-                rate = count * recipe.batch * method.states_per_clip / seconds
-                log.scalars(step, **values, samples_per_second=rate, data_wait=waited / seconds)
-                if progress is not None:
-                    note = "  ".join(f"{name} {value:.4f}" for name, value in [*values.items()][:2])
-                    progress.update(step, note + f"  {updates.skipped} bad steps skipped" * bool(updates.skipped))
-                waited, began = 0.0, time.perf_counter()
-            aside = time.perf_counter()
-            # While steps are skipped, no checkpoint takes the place of one from before.
-            due = due or step % recipe.checkpoint_every == 0
-            if last or update.stop or (due and update.applied):
-                due = False
-                if processes.first:
-                    checkpoint.save(run, step, backbone, average, optimizers, recipe.checkpoints_kept)
-                else:  # so that all processes raise, or none
-                    checkpoint.tensors_by_file(backbone, average, optimizers)
-            if update.stop and not last:
-                log.event(event="stop", step=step)
-                if processes.world > 1:
-                    dist.barrier()
-                raise Stopped(step)
-            if len(validation) and (last or step % recipe.validate_every == 0):
-                value = validate(backbone, average, method, validation, collate, recipe, processes, stop)
-                if value is not None:
-                    log.scalars(step, validation_loss=value)
-            began += time.perf_counter() - aside
-        log.event(event="end", step=recipe.steps, skipped=updates.skipped)
-    if processes.world > 1:
-        dist.barrier()
+    training = Training(
+        batches=batches,
+        losses=lambda step, batch: objective.losses(trained, step, batch),
+        learning_rate=lambda step: learning_rate_factor(step, recipe),
+        gradient_clip=recipe.gradient_clip,
+        samples=recipe.batch * objective.method.states_per_clip,
+        validate=(lambda: objective.validate(state, validation, collate, stop)) if len(validation) else None,
+        facts={"clips": len(clips), "parameters": sum(p.numel() for p in backbone.parameters())},
+    )
+    schedule = Schedule(
+        steps=recipe.steps,
+        log_every=recipe.log_every,
+        checkpoint_every=recipe.checkpoint_every,
+        checkpoints_kept=recipe.checkpoints_kept,
+        bad_steps_allowed=recipe.bad_steps_allowed,
+        validate_every=recipe.validate_every,
+    )
+    run_training(training, state, run, schedule, processes, stop)
     return run.checkpoint()
-
-
-def gradients(
-    trained: nn.Module, method: Method, batch: Batch, recipe: TrainRecipe, step: int, processes: Processes
-) -> dict[str, Tensor]:
-    """A step's losses, detached; their gradients are left in the network.
-
-    Noise and times depend on seed, step and process alone.
-    """
-    generator = torch.Generator(processes.device).manual_seed(mixed_seed(recipe.seed, step, processes.rank))
-    with torch.autocast(processes.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-        losses = method.loss(trained, batch, generator)
-    losses["loss"].backward()
-    return {name: value.detach() for name, value in losses.items()}
-
-
-@torch.no_grad()
-def validate(
-    backbone: Backbone,
-    average: MovingAverage,
-    method: Method,
-    clips: Clips,
-    collate: Collate,
-    recipe: TrainRecipe,
-    processes: Processes,
-    stop: StopSignal,
-    most: int = 256,
-) -> float | None:
-    """Loss of the averaged weights on the validation split, with the same times and noise every time.
-
-    None where a signal came meanwhile: the checkpoint is more urgent.
-    """
-    weights = {name: value.detach().clone() for name, value in backbone.named_parameters()}
-    average.copy_to(backbone)
-    backbone.eval()
-    chosen = range(min(len(clips), most))
-    total = 0.0
-    for start in range(0, len(chosen), recipe.batch):
-        if stop.seen:
-            break
-        part = [clips[i] for i in chosen[start : start + recipe.batch]]
-        generator = torch.Generator(processes.device).manual_seed(mixed_seed(recipe.seed, start, -1))
-        with torch.autocast(processes.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            loss = method.loss(backbone, collate(part).to(processes.device), generator)["loss"]
-        total += float(loss) * len(part)
-    backbone.train()
-    for name, value in backbone.named_parameters():
-        value.copy_(weights[name])
-    return None if stop.seen else total / len(chosen)
 
 
 def run_record(recipe: TrainRecipe, version: Version, clips: Clips, run: Run) -> RunRecord:
@@ -221,48 +133,6 @@ def run_record(recipe: TrainRecipe, version: Version, clips: Clips, run: Run) ->
         before.check_resumable(record, run)
         return record
     return dataclasses.replace(record, figures=method.prepare(clips, version.clip))
-
-
-def mixed_seed(*parts: int) -> int:
-    """One 63-bit seed from several whole numbers."""
-    mixed = 0x9E3779B97F4A7C15
-    for part in parts:
-        mixed = ((mixed ^ (part & (2**64 - 1))) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-        mixed ^= mixed >> 31
-    return mixed >> 1
-
-
-class Log:
-    """Scalars as JSON lines and for TensorBoard."""
-
-    def __init__(self, run: Run, enabled: bool) -> None:
-        self.run, self.enabled = run, enabled
-
-    def __enter__(self) -> Log:
-        if self.enabled:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.file = self.run.log.open("a")
-            self.board = SummaryWriter(str(self.run.root / "tensorboard"))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.enabled:
-            self.file.close()
-            self.board.close()
-
-    def event(self, **values: Any) -> None:
-        """Write a line that is no scalar."""
-        if self.enabled:
-            self.file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
-            self.file.flush()
-
-    def scalars(self, step: int, **values: float) -> None:
-        """Write named values of a step."""
-        self.event(step=step, **{name: float(f"{value:.6g}") for name, value in values.items()})
-        if self.enabled:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
 
 
 def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
@@ -313,7 +183,7 @@ def run_processes(options: argparse.Namespace, recipe: TrainRecipe) -> int:
     """Train as several processes on this machine.
 
     Raises:
-        ValueError: a number of processes that cannot be; the message says the mend.
+        ValueError: a number of processes that cannot be; the message says the remedy.
     """
     count = options.processes
     if count < 1:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from model.codecs.base import Encoded, Text, check_frames, check_latents, check_size, check_spec_keys
 from model.codecs.batches import Networks, Result, gpu_compiler, in_batches
 from model.codecs.ddim import (
     DDIMSchedule,
@@ -23,12 +25,45 @@ from model.codecs.ddim import (
     invert_checked,
     regenerate,
 )
-from model.codecs.linear import Text, check_frames, check_latents, check_size, check_spec_keys
 from model.text.encoder import TextEncoder, pretrained_text_encoder
 from model.weights import CodecUnavailable, Weights, digest_tensors, find_weights, load_part
 
 SETTINGS = ("ddim_steps", "inversion_depth", "refinements", "guidance", "check_round_trip")
+"""Fields of DiffusersSettings that change latents, and so `id` and `spec`."""
 SPEC_KEYS = ("kind", "source", "revision", "vae", "vae_revision", *SETTINGS, "compiled", "digest")
+
+
+@dataclass(frozen=True)
+class DiffusersSettings:
+    """How a codec inverts, and how its networks compute. Raises ValueError for values that cannot be."""
+
+    ddim_steps: int = 50
+    """Levels of the grid; divides 1000."""
+    inversion_depth: int = 50
+    """Levels inverted, 0 to ddim_steps; 0 gives the VAE's latents, needs no UNet and is far cheaper."""
+    refinements: int = 3
+    """Fixed-point iterations a level."""
+    guidance: float = 1.0
+    """Classifier-free guidance on both ways; 1 is the caption alone, and what inverts best."""
+    check_round_trip: bool = True
+    """Whether each frame's way back is looked at and bad ones are redone (`ddim.invert_checked`)."""
+    batch: int | None = None
+    """Frames at once; None chooses by the free memory. Halved when memory runs out."""
+    device: str = "cpu"
+    """Where the networks compute."""
+    unet_type: torch.dtype | None = None
+    """The UNet's float type, None for bfloat16 on a GPU and float32 elsewhere; DDIM's own arithmetic is float32."""
+    vae_type: torch.dtype | None = None
+    """The VAE's, alike."""
+    compiled: bool = False
+    """Whether, on a GPU, full batches go through torch.compile and CUDA graphs. The first batch of each size of frames
+    waits for it, a minute or two with Stable Diffusion; it pays from some thousand frames on. Changes neither `id` nor
+    `spec`, and nothing on a CPU."""
+
+    def __post_init__(self) -> None:
+        DDIMSchedule(self.ddim_steps).depth(self.inversion_depth)
+        if self.refinements < 0:
+            raise ValueError(f"refinements is {self.refinements}: take 0 (plain inversion) or more, 3 is the default")
 
 
 class DiffusersCodec:
@@ -37,40 +72,29 @@ class DiffusersCodec:
     `scale` is the VAE's `scaling_factor`, `channels` and `factor` come from its config.
     """
 
+    wants_gpu: ClassVar[bool] = True
+
     def __init__(
         self,
         vae: nn.Module,
         unet: nn.Module | None,
         weights: Weights,
         vae_weights: Weights | None = None,
-        *,
-        ddim_steps: int = 50,
-        inversion_depth: int = 50,
-        refinements: int = 3,
-        guidance: float = 1.0,
-        check_round_trip: bool = True,
-        batch: int | None = None,
-        device: str = "cpu",
-        unet_type: torch.dtype | None = None,
-        vae_type: torch.dtype | None = None,
-        compiled: bool = False,
+        settings: DiffusersSettings | None = None,
     ) -> None:
+        self.settings = settings = settings or DiffusersSettings()
         config: Any = vae.config
         self.channels = int(config.latent_channels)
         self.factor = 2 ** (len(config.block_out_channels) - 1)
         self.scale = float(config.scaling_factor)
-        self.schedule = DDIMSchedule(ddim_steps)
-        self.inversion_depth = self.schedule.depth(inversion_depth)
-        if refinements < 0:
-            raise ValueError(f"refinements is {refinements}: take 0 (plain inversion) or more, 3 is the default")
-        self.refinements = refinements
-        self.guidance = float(guidance)
-        self.check_round_trip = check_round_trip
-        self._batch = batch
+        self.schedule = DDIMSchedule(settings.ddim_steps)
+        self.inversion_depth = self.schedule.depth(settings.inversion_depth)
         self._batches: dict[tuple[int, int], int] = {}
         self._weights, self._vae_weights = weights, vae_weights
         if self.inversion_depth and unet is None:
-            raise ValueError(f"inversion_depth is {inversion_depth} and there is no UNet: set inversion_depth to 0")
+            raise ValueError(
+                f"inversion_depth is {self.inversion_depth} and there is no UNet: set inversion_depth to 0"
+            )
         unet_config: Any = None if unet is None else unet.config
         if unet is not None and int(unet_config.in_channels) != self.channels:
             raise ValueError(
@@ -83,65 +107,45 @@ class DiffusersCodec:
         self.digest = digest_tensors(parts)
         self.id = self._name()
         # Compiling is for GPUs: a CPU gains little from it, and would need a C++ compiler.
-        compiler = gpu_compiler() if compiled and torch.device(device).type == "cuda" else None
-        self._networks = Networks(vae, unet, device, vae_type, unet_type, compiler)
+        on_gpu = torch.device(settings.device).type == "cuda"
+        compiler = gpu_compiler() if settings.compiled and on_gpu else None
+        self._networks = Networks(vae, unet, settings.device, settings.vae_type, settings.unet_type, compiler)
 
     @classmethod
     def from_pretrained(
         cls,
         source: str | Path,
+        settings: DiffusersSettings | None = None,
+        *,
         revision: str | None = None,
         vae: str | Path | None = None,
         vae_revision: str | None = None,
-        *,
-        ddim_steps: int = 50,
-        inversion_depth: int = 50,
-        refinements: int = 3,
-        guidance: float = 1.0,
-        check_round_trip: bool = True,
-        batch: int | None = None,
-        device: str = "cpu",
-        unet_type: torch.dtype | None = None,
-        vae_type: torch.dtype | None = None,
-        compiled: bool = False,
         digest: str | None = None,
     ) -> DiffusersCodec:
         """The codec of a folder, or of a hub id in the local cache; safetensors only, and the network is not asked.
 
         source: a Stable Diffusion folder (`vae/`, `unet/`, `text_encoder/`, `tokenizer/`, `scheduler/`), or an
             AutoencoderKL folder alone, with inversion_depth 0. Or a hub id of either.
+        settings: how to invert and compute; the defaults where there are none.
         revision, vae_revision: branch, tag or commit of a hub id; the commit is recorded.
         vae: another VAE for the same latents (`stabilityai/sd-vae-ft-mse`).
-        ddim_steps: levels of the grid; divides 1000.  inversion_depth: levels climbed, 0 to ddim_steps; 0 gives the
-            VAE's latents, needs no UNet and is far cheaper.  refinements: fixed-point iterations a level.
-        guidance: classifier-free guidance on both ways; 1 is the caption alone, and what inverts best.
-        check_round_trip: look at each frame's way back and redo bad ones (`ddim.invert_checked`).
-        batch: frames at once; None chooses by the free memory. Halved when memory runs out.
-        device: where the networks compute.  unet_type, vae_type: their float types, None for bfloat16 on a GPU and
-            float32 elsewhere; DDIM's own arithmetic is float32.
-        compiled: on a GPU, send full batches through torch.compile and CUDA graphs. The first batch of each size of
-            frames waits for it, a minute or two with Stable Diffusion; it pays from some thousand frames on.
-            Changes neither `id` nor `spec`, and nothing on a CPU.
         digest: sha256 (hex) the weights must have.
-        Raises CodecUnavailable where weights are missing, ValueError for unfit settings or other weights. Warns where
-        the folder's scheduler disagrees with the values that are used (`ddim.SCHEDULER_VALUES`).
+        Raises CodecUnavailable where weights are missing, ValueError for other weights. Warns where the folder's
+        scheduler disagrees with the values that are used (`ddim.SCHEDULER_VALUES`).
         """
         from diffusers import AutoencoderKL, UNet2DConditionModel
 
+        settings = settings or DiffusersSettings()
         weights = find_weights(source, revision)
         vae_weights = None if vae is None else find_weights(vae, vae_revision)
         # Without this option diffusers advises to install accelerate, which it does not need here.
         plain = {"low_cpu_mem_usage": False}
         autoencoder = load_part(AutoencoderKL.from_pretrained, *_vae_place(vae_weights or weights), options=plain)
         unet = None
-        if inversion_depth:
+        if settings.inversion_depth:
             _compare_scheduler(weights)
             unet = load_part(UNet2DConditionModel.from_pretrained, weights, "unet", options=plain)
-        codec = cls(
-            autoencoder, unet, weights, vae_weights, ddim_steps=ddim_steps, inversion_depth=inversion_depth,
-            refinements=refinements, guidance=guidance, check_round_trip=check_round_trip, batch=batch, device=device,
-            unet_type=unet_type, vae_type=vae_type, compiled=compiled,
-        )  # fmt: skip
+        codec = cls(autoencoder, unet, weights, vae_weights, settings)
         if digest is not None and digest != codec.digest:
             raise ValueError(
                 f"codec {codec.id} has weights {codec.digest[:16]}, the latents were made with {digest[:16]}: "
@@ -155,8 +159,10 @@ class DiffusersCodec:
         check_size(height, width, self.factor * self._networks.unet_factor)
         return self.channels, height // self.factor, width // self.factor
 
-    def encode(self, frames: Tensor, text: Text | None = None) -> Tensor:
-        """Frames (N, 3, H, W) in [-1, 1] to float32 latents (N, C, h, w) on the frames' device.
+    def encode(self, frames: Tensor, text: Text | None = None) -> Encoded:
+        """Frames (N, 3, H, W) in [-1, 1] to float32 latents (N, C, h, w), and how well their inversion went.
+
+        All of it is on the frames' device.
 
         text: what `inversion_depth > 0` inverts with: one embedding (L, D) or one a frame (N, L, D), or the caption or
             N captions, which the folder's own text encoder embeds (with its padding, as the UNet was trained). Rows of
@@ -164,38 +170,39 @@ class DiffusersCodec:
             Decode with the same text.
         Raises TypeError or ValueError for unfit frames (NaN, range, size) or text, and for a UNet that diverges.
         """
-        return self.encode_with_certificate(frames, text).latents
-
-    def encode_with_certificate(self, frames: Tensor, text: Text | None = None) -> Inversion:
-        """`encode`, with each frame's fixed-point residual and latent round trip (dB), NaN where not measured."""
         check_frames(frames, self.factor * self._networks.unet_factor)
         rows = self._text_rows(text, len(frames))
         height, width = frames.shape[2:]
-
-        def one(batch: Tensor, embedding: Tensor | None) -> Inversion:
-            clean = self._networks.encode(batch, self._frames_at_once(height, width))
-            if not self.inversion_depth:
-                unknown = clean.new_full((len(clean),), torch.nan)
-                return Inversion(clean, unknown, unknown)
-            noise = self._predict_noise(embedding, height, width)
-            if not self.check_round_trip:
-                return invert(clean, noise, self.schedule, self.inversion_depth, self.refinements)
-
-            def for_samples(chosen: Tensor) -> PredictNoise:
-                return self._predict_noise(None if embedding is None else embedding[chosen.cpu()], height, width)
-
-            return invert_checked(
-                clean, noise, self.schedule, self.inversion_depth, self.refinements, for_samples=for_samples
-            )
-
         none = frames.new_zeros(0, dtype=torch.float32)
-        parts = self._in_batches(one, frames, rows, height, width)
-        parts = parts or [Inversion(none.view(0, *self.latent_shape(height, width)), none, none)]
-        return Inversion(
-            torch.cat([part.latents for part in parts]).to(frames.device),
-            torch.cat([part.residual for part in parts]).to(frames.device),
-            torch.cat([part.round_trip for part in parts]).to(frames.device),
+        no_latents = none.view(0, *self.latent_shape(height, width))
+
+        def clean(batch: Tensor, _: Tensor | None) -> Tensor:
+            return self._networks.encode(batch, self._frames_at_once(height, width))
+
+        if not self.inversion_depth:
+            parts = self._in_batches(clean, frames, rows, height, width)
+            return Encoded(torch.cat(parts or [no_latents]).to(frames.device))
+
+        def inverted(batch: Tensor, embedding: Tensor | None) -> Inversion:
+            return self._invert(clean(batch, None), embedding, height, width)
+
+        found = self._in_batches(inverted, frames, rows, height, width) or [Inversion(no_latents, none, none)]
+        return Encoded(
+            torch.cat([part.latents for part in found]).to(frames.device),
+            torch.cat([part.residual for part in found]).to(frames.device),
+            torch.cat([part.round_trip for part in found]).to(frames.device),
         )
+
+    def _invert(self, clean: Tensor, embedding: Tensor | None, height: int, width: int) -> Inversion:
+        """Clean latents of frames of height x width pixels to noisy ones."""
+        noise, refinements = self._predict_noise(embedding, height, width), self.settings.refinements
+        if not self.settings.check_round_trip:
+            return invert(clean, noise, self.schedule, self.inversion_depth, refinements)
+
+        def for_samples(chosen: Tensor) -> PredictNoise:
+            return self._predict_noise(None if embedding is None else embedding[chosen.cpu()], height, width)
+
+        return invert_checked(clean, noise, self.schedule, self.inversion_depth, refinements, for_samples=for_samples)
 
     def decode(self, latents: Tensor, text: Text | None = None) -> Tensor:
         """Latents (N, C, h, w) to float32 frames (N, 3, H, W) clamped to [-1, 1], on the latents' device.
@@ -217,13 +224,14 @@ class DiffusersCodec:
         parts = self._in_batches(one, latents, rows, height, width)
         return torch.cat(parts or [torch.zeros(0, 3, height, width)]).to(latents.device)
 
-    def vae_round_trip(self, frames: Tensor) -> Tensor:
-        """Frames (N, 3, H, W) in [-1, 1] through the VAE and back, without inversion: what `decode` can reach at best.
+    def without_inversion(self, frames: Tensor) -> Tensor | None:
+        """Frames (N, 3, H, W) in [-1, 1] through the VAE and back: what `decode` can reach at best.
 
-        Raises TypeError or ValueError for unfit frames, as `encode` does.
+        None where nothing is inverted. Raises TypeError or ValueError for unfit frames, as `encode` does.
         """
+        if not self.inversion_depth:
+            return None
         check_frames(frames, self.factor)
-
         height, width = frames.shape[2:]
 
         def one(batch: Tensor, _: Tensor | None) -> Tensor:
@@ -245,9 +253,9 @@ class DiffusersCodec:
             "vae_revision": None if vae is None else vae.revision,
             "ddim_steps": self.schedule.ddim_steps,
             "inversion_depth": self.inversion_depth,
-            "refinements": self.refinements,
-            "guidance": self.guidance,
-            "check_round_trip": self.check_round_trip,
+            "refinements": self.settings.refinements,
+            "guidance": float(self.settings.guidance),
+            "check_round_trip": self.settings.check_round_trip,
             "digest": self.digest,
         }
 
@@ -258,8 +266,12 @@ class DiffusersCodec:
         if not spec.get("source"):
             raise ValueError("codec spec of kind 'diffusers' names no source: give it a folder or a hub id")
         # JSON's types are checked by use: DDIMSchedule and find_weights refuse what they cannot read.
-        given = {key: value for key, value in spec.items() if key not in ("kind", "source") and value is not None}
-        return cls.from_pretrained(str(spec["source"]), device=device, **given)  # type: ignore[arg-type]
+        given: dict[str, Any] = {key: value for key, value in spec.items() if value is not None}
+        settings = DiffusersSettings(
+            **{key: given[key] for key in (*SETTINGS, "compiled") if key in given}, device=device
+        )
+        where = {key: given[key] for key in ("revision", "vae", "vae_revision", "digest") if key in given}
+        return cls.from_pretrained(str(spec["source"]), settings, **where)
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
@@ -275,17 +287,19 @@ class DiffusersCodec:
             name += f"+{vae.name}"
         if not self.inversion_depth:
             return f"{name}-vae"
-        check = "" if self.check_round_trip else "-unchecked"
-        guidance = "" if self.guidance == 1 else f"-g{self.guidance:g}"
-        return f"{name}-ddim{self.inversion_depth}of{self.schedule.ddim_steps}-r{self.refinements}{check}{guidance}"
+        settings = self.settings
+        check = "" if settings.check_round_trip else "-unchecked"
+        guidance = "" if settings.guidance == 1 else f"-g{settings.guidance:g}"
+        return f"{name}-ddim{self.inversion_depth}of{self.schedule.ddim_steps}-r{settings.refinements}{check}{guidance}"
 
     def _predict_noise(self, text: Tensor | None, height: int, width: int) -> PredictNoise:
         assert text is not None  # `_text_rows` sees to it
         rows = self._frames_at_once(height, width)
         conditional = self._networks.noise(text, rows)
-        if self.guidance == 1:
+        if self.settings.guidance == 1:
             return conditional
-        return guided(conditional, self._networks.noise(self._empty.expand(len(text), -1, -1), rows), self.guidance)
+        unconditional = self._networks.noise(self._empty.expand(len(text), -1, -1), rows)
+        return guided(conditional, unconditional, float(self.settings.guidance))
 
     @cached_property
     def _empty(self) -> Tensor:
@@ -317,7 +331,7 @@ class DiffusersCodec:
     def _frames_at_once(self, height: int, width: int) -> int:
         """The size of a full batch; chosen once for a size of frames, since compiled networks need one shape."""
         if (height, width) not in self._batches:
-            self._batches[height, width] = self._batch or self._networks.rows(height, width)
+            self._batches[height, width] = self.settings.batch or self._networks.rows(height, width)
         return self._batches[height, width]
 
     def _in_batches(

@@ -1,4 +1,4 @@
-"""The linear codec, a fixed orthonormal block transform whose error is known exactly; and the checks all codecs share.
+"""The linear codec: a fixed orthonormal block transform whose error is known exactly.
 
 A block of `factor x factor` pixels is rotated in colour (grey first), transformed by the two-dimensional DCT, and the
 `channels` basis vectors of highest expected energy are kept. Nothing is trained, so pictures can be looked at before
@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,64 +20,36 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-Text = Tensor | str | Sequence[str]
-"""What a codec may be told about the frames: one embedding (L, D), one a frame (N, L, D), a caption, or N captions."""
-
-RANGE_TOLERANCE = 1e-3
-"""How far a pixel may lie outside [-1, 1] before the frames are refused: rounding in a resize, no more."""
+from model.codecs.base import Encoded, Text, check_frames, check_latents, check_size, check_spec_keys
 
 
-def check_frames(frames: Tensor, factor: int) -> None:
-    """Refuses whatever would end as poisoned latents.
+@dataclass(frozen=True)
+class LinearSettings:
+    """What makes a linear codec. Raises ValueError for values out of range."""
 
-    frames: float (N, 3, H, W), finite, in [-1, 1], H and W multiples of `factor`.
-    Raises TypeError for another element type and ValueError for the rest; each message names the mend.
-    """
-    if not frames.is_floating_point():
-        raise TypeError(f"frames have type {frames.dtype}, a codec takes floats in [-1, 1]: pass frames / 127.5 - 1")
-    if frames.ndim != 4 or frames.shape[1] != 3:
-        raise ValueError(f"frames have shape {tuple(frames.shape)}, a codec takes (N, 3, H, W): permute RGB to axis 1")
-    check_size(frames.shape[2], frames.shape[3], factor)
-    if frames.numel() == 0:
-        return
-    # One transfer for both ends of the range; NaN and infinity survive amin and amax.
-    low, high = torch.stack((frames.amin(), frames.amax())).tolist()
-    if not (math.isfinite(low) and math.isfinite(high)):
-        bad = (~torch.isfinite(frames)).flatten(1).any(1).nonzero().flatten().tolist()
-        raise ValueError(f"frames {bad[:8]} hold NaN or infinity: drop these frames or mend what decoded them")
-    if low < -1 - RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
-        raise ValueError(f"frames lie in [{low:.4g}, {high:.4g}], a codec takes [-1, 1]: pass frames / 127.5 - 1")
+    factor: int = 4
+    """Side of a block in pixels, at least 1."""
+    channels: int = 12
+    """Kept coefficients, 1 to `3 * factor**2`."""
+    scale: float | None = None
+    """Latents are scale * coefficients. None means `natural_scale`."""
 
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise ValueError(f"factor is {self.factor}, a block has at least 1 pixel a side: pass factor >= 1")
+        offered = 3 * self.factor**2
+        if not 1 <= self.channels <= offered:
+            raise ValueError(f"channels is {self.channels}, factor {self.factor} offers 1 to {offered}")
+        if self.scale is not None and not (math.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(
+                f"scale is {self.scale}, it must be positive and finite; leave it out for {self.natural_scale:.6g}"
+            )
 
-def check_size(height: int, width: int, factor: int) -> None:
-    """Raises ValueError unless both sides are positive multiples of `factor` (pixels)."""
-    if height < 1 or width < 1 or height % factor or width % factor:
-        mend = f"{max(factor, height // factor * factor)} x {max(factor, width // factor * factor)}"
-        raise ValueError(
-            f"frames of {height} x {width} pixels (height x width) do not divide into blocks of {factor}: "
-            f"scale or crop them to {mend} (the recipe's `size`)"
-        )
-
-
-def check_latents(latents: Tensor, channels: int) -> None:
-    """latents: float (N, channels, h, w), finite. Raises ValueError otherwise, naming the mend."""
-    if latents.ndim != 4 or latents.shape[1] != channels:
-        raise ValueError(f"latents have shape {tuple(latents.shape)}, this codec decodes (N, {channels}, h, w)")
-    finite = torch.isfinite(latents).flatten(1).all(1)
-    if not bool(finite.all()):
-        bad = (~finite).nonzero().flatten().tolist()
-        raise ValueError(
-            f"latents {bad[:8]} hold NaN or infinity: whatever made them diverged, decode the others alone"
-        )
-
-
-def check_spec_keys(spec: Mapping[str, object], allowed: Sequence[str]) -> None:
-    """Raises ValueError for a key that nothing reads, naming the ones that are read."""
-    unknown = sorted(set(spec) - set(allowed))
-    if unknown:
-        raise ValueError(
-            f"unknown codec setting {', '.join(unknown)}: the {spec.get('kind')} codec reads {', '.join(allowed)}"
-        )
+    @property
+    def natural_scale(self) -> float:
+        """`sqrt(channels / (3 * factor**2))`: gives the latents the mean square of the pixels when all the energy is
+        kept."""
+        return math.sqrt(self.channels / (3 * self.factor**2))
 
 
 class LinearCodec:
@@ -84,49 +58,40 @@ class LinearCodec:
     The colours are grey `(1,1,1)/sqrt 3`, red-blue `(1,0,-1)/sqrt 2`, green-magenta `(1,-2,1)/sqrt 6` (the rotation of
     Ohta, Kanade and Sakai 1980, close to the principal axes of natural images). See `basis_order` for which vectors are
     kept. `factor=1, channels=3` is the identity: latents are the RGB frames times `scale`.
-
-    factor: side of a block in pixels, >= 1.
-    channels: kept coefficients, 1 to `3 * factor**2`.
-    scale: latents = scale * coefficients. None means `sqrt(channels / (3 * factor**2))`, which gives the latents the
-        mean square of the pixels when all the energy is kept.
-    Raises ValueError for values out of these ranges.
     """
 
-    def __init__(self, factor: int = 4, channels: int = 12, scale: float | None = None) -> None:
-        if factor < 1:
-            raise ValueError(f"factor is {factor}, a block has at least 1 pixel a side: pass factor >= 1")
-        if not 1 <= channels <= 3 * factor**2:
-            raise ValueError(f"channels is {channels}, factor {factor} offers 1 to {3 * factor**2}")
-        natural = math.sqrt(channels / (3 * factor**2))
-        if scale is not None and not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"scale is {scale}, it must be positive and finite; leave it out for {natural:.6g}")
+    wants_gpu: ClassVar[bool] = False
+
+    def __init__(self, settings: LinearSettings | None = None) -> None:
+        settings = settings or LinearSettings()
+        factor, channels, natural = settings.factor, settings.channels, settings.natural_scale
         self.factor = factor
         self.channels = channels
-        self.scale = natural if scale is None else float(scale)
+        self.scale = natural if settings.scale is None else float(settings.scale)
         self.id = f"linear-f{factor}-c{channels}" + ("" if self.scale == natural else f"-scale{self.scale:.9g}")
         self._identity = factor == 1 and channels == 3
-        basis = torch.from_numpy(np.eye(3) if self._identity else block_basis(factor))
-        self._kept = basis[:channels].float()
-        self._discarded = basis[channels:]
+        basis = np.eye(3) if self._identity else block_basis(factor)
+        self._kept = torch.from_numpy(basis[:channels]).float()
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of a frame of height x width pixels. Raises ValueError for sizes that do not divide."""
         check_size(height, width, self.factor)
         return self.channels, height // self.factor, width // self.factor
 
-    def encode(self, frames: Tensor, text: Text | None = None) -> Tensor:
-        """Frames (N, 3, H, W) in [-1, 1] to latents (N, C, h, w), float32; `text` is not used.
+    def encode(self, frames: Tensor, text: Text | None = None) -> Encoded:
+        """Frames (N, 3, H, W) in [-1, 1] to latents (N, C, h, w), float32; `text` is not used, nothing is inverted.
 
         Raises TypeError or ValueError as `check_frames` does.
         """
         check_frames(frames, self.factor)
         frames = frames.float()
         if self._identity:
-            return frames * self.scale
+            return Encoded(frames * self.scale)
         if len(frames) == 0:  # pixel_unshuffle refuses no frames
-            return frames.new_zeros((0, *self.latent_shape(frames.shape[2], frames.shape[3])))
+            return Encoded(frames.new_zeros((0, *self.latent_shape(frames.shape[2], frames.shape[3]))))
         kept = self._kept.to(frames.device)
-        return torch.einsum("kc,nchw->nkhw", kept, functional.pixel_unshuffle(frames, self.factor)) * self.scale
+        blocks = functional.pixel_unshuffle(frames, self.factor)
+        return Encoded(torch.einsum("kc,nchw->nkhw", kept, blocks) * self.scale)
 
     def decode(self, latents: Tensor, text: Text | None = None, clamp: bool = True) -> Tensor:
         """Latents (N, C, h, w) to frames (N, 3, H, W), float32, clamped to [-1, 1] unless `clamp` is False.
@@ -143,18 +108,8 @@ class LinearCodec:
             frames = functional.pixel_shuffle(torch.einsum("kc,nkhw->nchw", kept, coefficients), self.factor)
         return frames.clamp(-1, 1) if clamp else frames
 
-    def discarded_error(self, frames: Tensor) -> Tensor:
-        """Mean squared error of the round trip of each frame before clamping, from the discarded coefficients alone.
-
-        frames as in `encode`; returns float64 (N,), squared units of [-1, 1]. Parseval: the transform is orthonormal,
-        so the error of a frame is exactly the energy that was not kept. PSNR is `10 log10(4 / error)`.
-        """
-        check_frames(frames, self.factor)
-        if len(frames) == 0:
-            return frames.new_zeros(0, dtype=torch.float64)
-        blocks = functional.pixel_unshuffle(frames.double(), self.factor)
-        lost = torch.einsum("kc,nchw->nkhw", self._discarded.to(frames.device), blocks)
-        return lost.square().sum((1, 2, 3)) / frames[0].numel()
+    def without_inversion(self, frames: Tensor) -> None:
+        """None: this codec does not invert."""
 
     def spec(self) -> dict[str, object]:
         """JSON from which `codec_from_spec` rebuilds this codec."""
@@ -167,13 +122,16 @@ class LinearCodec:
         }
 
     @classmethod
-    def from_spec(cls, spec: Mapping[str, object]) -> LinearCodec:
-        """Rebuilds a codec. Raises ValueError where the spec was written by another basis order, or is no such spec."""
+    def from_spec(cls, spec: Mapping[str, object], device: str = "cpu") -> LinearCodec:
+        """Rebuilds a codec; it computes where its input is, whatever `device` says.
+
+        Raises ValueError where the spec was written by another basis order, or is no such spec.
+        """
         check_spec_keys(spec, ("kind", "factor", "channels", "scale", "basis"))
         factor, channels, scale = spec.get("factor", 4), spec.get("channels", 12), spec.get("scale")
         if not (isinstance(factor, int) and isinstance(channels, int) and isinstance(scale, int | float | None)):
             raise ValueError(f"codec spec {dict(spec)}: factor and channels are integers, scale a number or absent")
-        codec = cls(factor, channels, scale)
+        codec = cls(LinearSettings(factor, channels, scale))
         if spec.get("basis", codec._basis_digest()) != codec._basis_digest():
             raise ValueError(
                 f"the latents were made with basis {spec['basis']}, here {codec.id} has {codec._basis_digest()}: read "

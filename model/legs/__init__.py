@@ -9,7 +9,6 @@ from model.legs.projection import (
     derivative,
     evaluate,
     project,
-    projection_matrices,
     projection_matrix,
     recurrence_matrices,
 )
@@ -24,7 +23,6 @@ __all__ = [
     "derivative_torch",
     "evaluate",
     "project",
-    "projection_matrices",
     "projection_matrix",
     "recurrence_matrices",
 ]

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import TypeVar
 
@@ -82,37 +81,13 @@ def projection_matrix(
     return _cached_matrix((seconds / duration).tobytes(), order, method, float(ridge))
 
 
-def projection_matrices(
-    times: Sequence[ArrayLike] | NDArray[np.float64], durations: ArrayLike, order: int, method: str = "cubic"
-) -> Float64:
-    """W of a batch of clips with different frame counts, (B, N_max, order); rows of absent frames are 0.
-
-    Args:
-        times: B rows of seconds, of different lengths or padded with NaN at their ends.
-        durations: (B,) seconds, or one for all.
-        order, method: as for `projection_matrix`.
-
-    Raises:
-        ValueError: as `projection_matrix`, or no clips.
-    """
-    rows = [np.asarray(row, dtype=np.float64) for row in times]
-    if not rows:
-        raise ValueError("times is empty; it must hold at least one clip")
-    kept = [row[: len(row) - int(np.argmin(np.isnan(row[::-1])))] if np.isnan(row[-1:]).any() else row for row in rows]
-    windows = np.broadcast_to(np.asarray(durations, dtype=np.float64), (len(rows),))
-    matrices = np.zeros((len(rows), max(len(row) for row in rows), order))
-    for matrix, row, duration in zip(matrices, kept, windows, strict=True):
-        matrix[: len(row)] = projection_matrix(row, float(duration), order, method)
-    return matrices
-
-
 def project(latents: Values, matrix: Float64 | Tensor, *, check: bool = True) -> Values:
     """Coefficients of a clip or of a batch of clips: one matrix product.
 
     Args:
         latents: (N, ...) with a matrix (N, order), or (B, N, ...) with a matrix (B, N, order), where absent frames are
             finite (0). numpy or torch, any device. float64 is computed in float64, all else in float32.
-        matrix: from `projection_matrix` or `projection_matrices`; a tensor on the latents' device saves the copy.
+        matrix: from `projection_matrix`, or a stack of those; a tensor on the latents' device saves the copy.
         check: refuse frames that are not finite. On a GPU this waits for the result, so hot loops may turn it off.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Order and method chosen by data: energies, truncation, and the exact leave-one-out error of a clip.
+"""Order and method chosen by data: the exact leave-one-out error of a clip.
 
 The textbook shortcut `r / (1 - S_kk)` holds for least squares, not for an interpolant's projection: leaving a frame out
 bends the interpolant. Right and still cheap: row k of the residual operator is `e_k - g(t_k)^T W(-k)^T`, W(-k) made
@@ -201,34 +201,3 @@ def _cached_operators(grid: bytes, orders: tuple[int, ...], method: str) -> Floa
             operators[:, k - 1, others] = -running[:, np.array(orders) - 1].T
     operators.setflags(write=False)
     return operators
-
-
-def energy_per_order(coefficients: NDArray[np.generic] | Tensor) -> Float64:
-    """Mean square of each order's coefficient, float64 (order,): they add to the path's mean square over the window."""
-    if isinstance(coefficients, Tensor):
-        return coefficients.detach().double().flatten(1).square().mean(dim=1).cpu().numpy()
-    flat = coefficients.reshape(len(coefficients), -1).astype(np.float64)
-    return np.square(flat).mean(axis=1)
-
-
-def truncation_errors(coefficients: NDArray[np.generic] | Tensor) -> Float64:
-    """Relative root mean square over the window of what keeping 1, 2, .. orders loses, float64 (order,), last 0."""
-    energy = energy_per_order(coefficients)
-    tail = np.append(np.cumsum(energy[::-1])[::-1][1:], 0.0)
-    return np.sqrt(tail / max(energy.sum(), np.finfo(np.float64).tiny))
-
-
-def truncate(coefficients: Values, order: int) -> Values:
-    """The first `order` coefficients, the others set to 0: the best path of that order, in the same shape.
-
-    Raises:
-        ValueError: an order below 1 or above the number of coefficients.
-    """
-    if not 1 <= order <= coefficients.shape[0]:
-        raise ValueError(f"order is {order}; it must lie between 1 and {coefficients.shape[0]}")
-    if isinstance(coefficients, Tensor):
-        kept = coefficients.clone()
-    else:
-        kept = coefficients.copy()
-    kept[order:] = 0
-    return kept

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from model.training.ema import MovingAverage
+from model.training.state import TrainingState
 from storage.layout import write_atomic
 
 
@@ -80,29 +79,23 @@ class Run:
         return self.root / "checkpoints" / f"step-{steps[-1] if step is None else step:08d}"
 
 
-def save(
-    run: Run,
-    step: int,
-    backbone: nn.Module,
-    average: MovingAverage,
-    optimizers: Sequence[Optimizer],
-    keep: int,
-) -> Path:
+def save(run: Run, state: TrainingState, keep: int) -> Path:
     """Write a checkpoint under a temporary name, rename it, and remove all but the newest `keep`.
 
     Raises:
         FloatingPointError: a tensor is not finite; nothing is written and nothing removed.
     """
-    files = tensors_by_file(backbone, average, optimizers)
-    final = run.root / "checkpoints" / f"step-{step:08d}"
-    part = final.with_name(f".part-{step:08d}")
+    files = tensors_by_file(state)
+    final = run.root / "checkpoints" / f"step-{state.step:08d}"
+    part = final.with_name(f".part-{state.step:08d}")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     for name, tensors in files.items():
         save_file({k: v.contiguous() for k, v in tensors.items()}, part / f"{name}.safetensors")
-    groups = [optimizer.state_dict()["param_groups"] for optimizer in optimizers]
-    state_file = {"step": step, "average_updates": average.updates, "optimizers": groups}
-    (part / "state.json").write_text(json.dumps(state_file))
+    values = state.state_dict()
+    groups = [optimizer["param_groups"] for optimizer in values["optimizers"]]
+    plain = {"step": values["step"], "average_updates": values["average"]["updates"], "optimizers": groups}
+    (part / "state.json").write_text(json.dumps(plain))
     for path in (*part.iterdir(), part):
         _force(path)
     shutil.rmtree(final, ignore_errors=True)
@@ -113,20 +106,19 @@ def save(
     return final
 
 
-def tensors_by_file(
-    backbone: nn.Module, average: MovingAverage, optimizers: Sequence[Optimizer]
-) -> dict[str, dict[str, Tensor]]:
+def tensors_by_file(state: TrainingState) -> dict[str, dict[str, Tensor]]:
     """What a checkpoint holds, all of it finite: tensors by name, by the name of their file without suffix.
 
     Raises:
         FloatingPointError: a tensor is not finite.
     """
-    files: dict[str, dict[str, Tensor]] = {"backbone": dict(backbone.state_dict()), "average": dict(average.tensors)}
+    values = state.state_dict()
+    files: dict[str, dict[str, Tensor]] = {"backbone": dict(values["network"]), "average": values["average"]["tensors"]}
     files["optimizers"] = {
         f"{number}.{index}.{name}": torch.as_tensor(value)
-        for number, optimizer in enumerate(optimizers)
-        for index, values in optimizer.state_dict()["state"].items()
-        for name, value in values.items()
+        for number, optimizer in enumerate(values["optimizers"])
+        for index, of_one in optimizer["state"].items()
+        for name, value in of_one.items()
     }
     every = {f"{file}/{name}": value for file, tensors in files.items() for name, value in tensors.items()}
     finite = torch.stack([torch.isfinite(value).all().cpu() for value in every.values()])
@@ -148,20 +140,29 @@ def _force(path: Path) -> None:
         os.close(handle)
 
 
-def restore(folder: Path, backbone: nn.Module, average: MovingAverage, optimizers: Sequence[Optimizer]) -> int:
-    """Load a checkpoint into the objects of a run, and return its step."""
-    state = json.loads((folder / "state.json").read_text())
-    backbone.load_state_dict(tensors_of(folder / "backbone.safetensors"))
-    for name, value in tensors_of(folder / "average.safetensors").items():
-        average.tensors[name].copy_(value)
-    average.updates = state["average_updates"]
-    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
+def restore(folder: Path, state: TrainingState) -> None:
+    """Load a checkpoint into the state of a training.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is gone or damaged; the message says the remedy.
+    """
+    plain = json.loads((folder / "state.json").read_text())
+    slots: list[dict[int, dict[str, Tensor]]] = [{} for _ in plain["optimizers"]]
     for key, value in tensors_of(folder / "optimizers.safetensors").items():
         number, index, name = key.split(".", 2)
-        states[int(number)].setdefault(int(index), {})[name] = value
-    for optimizer, values, groups in zip(optimizers, states, state["optimizers"], strict=True):
-        optimizer.load_state_dict({"state": values, "param_groups": groups})
-    return int(state["step"])
+        slots[int(number)].setdefault(int(index), {})[name] = value
+    average = tensors_of(folder / "average.safetensors")
+    state.load_state_dict(
+        {
+            "network": tensors_of(folder / "backbone.safetensors"),
+            "average": {"tensors": average, "updates": plain["average_updates"]},
+            "optimizers": [
+                {"state": of_one, "param_groups": groups}
+                for of_one, groups in zip(slots, plain["optimizers"], strict=True)
+            ],
+            "step": plain["step"],
+        }
+    )
 
 
 def load_average(folder: Path, backbone: nn.Module) -> None:
@@ -173,12 +174,12 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint's file.
 
     Raises:
-        FileNotFoundError, ValueError: the file is gone or damaged; the message says the mend.
+        FileNotFoundError, ValueError: the file is gone or damaged; the message says the remedy.
     """
-    mend = f"remove {path.parent}, and the run goes on from the checkpoint before"
+    remedy = f"remove {path.parent}, and the run goes on from the checkpoint before"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; {mend}")
+        raise FileNotFoundError(f"{path} is missing; {remedy}")
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); {mend}") from None
+        raise ValueError(f"{path} is damaged ({error}); {remedy}") from None

@@ -1,4 +1,4 @@
-"""The trainer's data: the clips of one version, read from its shards alone, in an order that resumes exactly."""
+"""The trainer's data: the clips of one version, read from its manifest and shards, in an order that resumes exactly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from model.methods.base import Batch
 from model.stop import end_with_trainer
 from storage.layout import Lake
 from storage.shards import ShardReader
-from storage.version import Version
+from storage.version import Version, load, read_manifest
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,17 @@ class Clips(Dataset[Clip]):
         split: `train`, `validation`, or None for both.
         arrays: what is read of a clip, such as `text` and `coefficients`; all there is by default.
 
+    Which clip is in which split the version's manifest says; a clip's own JSON is parsed when the clip is read.
+
     Raises:
-        ValueError: a shard is missing or its size is not the version's; the message says how to mend it.
+        ValueError: a shard is missing or its size is not the version's; the message says the remedy.
     """
 
     def __init__(
         self, lake: Lake, version: Version, split: str | None = None, arrays: Sequence[str] | None = None
     ) -> None:
         self.lake, self.version, self.split, self.arrays = lake, version, split, arrays
+        self._readers: dict[int, ShardReader] = {}
         for shard in version.shards:
             path = lake.shards / shard.name
             size = path.stat().st_size if path.is_file() else -1
@@ -56,26 +59,38 @@ class Clips(Dataset[Clip]):
                 state = "is missing" if size < 0 else f"has {size} bytes instead of {shard.bytes}"
                 raise ValueError(
                     f"shard {shard.name} of version {version.number} {state}; "
-                    f"`vlfm verify --lake {lake.root}` lists all damage, ingesting again into a new lake mends it"
+                    f"`vlfm verify --lake {lake.root}` lists all damage, ingesting again into a new lake repairs it"
                 )
 
     @cached_property
-    def readers(self) -> list[ShardReader]:
-        """Open shards; made on first use in each process, because an open file does not travel to a worker."""
-        return [ShardReader(self.lake.shards / shard.name) for shard in self.version.shards]
-
-    @cached_property
     def places(self) -> list[tuple[int, int]]:
-        """(shard, row) of every clip of the split, in the version's order."""
-        every = [(s, row) for s, reader in enumerate(self.readers) for row in range(len(reader))]
-        if self.split is None:
-            return every
-        return [
-            (s, row) for s, row in every if self.readers[s].read(row, ["clip.json"])["clip.json"]["split"] == self.split
-        ]
+        """(shard, row) of every clip of the split, in the version's order.
+
+        Raises:
+            ValueError: the manifest names a shard that the version does not.
+        """
+        numbers = {shard.name: number for number, shard in enumerate(self.version.shards)}
+        table = read_manifest(self.lake, self.version).select(["split", "shard", "shard_row"])
+        if self.split is not None:
+            table = table.filter([split == self.split for split in table["split"].to_pylist()])
+        rows = zip(table["shard"].to_pylist(), table["shard_row"].to_pylist(), strict=True)
+        try:
+            return sorted((numbers[shard], row) for shard, row in rows)
+        except KeyError as error:
+            raise ValueError(
+                f"the manifest of version {self.version.number} names shard {error}, which the version does not; "
+                f"`vlfm verify --lake {self.lake.root}` lists all damage"
+            ) from None
+
+    def reader(self, shard: int) -> ShardReader:
+        """A shard, opened on first use in each process, because an open file does not travel to a worker."""
+        if shard not in self._readers:
+            self._readers[shard] = ShardReader(self.lake.shards / self.version.shards[shard].name)
+        return self._readers[shard]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("lake", "version", "split", "arrays", "places")}
+        self.places  # noqa: B018  (read here, once, and not by each worker)
+        return {**vars(self), "_readers": {}}
 
     def __len__(self) -> int:
         return len(self.places)
@@ -83,9 +98,10 @@ class Clips(Dataset[Clip]):
     def __getitem__(self, index: int) -> Clip:
         shard, row = self.places[index]
         names = None if self.arrays is None else ["clip.json", *(f"{name}.npy" for name in self.arrays)]
-        sample = self.readers[shard].read(row, names)
+        reader = self.reader(shard)
+        sample = reader.read(row, names)
         members = {name.removesuffix(".npy"): value for name, value in sample.items() if name.endswith(".npy")}
-        return Clip(self.readers[shard].keys[row], sample["clip.json"], members)
+        return Clip(sample["__key__"], sample["clip.json"], members)
 
     def every(self) -> Iterator[Clip]:
         """All clips of the split, in the version's order."""
@@ -93,8 +109,8 @@ class Clips(Dataset[Clip]):
 
     def close(self) -> None:
         """Close the shards; they open again when they are next read."""
-        for reader in self.__dict__.pop("readers", []):
-            reader.close()
+        while self._readers:
+            self._readers.popitem()[1].close()
 
 
 class Steps(Sampler[list[int]]):
@@ -192,7 +208,5 @@ def loader(clips: Clips, steps: Steps, collate: Collate, workers: int) -> DataLo
 
 def lake_and_version(lake: str | Path, number: int | None) -> tuple[Lake, Version]:
     """Open a lake and one of its versions, the newest unless a number is given."""
-    from storage import version
-
     opened = Lake.open(Path(lake))
-    return opened, version.load(opened, number)
+    return opened, load(opened, number)

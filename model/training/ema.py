@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +33,17 @@ class MovingAverage:
         ours = list(self.tensors.values())
         theirs = [values[name].detach() for name in self.tensors]
         torch._foreach_lerp_(ours, theirs, 1 - decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """`tensors` by name, not copied, and the number of `updates`."""
+        return {"tensors": dict(self.tensors), "updates": self.updates}
+
+    @torch.no_grad()
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave. Raises KeyError for a tensor that this module does not have."""
+        for name, value in values["tensors"].items():
+            self.tensors[name].copy_(value)
+        self.updates = int(values["updates"])
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:

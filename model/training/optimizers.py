@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +13,8 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from model.backbones.dit import Backbone
 from model.recipes import TrainRecipe
-from model.training.ema import MovingAverage
 from model.training.processes import Processes
+from model.training.state import TrainingState
 
 
 def make_optimizers(backbone: Backbone, recipe: TrainRecipe) -> list[Optimizer]:
@@ -81,14 +81,12 @@ class Update(NamedTuple):
 
 @dataclass
 class Updates:
-    """Applies gradients to a network, its optimisers and its average; a step that is not finite changes none of them.
+    """Applies gradients to the state of a training; a step that is not finite changes nothing of it.
 
     Raises ValueError where `allowed` is negative.
     """
 
-    network: nn.Module
-    average: MovingAverage
-    optimizers: Sequence[Optimizer]
+    state: TrainingState
     clip: float
     """Largest global gradient norm."""
     allowed: int
@@ -114,18 +112,18 @@ class Updates:
         Raises:
             FloatingPointError: more than `allowed` steps in a row were not finite; raised in all processes alike.
         """
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.clip).detach()
+        norm = nn.utils.clip_grad_norm_(self.state.network.parameters(), self.clip).detach()
         loss = loss.detach()
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         # Gradients are averages over the processes and their norm the same in all, but the loss is not.
         bad, stop = self.processes.any(~finite, stop)
-        for optimizer in self.optimizers:
+        for optimizer in self.state.optimizers:
             if not bad:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if not bad:
             self.in_a_row = 0
-            self.average.update(self.network)
+            self.state.average.update(self.state.network)
             return Update(True, stop, norm)
         self.in_a_row += 1
         self.skipped += 1

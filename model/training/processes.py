@@ -42,9 +42,14 @@ class Processes:
             dist.all_reduce(joined, dist.ReduceOp.MAX)
         return [value > 0 for value in joined.tolist()]
 
+    def barrier(self) -> None:
+        """Wait for the other processes."""
+        if self.world > 1:
+            dist.barrier()
+
     def mean(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The mean of named scalars over the processes."""
-        if self.world == 1:
+        if self.world == 1 or not values:
             return dict(values)
         joined = torch.stack([value.float() for value in values.values()])
         dist.all_reduce(joined)

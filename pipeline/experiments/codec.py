@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.codecs.base import DiffusersCodec
 from model.codecs.ddim import TRAIN_STEPS, noise_levels
+from model.codecs.diffusers import DiffusersCodec, DiffusersSettings
 from model.legs import evaluate, project, projection_matrix
 from model.metrics.pictures import psnr, ssim
 from model.text.encoder import TextEncoder, pretrained_text_encoder
@@ -84,10 +84,10 @@ def reconstruction(
     """
     rows = []
     for film, (caption, frames) in films.items():
-        inverted = full.encode(frames, caption)
+        inverted = full.encode(frames, caption).latents
         shown = {
             "blocks": pca.round_trip(frames),
-            "autoencoder": plain.decode(plain.encode(frames)),
+            "autoencoder": plain.decode(plain.encode(frames).latents),
             "inversion": full.decode(inverted, caption),
         }
         row: dict[str, Any] = {"film": film, "frames": len(frames)}
@@ -147,7 +147,7 @@ class NoiseLoss:
 
 def prediction(loss: NoiseLoss, plain: DiffusersCodec, clips: dict[str, tuple[str, Tensor]]) -> dict[str, float]:
     """The loss over all clips, beside the Gaussian's."""
-    latents = {film: plain.encode(frames) for film, (_, frames) in clips.items()}
+    latents = {film: plain.encode(frames).latents for film, (_, frames) in clips.items()}
     own = statistics.mean(
         loss.of_clip(latents[film], caption, seed) for seed, (film, (caption, _)) in enumerate(clips.items())
     )
@@ -163,7 +163,7 @@ def captions(loss: NoiseLoss, plain: DiffusersCodec, clips: dict[str, tuple[str,
     wins = 0
     for seed, film in enumerate(films):
         caption, frames = clips[film]
-        latents = plain.encode(frames)
+        latents = plain.encode(frames).latents
         wins += loss.of_clip(latents, caption, seed) < loss.of_clip(latents, clips[other[film]][0], seed)
     return {"clips": len(films), "share": wins / len(films)}
 
@@ -176,11 +176,13 @@ def depths(folder: Path, clips: Sequence[Footage]) -> list[dict[str, float]]:
     """
     rows = []
     for depth in DEPTHS:
-        codec = DiffusersCodec.from_pretrained(folder, ddim_steps=20, inversion_depth=depth, refinements=3)
+        codec = DiffusersCodec.from_pretrained(
+            folder, DiffusersSettings(ddim_steps=20, inversion_depth=depth, refinements=3)
+        )
         found = []
         for clip in clips:
             frames = from_frames(clip.frames)
-            latents = codec.encode(frames, clip.caption)
+            latents = codec.encode(frames, clip.caption).latents
             times = np.arange(len(frames)) / len(frames)
             seen = np.arange(len(frames)) % 2 == 0
             hidden = ~seen & (times < times[seen][-1])
@@ -208,7 +210,7 @@ def figures(
     clips = [clip for lake in footage(trained) for clip in lake]
     random = np.random.default_rng(0)
     squares = [random_crop(clips[random.integers(len(clips))], SIDE, 0.5, random) for _ in range(1024)]
-    plain = DiffusersCodec.from_pretrained(folder, inversion_depth=0)
+    plain = DiffusersCodec.from_pretrained(folder, DiffusersSettings(inversion_depth=0))
     pca = BlockComponents(torch.stack(squares) * 2 - 1, plain.channels)
     films = by_film(footage([held_out])[0], frames)
     for film, (_, shown) in films.items():
@@ -217,7 +219,9 @@ def figures(
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
     if (folder / "unet").is_dir():
-        full = DiffusersCodec.from_pretrained(folder, ddim_steps=20, inversion_depth=20, refinements=3)
+        full = DiffusersCodec.from_pretrained(
+            folder, DiffusersSettings(ddim_steps=20, inversion_depth=20, refinements=3)
+        )
         found["films"] = reconstruction(plain, full, pca, films, out)
         loss = NoiseLoss(folder)
         new = {f"{film}": value for film, value in _squares(by_film(footage([generated])[0], frames)).items()}

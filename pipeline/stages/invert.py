@@ -18,8 +18,7 @@ from pipeline.stage import ClipWork, Resources, fail, one_line
 if TYPE_CHECKING:
     import torch
 
-    from model.codecs.base import Codec
-    from model.codecs.ddim import Inversion
+    from model.codecs.base import Codec, Encoded
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +38,9 @@ class SharedCodec:
     @property
     def on_gpu(self) -> bool:
         """Whether it has a network, which a GPU makes faster."""
-        return self.spec.get("kind") != "linear"
+        from model.codecs.factory import codec_class
+
+        return codec_class(self.spec).wants_gpu
 
     @property
     def device(self) -> str:
@@ -49,27 +50,19 @@ class SharedCodec:
         return "cuda" if self.on_gpu and torch.cuda.is_available() else "cpu"
 
     def load(self) -> Codec:
-        """The codec. Raises model.codecs.base.CodecUnavailable or ValueError as codec_from_spec does."""
+        """The codec. Raises model.weights.CodecUnavailable or ValueError as codec_from_spec does."""
         if self._codec is None:
-            from model.codecs.base import codec_from_spec
+            from model.codecs.factory import codec_from_spec
 
             self._codec = codec_from_spec(self.spec, device=self.device)
         return self._codec
 
-    def encode(self, frames: torch.Tensor, captions: Sequence[str]) -> Inversion:
-        """Frames (N, 3, H, W) in [-1, 1] with a caption each: latents, residuals and round trips, NaN where unknown."""
+    def encode(self, frames: torch.Tensor, captions: Sequence[str]) -> Encoded:
+        """Frames (N, 3, H, W) in [-1, 1] with a caption each: latents, and how well their inversion went."""
         import torch
 
-        from model.codecs.base import DiffusersCodec
-        from model.codecs.ddim import Inversion
-
-        codec = self.load()
         with torch.no_grad():
-            if isinstance(codec, DiffusersCodec):
-                return codec.encode_with_certificate(frames, captions)
-            latents = codec.encode(frames, captions)
-        unknown = latents.new_full((len(latents),), math.nan)
-        return Inversion(latents, unknown, unknown)
+            return self.load().encode(frames, captions)
 
     def decode(self, latents: np.ndarray, captions: str | Sequence[str]) -> torch.Tensor:
         """Stored latents (N, C, h, w) to frames (N, 3, H, W) in [-1, 1], on the codec's device."""
@@ -77,15 +70,6 @@ class SharedCodec:
 
         with torch.no_grad():
             return self.load().decode(torch.from_numpy(latents.astype(np.float32)).to(self.device), captions)
-
-    def vae_round_trip(self, frames: torch.Tensor) -> torch.Tensor | None:
-        """Frames through the codec and back without inversion; None for a codec that does not invert."""
-        from model.codecs.base import DiffusersCodec
-
-        codec = self.load()
-        if isinstance(codec, DiffusersCodec) and codec.inversion_depth:
-            return codec.vae_round_trip(frames)
-        return None
 
     def free(self) -> None:
         """Forgets the codec."""
@@ -138,7 +122,9 @@ class InvertStage:
         found = self.codec.encode(torch.cat(frames), captions)
         counts = [len(shown) for shown in frames]
         latents = [part.numpy() for part in split(found.latents.float().cpu(), counts)]
-        facts = split(torch.stack((found.residual, found.round_trip), dim=1).cpu(), counts)
+        unknown = found.latents.new_full((sum(counts),), math.nan)
+        measured = [unknown if figure is None else figure for figure in (found.residual, found.round_trip)]
+        facts = split(torch.stack(measured, dim=1).cpu(), counts)
         works = [self._stored(work, own) for work, own in zip(group, latents, strict=True)]
         self._certify(works, frames)
         for place, (work, fact) in enumerate(zip(works, facts, strict=True)):
@@ -178,7 +164,7 @@ class InvertStage:
         ]
         captions = [work.plan.caption for (work, _), count in zip(good, counts, strict=True) for _ in range(count)]
         made = self.codec.decode(np.concatenate(stored), captions)
-        plain = self.codec.vae_round_trip(true)
+        plain = self.codec.load().without_inversion(true)
         for row, (work, _) in enumerate(good):
             own = split(true, counts)[row]
             full = quality(split(made, counts)[row], own)

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model.codecs.ddim import Inversion
+from model.codecs.base import Encoded
 from pipeline.ingest.block import BlockWorker, staged_form
 from pipeline.ingest.plan import plan_ingest
 from pipeline.media.decode import ffmpeg_binary
@@ -44,10 +44,9 @@ class SleepingCodec(SharedCodec):
         super().__init__({"kind": "linear"})
         self.seconds_a_frame, self.shape = seconds_a_frame, shape
 
-    def encode(self, frames: torch.Tensor, captions: Sequence[str]) -> Inversion:
+    def encode(self, frames: torch.Tensor, captions: Sequence[str]) -> Encoded:
         time.sleep(self.seconds_a_frame * len(frames))
-        unknown = torch.full((len(frames),), torch.nan)
-        return Inversion(torch.ones(len(frames), *self.shape), unknown, unknown)
+        return Encoded(torch.ones(len(frames), *self.shape))
 
     def decode(self, latents: np.ndarray, captions: str | Sequence[str]) -> torch.Tensor:
         return torch.zeros(len(latents), 3, self.shape[1] * 4, self.shape[2] * 4)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.codecs.base import DiffusersCodec
+from model.codecs.diffusers import DiffusersCodec, DiffusersSettings
 from model.metrics.pictures import psnr
 
 TYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16))
@@ -45,11 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for depth in options.depths:
         exact_latents = exact_frames = None
         for vae_type, unet_type in TYPES if depth else TYPES[:2]:
-            codec = DiffusersCodec.from_pretrained(
-                options.folder, ddim_steps=options.ddim_steps, inversion_depth=depth, vae_type=vae_type,
-                unet_type=unet_type,
-            )  # fmt: skip
-            latents = codec.encode(frames)
+            settings = DiffusersSettings(
+                ddim_steps=options.ddim_steps, inversion_depth=depth, vae_type=vae_type, unet_type=unet_type
+            )
+            codec = DiffusersCodec.from_pretrained(options.folder, settings)
+            latents = codec.encode(frames).latents
             back = codec.decode(latents)
             if exact_latents is None or exact_frames is None:
                 exact_latents, exact_frames = latents, back

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from model import codec_train
 from model.codec_train import CodecRecipe, cosine, main, pictures, train_codec
-from model.codecs.base import DiffusersCodec
 from model.codecs.ddim import DDIMSchedule, noise_levels
+from model.codecs.diffusers import DiffusersCodec, DiffusersSettings
 from model.settings import override
 from model.stop import Stopped
 from model.text.encoder import pretrained_text_encoder
@@ -53,14 +53,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_folder_is_a_codec_with_its_text_encoder(trained: Path) -> None:
-    plain = DiffusersCodec.from_pretrained(trained, inversion_depth=0)
+    plain = DiffusersCodec.from_pretrained(trained, DiffusersSettings(inversion_depth=0))
     assert (plain.channels, plain.factor) == (4, 8)
     frames = torch.rand(2, 3, 64, 32) * 2 - 1
-    latents = plain.encode(frames)
+    latents = plain.encode(frames).latents
     assert latents.shape == (2, 4, 8, 4)
     assert plain.decode(latents).shape == frames.shape
-    full = DiffusersCodec.from_pretrained(trained, ddim_steps=10, inversion_depth=2, refinements=1)
-    assert full.encode(frames, "a ball").shape == (2, 4, 8, 4)
+    full = DiffusersCodec.from_pretrained(trained, DiffusersSettings(ddim_steps=10, inversion_depth=2, refinements=1))
+    assert full.encode(frames, "a ball").latents.shape == (2, 4, 8, 4)
     embedding, _ = pretrained_text_encoder(trained).encode(["a red ball"])
     assert embedding.shape == (1, 77, 128)
     assert {value.dtype for value in weights(trained).values()} == {torch.float16}
@@ -69,7 +69,7 @@ def test_the_folder_is_a_codec_with_its_text_encoder(trained: Path) -> None:
 
 def test_the_latents_of_the_first_side_have_unit_variance(trained: Path) -> None:
     made = load_file(trained.parent / "run" / "latents.safetensors")["latents32"]
-    scale = DiffusersCodec.from_pretrained(trained, inversion_depth=0).scale
+    scale = DiffusersCodec.from_pretrained(trained, DiffusersSettings(inversion_depth=0)).scale
     assert scale * float(made.std()) == pytest.approx(1, rel=1e-4)
 
 

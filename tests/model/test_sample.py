@@ -133,7 +133,7 @@ def test_an_image_starts_the_clip(sampler: Sampler, tmp_path: Path) -> None:
     assert film.shape == (16, SIDE, SIDE, 3)
     np.testing.assert_array_equal(film, videos(sampler, image=one))
     assert np.abs(film.astype(int) - videos(sampler, image=other)).mean() > 0.1
-    latents = sampler.codec.encode(one[None])
+    latents = sampler.codec.encode(one[None]).latents
     start = sampler.sample(CAPTIONS[:1], [0.0], [3], QUICK, latents)
     assert float(start.grid[0]) == 0
     torch.testing.assert_close(start.states[0], latents + sampler.method.path.sigma_end * noise(sampler, 3))

@@ -18,13 +18,13 @@ import pytest
 import torch
 from torch import nn
 
-import model.train
 from flows import cli, demo
 from model import stop as module
 from model.stop import STOPPED, Stopped, StopSignal
 from model.train import main, train
 from model.training.checkpoint import Run
 from model.training.launch import launch
+from model.training.objective import Objective
 from storage.layout import Lake
 from tests.model.test_train import TINY, command, environment, logged, weights
 from tests.model.tiny_lake import make_lake
@@ -342,13 +342,13 @@ def test_the_demo_does_not_go_on_with_half_a_model(
     for name in ("PREFECT_SERVER_ANALYTICS_ENABLED", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"):
         monkeypatch.setenv(name, os.environ.get(name, "CRITICAL"))  # main() sets them where they are unset
     monkeypatch.setattr("flows.demo._ingest", lambda *_: (1, 0))
-    inner = model.train.gradients
+    inner = Objective.losses
 
     def interrupted(*given: Any) -> dict[str, torch.Tensor]:
         os.kill(os.getpid(), signal.SIGTERM)
         return inner(*given)
 
-    monkeypatch.setattr("model.train.gradients", interrupted)
+    monkeypatch.setattr(Objective, "losses", interrupted)
     out = tmp_path / "demo"
     base = out / demo._folder_name("films")
     base.mkdir(parents=True)

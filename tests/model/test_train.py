@@ -20,10 +20,11 @@ from model.methods.vlfm import VLFM, VLFMOptions, curve, curve_scales
 from model.recipes import TrainRecipe, train_recipe
 from model.settings import override
 from model.stop import STOPPED
-from model.train import main, mixed_seed, train
+from model.train import main, train
 from model.training.checkpoint import Run
 from model.training.data import Clips, Collate, Steps
 from model.training.optimizers import learning_rate_factor
+from model.training.seeds import mixed_seed
 from storage import version
 from storage.layout import Lake
 from tests.model.tiny_lake import make_lake
@@ -102,10 +103,39 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
+KEEPING = """
+import os, sys
+from safetensors.torch import save_file
+from model.train import main
+from model.training import checkpoint
+inner, rank = checkpoint.tensors_by_file, os.environ["RANK"]
+def kept(state):
+    files = inner(state)
+    flat = {f"{file}/{name}": value.contiguous() for file, own in files.items() for name, value in own.items()}
+    save_file(flat, f"{sys.argv[1]}/rank-{rank}-{state.step}.safetensors")
+    return files
+checkpoint.tensors_by_file = kept
+sys.exit(main(sys.argv[2:]))
+"""
+"""The trainer, in which each process keeps what it would write as a checkpoint."""
+
+
 def test_two_processes_see_one_order_and_keep_one_model(lake: Lake, tmp_path: Path) -> None:
+    program = tmp_path / "keeping.py"
+    program.write_text(KEEPING)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
-    subprocess.run([*launch, *command(lake, tmp_path / "two")], check=True, env=environment(), capture_output=True)
+    words = [str(program), str(tmp_path), *command(lake, tmp_path / "two")[2:]]
+    subprocess.run([*launch, *words], check=True, env=environment(), capture_output=True)
     assert Run(tmp_path / "two").steps() == [3, 6]
+    for step in (3, 6):
+        written = weights(tmp_path / "two", step)
+        for rank in range(2):
+            own = load_file(tmp_path / f"rank-{rank}-{step}.safetensors")
+            assert own.keys() == written.keys()
+            assert all(torch.equal(own[name], written[name]) for name in written), f"step {step}, rank {rank}"
+    assert not torch.equal(
+        weights(tmp_path / "two", 3)["backbone/embed_latents.weight"], written["backbone/embed_latents.weight"]
+    )
     one = Steps(6, 4, 0, 0, 5)
     ranks = [list(Steps(6, 4, 0, 0, 5, rank, 2)) for rank in range(2)]
     for whole, first, second in zip(one, *ranks, strict=True):

@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from model import legs
-from model.codecs.linear import LinearCodec
+from model.codecs.linear import LinearCodec, LinearSettings
 from model.text.encoder import builtin_text_encoder
 from model.video import from_frames
 from storage import version
 from storage.fingerprint import fingerprint, short_id
 from storage.layout import Lake
-from storage.shards import write_shard
+from storage.schema import CLIP_SCHEMA, completed
+from storage.shards import ShardInfo, write_shard
 
 DURATION, KEPT, ORDER, SIDE = 2.0, 8, 6, 16
 RECIPE = {"name": "tiny", "duration": DURATION}
@@ -35,11 +37,11 @@ def frames(number: int) -> np.ndarray:
 @functools.cache
 def computed(number: int, caption: str, every: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Text, latents and coefficients of square `number`, float16; computed once, so that two samples are equal."""
-    codec, encoder = LinearCodec(4, 12, 1.0), builtin_text_encoder()
+    codec, encoder = LinearCodec(LinearSettings(4, 12, 1.0)), builtin_text_encoder()
     text, length = encoder.encode([caption])
     frame_time = np.arange(KEPT) * DURATION / KEPT
     observed = np.arange(KEPT) % every == 0
-    latents = codec.encode(from_frames(frames(number)))
+    latents = codec.encode(from_frames(frames(number))).latents
     matrix = legs.projection_matrix(frame_time[observed], DURATION, ORDER)
     coefficients = legs.project(latents[torch.from_numpy(observed)], matrix)
     found = (text[0, : int(length[0])], latents, coefficients)
@@ -74,6 +76,21 @@ def sample(
     }
 
 
+def manifest_rows(parts: list[list[dict[str, Any]]], infos: list[ShardInfo]) -> list[dict[str, Any]]:
+    """The manifest's table of clips; what a trainer has no use for is as unknown."""
+    rows = [
+        {**part[row]["clip.json"], "frames": KEPT, "shard": info.name, "shard_row": row}
+        for part, info in zip(parts, infos, strict=True)
+        for row in range(len(part))
+    ]
+    known = pa.Table.from_pylist(
+        [{name: row[name] for name in CLIP_SCHEMA.names if name in row} for row in rows],
+        schema=pa.schema([field for field in CLIP_SCHEMA if field.name in rows[0]]),
+    )
+    table: list[dict[str, Any]] = completed(known, CLIP_SCHEMA).to_pylist()
+    return table
+
+
 def make_lake(folder: Path, clips: int = 6, validation: int = 1, **looks: Any) -> Lake:
     """A lake of `clips` training clips and some for validation, in two shards; `looks` as for `sample`."""
     lake = Lake.create(folder)
@@ -81,7 +98,7 @@ def make_lake(folder: Path, clips: int = 6, validation: int = 1, **looks: Any) -
     half = len(samples) // 2
     parts = [samples[:half], samples[half:]]
     infos = [write_shard(lake.shards / f"block{i}.tar", part) for i, part in enumerate(parts)]
-    encoder, codec = builtin_text_encoder(), LinearCodec(4, 12, 1.0)
+    encoder, codec = builtin_text_encoder(), LinearCodec(LinearSettings(4, 12, 1.0))
     empty, length = encoder.encode([""])
     kept = version.write_empty_text(lake, encoder.id, empty[0, : int(length[0])].numpy().astype(np.float16))
     made = version.Version(
@@ -104,7 +121,7 @@ def make_lake(folder: Path, clips: int = 6, validation: int = 1, **looks: Any) -
         snapshot="none",
         group="none",
         shards=tuple(infos),
-        manifest=version.write_manifest(lake, 1, [], []),
+        manifest=version.write_manifest(lake, 1, manifest_rows(parts, infos), []),
         merkle_root=version.shards_root(lake, infos),
         counts={"films": {"discovered": clips + validation}, "clips": {"discovered": clips + validation}},
     )

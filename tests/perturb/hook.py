@@ -56,21 +56,23 @@ def _linear(module: ModuleType) -> None:
 
     @functools.wraps(encode)
     def perturbed(self: Any, frames: Any, text: Any = None) -> Any:
-        latents = encode(self, frames, text)
-        return latents if self._identity else _tensor(latents, "float32")  # the identity adds nothing that could round
+        found = encode(self, frames, text)
+        if self._identity:  # it adds nothing that could round
+            return found
+        return type(found)(_tensor(found.latents, "float32"))
 
     module.LinearCodec.encode = perturbed
 
 
 def _diffusers(module: ModuleType) -> None:
-    encode = module.DiffusersCodec.encode_with_certificate
+    encode = module.DiffusersCodec.encode
 
     @functools.wraps(encode)
     def perturbed(self: Any, frames: Any, text: Any = None) -> Any:
         found = encode(self, frames, text)
         return type(found)(_tensor(found.latents, "float32"), found.residual, found.round_trip)
 
-    module.DiffusersCodec.encode_with_certificate = perturbed
+    module.DiffusersCodec.encode = perturbed
 
 
 def _invert(module: ModuleType) -> None:

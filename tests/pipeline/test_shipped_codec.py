@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.codecs.base import DiffusersCodec, codec_from_spec
+from model.codecs.diffusers import DiffusersCodec, DiffusersSettings
+from model.codecs.factory import codec_from_spec
 from model.metrics.pictures import psnr
 from model.video import from_frames
 from model.weights import SHIPPED, find_weights
@@ -30,12 +31,12 @@ def frames_of(film: Path, count: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def plain() -> DiffusersCodec:
-    return DiffusersCodec.from_pretrained(NAME, inversion_depth=0)
+    return DiffusersCodec.from_pretrained(NAME, DiffusersSettings(inversion_depth=0))
 
 
 @pytest.fixture(scope="module")
 def full() -> DiffusersCodec:
-    return DiffusersCodec.from_pretrained(NAME, ddim_steps=20, inversion_depth=20, refinements=3)
+    return DiffusersCodec.from_pretrained(NAME, DiffusersSettings(ddim_steps=20, inversion_depth=20, refinements=3))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_it_is_found_by_name_wherever_one_works(tmp_path: Path, monkeypatch: pyt
 
 def test_generated_films_come_back(plain: DiffusersCodec, drawn: tuple[str, torch.Tensor]) -> None:
     _, frames = drawn
-    latents = plain.encode(frames)
+    latents = plain.encode(frames).latents
     assert 0.5 < float(latents.std()) < 2
     assert float(psnr(plain.decode(latents), frames).mean()) > 30
 
@@ -82,8 +83,8 @@ def test_inversion_gives_noise_and_comes_back(
     plain: DiffusersCodec, full: DiffusersCodec, drawn: tuple[str, torch.Tensor]
 ) -> None:
     caption, frames = drawn
-    certificate = full.encode_with_certificate(frames, caption)
-    alone = psnr(plain.decode(plain.encode(frames)), frames).mean()
+    certificate = full.encode(frames, caption)
+    alone = psnr(plain.decode(plain.encode(frames).latents), frames).mean()
     assert float(psnr(full.decode(certificate.latents, caption), frames).mean()) > float(alone) - 1.5
     assert float(certificate.round_trip.min()) > 30
 
@@ -95,9 +96,9 @@ def test_films_it_never_saw(name: str, plain: DiffusersCodec, full: DiffusersCod
     # on, whose numbers go to the loud colours of generated films.
     blocks = BlockComponents(torch.cat([frames_of(film, 8) for film in seen]), plain.channels)
     frames = frames_of(real_films / name, 4)
-    alone = float(psnr(plain.decode(plain.encode(frames)), frames).mean())
+    alone = float(psnr(plain.decode(plain.encode(frames).latents), frames).mean())
     assert alone > float(psnr(blocks.round_trip(frames), frames).mean()) + 1.5
-    inverted = full.encode(frames, "")
+    inverted = full.encode(frames, "").latents
     assert float(psnr(full.decode(inverted, ""), frames).mean()) > alone - 1.5
     noise = noise_statistics(inverted)
     assert all(0.8 < value < 1.2 for value in noise["noise_std"]), noise
@@ -105,6 +106,8 @@ def test_films_it_never_saw(name: str, plain: DiffusersCodec, full: DiffusersCod
 
 
 def test_loading_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    DiffusersCodec.from_pretrained(NAME, ddim_steps=20, inversion_depth=1).encode(torch.zeros(1, 3, 64, 64), "a ball")
+    DiffusersCodec.from_pretrained(NAME, DiffusersSettings(ddim_steps=20, inversion_depth=1)).encode(
+        torch.zeros(1, 3, 64, 64), "a ball"
+    )
     told = capfd.readouterr()
     assert told.out + told.err == ""

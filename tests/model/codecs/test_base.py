@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from model.codecs import batches as codec_batches
-from model.codecs import linear as codec_linear
-from model.codecs.base import Codec, CodecUnavailable, DiffusersCodec, LinearCodec, codec_from_spec
-from model.codecs.diffusers import filled
-from model.codecs.linear import basis_order, block_basis
+from model.codecs.base import Codec
+from model.codecs.diffusers import DiffusersCodec, DiffusersSettings, filled
+from model.codecs.factory import codec_class, codec_from_spec
+from model.codecs.linear import LinearCodec
+from model.weights import CodecUnavailable
 from tests.model.tiny_diffusion import tiny_diffusion, tiny_vae
 
 
@@ -27,119 +26,6 @@ def picture(count: int = 2, size: int = 32) -> Tensor:
     y, x = torch.meshgrid(torch.linspace(0, 1, size), torch.linspace(0, 1, size), indexing="ij")
     phase = torch.arange(count).view(-1, 1, 1, 1) + torch.tensor([0.0, 0.7, 1.9]).view(1, 3, 1, 1)
     return 0.9 * torch.sin(5 * x + 3 * y * x + phase)
-
-
-# --- linear ---------------------------------------------------------------------------------------------------------
-
-
-def test_factor_one_with_three_channels_is_the_identity() -> None:
-    frames = picture()
-    codec = LinearCodec(factor=1, channels=3)
-    assert codec.scale == 1
-    assert torch.equal(codec.encode(frames), frames)
-    assert torch.equal(codec.decode(frames), frames)
-    assert torch.equal(LinearCodec(1, 3, scale=2.0).encode(frames), 2 * frames)
-
-
-@pytest.mark.parametrize("factor", [1, 2, 4, 8])
-def test_the_basis_is_orthonormal_and_complete(factor: int) -> None:
-    basis = block_basis(factor)
-    np.testing.assert_allclose(basis @ basis.T, np.eye(3 * factor**2), atol=1e-12)
-    assert len(set(basis_order(factor))) == 3 * factor**2
-
-
-def test_means_and_low_frequencies_of_grey_come_first() -> None:
-    assert basis_order(4)[:6] == [(0, 0, 0), (1, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1), (2, 0, 0)]
-    grey = LinearCodec(factor=4, channels=1)
-    frames = torch.full((1, 3, 8, 8), 0.5)
-    torch.testing.assert_close(grey.decode(grey.encode(frames)), frames)
-
-
-@pytest.mark.parametrize(("factor", "channels"), [(1, 1), (1, 2), (2, 5), (4, 6), (4, 12), (4, 48), (8, 20)])
-def test_the_round_trips_error_is_the_discarded_energy(factor: int, channels: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    frames = torch.cat([picture(), torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1])
-    codec = LinearCodec(factor, channels)
-    error = (codec.decode(codec.encode(frames), clamp=False) - frames).double().square().mean((1, 2, 3))
-    torch.testing.assert_close(error, codec.discarded_error(frames), rtol=1e-4, atol=1e-10)
-    assert codec.discarded_error(frames).dtype == torch.float64
-
-
-def test_the_default_scale_keeps_the_mean_square_of_the_pixels() -> None:
-    frames = picture()
-    for factor, channels in ((2, 12), (4, 48)):
-        latents = LinearCodec(factor, channels).encode(frames)
-        assert float(latents.square().mean()) == pytest.approx(float(frames.square().mean()), rel=1e-5)
-    assert LinearCodec(4, 12).scale == math.sqrt(12 / 48)
-
-
-def test_another_scale_multiplies_the_latents_and_is_undone() -> None:
-    frames = picture()
-    plain, scaled = LinearCodec(4, 12), LinearCodec(4, 12, scale=1.5)
-    torch.testing.assert_close(scaled.encode(frames), plain.encode(frames) * 3.0)
-    torch.testing.assert_close(scaled.decode(scaled.encode(frames)), plain.decode(plain.encode(frames)))
-    assert scaled.id != plain.id
-
-
-def test_decode_clamps_unless_told_otherwise() -> None:
-    codec = LinearCodec(4, 12)
-    latents = codec.encode(picture()) * 5
-    assert codec.decode(latents).abs().max() <= 1
-    assert codec.decode(latents, clamp=False).abs().max() > 1
-
-
-def test_shapes() -> None:
-    codec: Codec = LinearCodec(4, 12)
-    assert codec.latent_shape(48, 64) == (12, 12, 16)
-    assert codec.encode(picture(3)).shape == (3, 12, 8, 8)
-    assert codec.encode(torch.zeros(0, 3, 32, 32)).shape == (0, 12, 8, 8)
-    assert codec.decode(torch.zeros(0, 12, 8, 8)).shape == (0, 3, 32, 32)
-
-
-def test_twelve_channels_keep_real_films_above_27_db(real_films: Path) -> None:
-    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-threads", "1"]
-    command += ["-i", str(real_films / "carphone.mp4"), "-frames:v", "8", "-vf", "scale=64:64:flags=area"]
-    raw = subprocess.run([*command, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"], check=True, capture_output=True).stdout
-    frames = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(-1, 64, 64, 3).permute(0, 3, 1, 2) / 127.5 - 1
-    decibels = 10 * torch.log10(4 / LinearCodec(4, 12).discarded_error(frames))
-    assert decibels.min() > 27
-
-
-@pytest.mark.parametrize("codec", [LinearCodec(), LinearCodec(1, 3), LinearCodec(2, 5, scale=0.7)])
-def test_a_linear_spec_rebuilds_the_codec(codec: LinearCodec) -> None:
-    rebuilt = codec_from_spec(json.loads(json.dumps(codec.spec())))
-    assert rebuilt.id == codec.id
-    frames = picture()
-    torch.testing.assert_close(rebuilt.encode(frames), codec.encode(frames), rtol=1e-5, atol=1e-5)
-
-
-def test_the_order_of_the_basis_hangs_on_no_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It enters the spec's digest, and is sorted by powers that a machine's library may round otherwise."""
-    for factor in (1, 2, 4, 8, 16):
-        order = basis_order(factor)
-        for towards in (-math.inf, math.inf):
-            with monkeypatch.context() as patch:
-                energy = tuple(math.nextafter(value, towards) for value in codec_linear.COLOUR_ENERGY)
-                patch.setattr(codec_linear, "COLOUR_ENERGY", energy)
-                assert basis_order(factor) == order
-
-
-def test_wrong_specs_and_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="use 'linear' or 'diffusers'"):
-        codec_from_spec({"kind": "jpeg"})
-    with pytest.raises(ValueError, match="unknown codec setting chanels: the linear codec reads kind, factor"):
-        codec_from_spec({"kind": "linear", "chanels": 12})
-    with pytest.raises(ValueError, match="integers"):
-        codec_from_spec({"kind": "linear", "channels": "12"})
-    with pytest.raises(ValueError, match=r"made with basis 0000.*ingest again"):
-        codec_from_spec({"kind": "linear", "basis": "0000"})
-    with pytest.raises(ValueError, match="offers 1 to 48"):
-        LinearCodec(4, 49)
-    with pytest.raises(ValueError, match="factor >= 1"):
-        LinearCodec(0, 3)
-    with pytest.raises(ValueError, match="positive and finite"):
-        LinearCodec(4, 12, scale=0.0)
 
 
 # --- what every codec refuses ---------------------------------------------------------------------------------------
@@ -153,12 +39,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def deep(folder: Path) -> DiffusersCodec:
     """Inverts two of ten levels: enough to need UNet and text, shallow enough for random weights to come back."""
-    return DiffusersCodec.from_pretrained(folder, ddim_steps=10, inversion_depth=2)
+    return DiffusersCodec.from_pretrained(folder, DiffusersSettings(ddim_steps=10, inversion_depth=2))
 
 
 @pytest.fixture(params=["linear", "diffusers"])
 def any_codec(request: pytest.FixtureRequest) -> Codec:
     return LinearCodec() if request.param == "linear" else request.getfixturevalue("deep")
+
+
+def test_the_contract_says_what_a_codec_does(any_codec: Codec, folder: Path) -> None:
+    """Whoever uses a codec asks it, and never for its class."""
+    inverts = isinstance(any_codec, DiffusersCodec)
+    found = any_codec.encode(picture(), "a ball")
+    assert found.latents.shape == (2, *any_codec.latent_shape(32, 32))
+    for figure in (found.residual, found.round_trip):
+        assert figure is None if not inverts else figure is not None and figure.shape == (2,)
+    assert (any_codec.without_inversion(picture()) is not None) == inverts
+    assert codec_class(any_codec.spec()).wants_gpu == any_codec.wants_gpu == inverts
+    flat = DiffusersCodec.from_pretrained(folder, DiffusersSettings(inversion_depth=0))
+    assert flat.encode(picture()).residual is flat.without_inversion(picture()) is None
 
 
 def test_unfit_frames_are_refused_with_the_mend(any_codec: Codec) -> None:
@@ -201,15 +100,15 @@ def test_depth_zero_is_the_vaes_scaled_mode_and_needs_no_unet(folder: Path, tmp_
     from diffusers import AutoencoderKL
 
     shutil.copytree(folder / "vae", tmp_path / "only")
-    codec = DiffusersCodec.from_pretrained(tmp_path / "only", inversion_depth=0)
+    codec = DiffusersCodec.from_pretrained(tmp_path / "only", DiffusersSettings(inversion_depth=0))
     vae: Any = AutoencoderKL.from_pretrained(str(folder / "vae"), low_cpu_mem_usage=False)
     frames = picture()
     with torch.no_grad():
         expected = vae.encode(frames).latent_dist.mode() * 0.5
-        torch.testing.assert_close(codec.encode(frames), expected)
+        torch.testing.assert_close(codec.encode(frames).latents, expected)
         torch.testing.assert_close(codec.decode(expected), vae.decode(expected / 0.5).sample.clamp(-1, 1))
     assert codec.id == f"only@{codec.digest[:16]}-vae"
-    assert codec.encode(torch.zeros(0, 3, 32, 32)).shape == (0, 4, 8, 8)
+    assert codec.encode(torch.zeros(0, 3, 32, 32)).latents.shape == (0, 4, 8, 8)
 
 
 def test_sixteen_channels_with_shift_and_spread_are_normalised_and_undone(tmp_path: Path) -> None:
@@ -219,9 +118,9 @@ def test_sixteen_channels_with_shift_and_spread_are_normalised_and_undone(tmp_pa
         tiny_vae(tmp_path / "vae8", latent_channels=8, latents_mean=[0.5] * 8, latents_std=[2.0] * 8)
     frames = picture()
     for name, channels, shift, gain in (("vae16", 16, 0.25, 1.5), ("vae8", 8, 0.5, 0.25)):
-        codec = DiffusersCodec.from_pretrained(tmp_path / name, inversion_depth=0)
+        codec = DiffusersCodec.from_pretrained(tmp_path / name, DiffusersSettings(inversion_depth=0))
         raw = codec._networks.vae.encode(frames).latent_dist.mode()
-        latents = codec.encode(frames)
+        latents = codec.encode(frames).latents
         assert latents.shape == (2, channels, 8, 8)
         torch.testing.assert_close(latents, (raw - shift) * gain)
         torch.testing.assert_close(codec.decode(latents), codec._networks.vae.decode(raw).sample.clamp(-1, 1))
@@ -229,19 +128,19 @@ def test_sixteen_channels_with_shift_and_spread_are_normalised_and_undone(tmp_pa
 
 def test_inversion_comes_back_to_the_vaes_own_frames(folder: Path, deep: DiffusersCodec) -> None:
     frames = picture(3)
-    flat = DiffusersCodec.from_pretrained(folder, inversion_depth=0)
-    found = deep.encode_with_certificate(frames, "a red ball")
-    assert not torch.allclose(found.latents, flat.encode(frames), atol=1e-2), "the UNet did something"
+    flat = DiffusersCodec.from_pretrained(folder, DiffusersSettings(inversion_depth=0))
+    found = deep.encode(frames, "a red ball")
+    assert not torch.allclose(found.latents, flat.encode(frames).latents, atol=1e-2), "the UNet did something"
     assert (found.round_trip > 30).all()
     assert (found.residual < 0.05).all()
     back = deep.decode(found.latents, "a red ball")
-    assert (back - flat.decode(flat.encode(frames))).abs().max() < 0.1
+    assert (back - flat.decode(flat.encode(frames).latents)).abs().max() < 0.1
 
 
 def test_the_caption_matters_and_the_same_caption_brings_the_frames_back(deep: DiffusersCodec) -> None:
     frames = picture(1)
-    latents = deep.encode(frames, "a red ball rises")
-    assert (deep.encode(frames, "green stripes") - latents).abs().max() > 1e-4
+    latents = deep.encode(frames, "a red ball rises").latents
+    assert (deep.encode(frames, "green stripes").latents - latents).abs().max() > 1e-4
     right = (deep.decode(latents, "a red ball rises") - deep.decode(latents, "a red ball rises")).abs().max()
     wrong = (deep.decode(latents, "a red ball rises") - deep.decode(latents, "green stripes")).abs().max()
     assert 10 * right < wrong
@@ -250,21 +149,23 @@ def test_the_caption_matters_and_the_same_caption_brings_the_frames_back(deep: D
 def test_an_embedding_cut_at_its_length_is_the_padded_one(deep: DiffusersCodec) -> None:
     frames = picture(2)
     embeddings, lengths = deep.text_encoder.encode(["a red ball"])
-    padded = deep.encode(frames, embeddings[0])
-    torch.testing.assert_close(deep.encode(frames, embeddings[0, : lengths[0]].clone()).isfinite(), padded.isfinite())
+    padded = deep.encode(frames, embeddings[0]).latents
+    torch.testing.assert_close(
+        deep.encode(frames, embeddings[0, : lengths[0]].clone()).latents.isfinite(), padded.isfinite()
+    )
     rows = filled(embeddings)
     assert torch.equal(rows[0, : lengths[0]], embeddings[0, : lengths[0]])
     assert (rows[0, lengths[0] :] == embeddings[0, lengths[0] - 1]).all()
-    torch.testing.assert_close(deep.encode(frames, embeddings.expand(2, -1, -1)), padded)
+    torch.testing.assert_close(deep.encode(frames, embeddings.expand(2, -1, -1)).latents, padded)
 
 
 def test_frames_of_several_clips_in_one_batch_keep_to_themselves(deep: DiffusersCodec) -> None:
     frames, captions = picture(3), ["a ball", "a star rises", ""]
-    together = deep.encode(frames, captions)
+    together = deep.encode(frames, captions).latents
     for row, caption in enumerate(captions):
-        alone = deep.encode(frames[row : row + 1], caption)
+        alone = deep.encode(frames[row : row + 1], caption).latents
         torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-3)
-    torch.testing.assert_close(deep.encode(frames[2:], None), deep.encode(frames[2:], ""))
+    torch.testing.assert_close(deep.encode(frames[2:], None).latents, deep.encode(frames[2:], "").latents)
 
 
 def test_text_that_does_not_fit_is_refused(deep: DiffusersCodec) -> None:
@@ -276,7 +177,7 @@ def test_text_that_does_not_fit_is_refused(deep: DiffusersCodec) -> None:
 
 def test_settings_reach_the_inversion(folder: Path, deep: DiffusersCodec) -> None:
     frames = picture(1)
-    found = deep.encode(frames, "a ball")
+    found = deep.encode(frames, "a ball").latents
     changed: dict[str, dict[str, Any]] = {
         "ddim_steps": {"ddim_steps": 20},
         "inversion_depth": {"inversion_depth": 1},
@@ -284,11 +185,15 @@ def test_settings_reach_the_inversion(folder: Path, deep: DiffusersCodec) -> Non
         "guidance": {"guidance": 3.0},
     }
     for name, values in changed.items():
-        codec = DiffusersCodec.from_pretrained(folder, **{"ddim_steps": 10, "inversion_depth": 2, **values})
+        codec = DiffusersCodec.from_pretrained(
+            folder, DiffusersSettings(**{"ddim_steps": 10, "inversion_depth": 2, **values})
+        )
         assert codec.id != deep.id, name
-        assert not torch.equal(codec.encode(frames, "a ball"), found), name
-    unchecked = DiffusersCodec.from_pretrained(folder, ddim_steps=10, inversion_depth=2, check_round_trip=False)
-    assert unchecked.encode_with_certificate(frames, "a ball").round_trip.isnan().all()
+        assert not torch.equal(codec.encode(frames, "a ball").latents, found), name
+    unchecked = DiffusersCodec.from_pretrained(
+        folder, DiffusersSettings(ddim_steps=10, inversion_depth=2, check_round_trip=False)
+    )
+    assert unchecked.encode(frames, "a ball").round_trip.isnan().all()
     assert unchecked.id.endswith("-unchecked")
 
 
@@ -296,7 +201,7 @@ def test_a_diffusers_spec_rebuilds_the_codec(deep: DiffusersCodec, tmp_path: Pat
     spec = json.loads(json.dumps(deep.spec()))
     rebuilt = codec_from_spec(spec)
     assert rebuilt.id == deep.id
-    torch.testing.assert_close(rebuilt.encode(picture(), "a ball"), deep.encode(picture(), "a ball"))
+    torch.testing.assert_close(rebuilt.encode(picture(), "a ball").latents, deep.encode(picture(), "a ball").latents)
     other = tiny_diffusion(tmp_path / "tiny", seed=1)
     with pytest.raises(ValueError, match=r"has weights .* the latents were made with"):
         codec_from_spec({**spec, "source": str(other)})
@@ -310,21 +215,24 @@ def test_another_vae_replaces_the_folders_own(folder: Path, tmp_path: Path) -> N
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         tiny_vae(tmp_path / "finer")
-    own = DiffusersCodec.from_pretrained(folder, inversion_depth=0)
-    other = DiffusersCodec.from_pretrained(folder, vae=tmp_path / "finer", inversion_depth=0)
+    own = DiffusersCodec.from_pretrained(folder, DiffusersSettings(inversion_depth=0))
+    other = DiffusersCodec.from_pretrained(folder, DiffusersSettings(inversion_depth=0), vae=tmp_path / "finer")
     assert "+finer" in other.id
-    assert not torch.allclose(own.encode(picture()), other.encode(picture()))
+    assert not torch.allclose(own.encode(picture()).latents, other.encode(picture()).latents)
     assert codec_from_spec(other.spec()).id == other.id
 
 
 def test_a_scheduler_that_disagrees_is_loaded_with_a_warning_that_says_which_value_is_used(tmp_path: Path) -> None:
     odd = tiny_diffusion(tmp_path / "odd", scheduler={"beta_end": 0.02})
     with pytest.warns(UserWarning, match=r"odd/scheduler: beta_end is 0.02 in the folder, 0.012 is used"):
-        codec = DiffusersCodec.from_pretrained(odd, ddim_steps=10, inversion_depth=1)
-    assert codec.schedule.steps == DiffusersCodec.from_pretrained(odd, inversion_depth=0, ddim_steps=10).schedule.steps
+        codec = DiffusersCodec.from_pretrained(odd, DiffusersSettings(ddim_steps=10, inversion_depth=1))
+    assert (
+        codec.schedule.steps
+        == DiffusersCodec.from_pretrained(odd, DiffusersSettings(inversion_depth=0, ddim_steps=10)).schedule.steps
+    )
     (odd / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "v_prediction"}')
     with pytest.raises(ValueError, match=r"predicts 'v_prediction'.*inversion_depth to 0"):
-        DiffusersCodec.from_pretrained(odd, ddim_steps=10, inversion_depth=1)
+        DiffusersCodec.from_pretrained(odd, DiffusersSettings(ddim_steps=10, inversion_depth=1))
 
 
 def test_missing_weights_are_one_sentence_with_the_command(folder: Path, tmp_path: Path) -> None:
@@ -340,7 +248,7 @@ def test_missing_weights_are_one_sentence_with_the_command(folder: Path, tmp_pat
     with pytest.raises(CodecUnavailable, match="half has no vae/ folder"):
         DiffusersCodec.from_pretrained(tmp_path / "half")
     with pytest.raises(CodecUnavailable, match="holds a UNet2DConditionModel, a codec needs AutoencoderKL"):
-        DiffusersCodec.from_pretrained(folder / "unet", inversion_depth=0)
+        DiffusersCodec.from_pretrained(folder / "unet", DiffusersSettings(inversion_depth=0))
 
 
 def test_a_hub_id_is_found_in_the_local_cache_and_its_commit_is_recorded(
@@ -354,7 +262,7 @@ def test_a_hub_id_is_found_in_the_local_cache_and_its_commit_is_recorded(
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    codec = DiffusersCodec.from_pretrained("tiny/diffusion", ddim_steps=10, inversion_depth=2)
+    codec = DiffusersCodec.from_pretrained("tiny/diffusion", DiffusersSettings(ddim_steps=10, inversion_depth=2))
     assert codec.id == "tiny/diffusion@0123456789ab-ddim2of10-r3"
     assert codec.spec()["revision"] == commit
     assert codec_from_spec(codec.spec()).id == codec.id
@@ -369,7 +277,7 @@ def test_a_unet_for_other_latents_is_refused(folder: Path, tmp_path: Path) -> No
 
 
 def test_a_unet_that_diverges_leaves_no_latents(folder: Path) -> None:
-    codec = DiffusersCodec.from_pretrained(folder, ddim_steps=10, inversion_depth=2)
+    codec = DiffusersCodec.from_pretrained(folder, DiffusersSettings(ddim_steps=10, inversion_depth=2))
     with torch.no_grad():
         codec._networks.unet.conv_out.bias.fill_(math.nan)
     with pytest.raises(ValueError, match="the noise predictor diverged"):
@@ -377,11 +285,11 @@ def test_a_unet_that_diverges_leaves_no_latents(folder: Path) -> None:
 
 
 def test_large_frames_go_through_the_vae_in_tiles(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    codec = DiffusersCodec.from_pretrained(folder, inversion_depth=0)
+    codec = DiffusersCodec.from_pretrained(folder, DiffusersSettings(inversion_depth=0))
     frames = picture(1, size=64)
-    whole = codec.encode(frames)
+    whole = codec.encode(frames).latents
     monkeypatch.setattr(codec_batches, "LARGE", 48)
-    tiled = codec.encode(frames)
+    tiled = codec.encode(frames).latents
     assert tiled.shape == whole.shape == (1, 4, 16, 16)
     assert not torch.equal(tiled, whole)
     assert codec.decode(tiled).shape == frames.shape
@@ -389,5 +297,7 @@ def test_large_frames_go_through_the_vae_in_tiles(folder: Path, monkeypatch: pyt
 
 def test_the_batch_does_not_change_the_latents(folder: Path) -> None:
     frames = picture(5)
-    one = DiffusersCodec.from_pretrained(folder, inversion_depth=0, batch=2).encode(frames)
-    torch.testing.assert_close(one, DiffusersCodec.from_pretrained(folder, inversion_depth=0).encode(frames))
+    one = DiffusersCodec.from_pretrained(folder, DiffusersSettings(inversion_depth=0, batch=2)).encode(frames).latents
+    torch.testing.assert_close(
+        one, DiffusersCodec.from_pretrained(folder, DiffusersSettings(inversion_depth=0)).encode(frames).latents
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from functools import partial
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from model.codecs import batches as codec_batches
-from model.codecs.base import DiffusersCodec, codec_from_spec
 from model.codecs.batches import Compiler, Networks, in_batches, padded
 from model.codecs.ddim import DDIMSchedule, invert, regenerate
+from model.codecs.diffusers import DiffusersCodec, DiffusersSettings
+from model.codecs.factory import codec_from_spec
 from tests.model.tiny_diffusion import tiny_diffusion
 
 FRAMES = torch.sin(torch.arange(5 * 3 * 16 * 16) / 97.0).view(5, 3, 16, 16)
@@ -24,7 +26,7 @@ TEXT = torch.sin(torch.arange(5 * 3 * 32) / 7.0).view(5, 3, 32)
 @pytest.fixture(scope="module")
 def codec(tmp_path_factory: pytest.TempPathFactory) -> DiffusersCodec:
     folder = tiny_diffusion(tmp_path_factory.mktemp("hub") / "tiny")
-    return DiffusersCodec.from_pretrained(folder, ddim_steps=10, inversion_depth=2)
+    return DiffusersCodec.from_pretrained(folder, DiffusersSettings(ddim_steps=10, inversion_depth=2))
 
 
 def networks(codec: DiffusersCodec, compiler: Compiler | None = None, **types: torch.dtype) -> Networks:
@@ -190,10 +192,10 @@ def test_a_codec_remembers_the_batch_that_fitted(codec: DiffusersCodec, monkeypa
 
     monkeypatch.setattr(codec._networks, "_encode", encode)
     monkeypatch.setattr(codec, "_batches", {})
-    monkeypatch.setattr(codec, "_batch", 4)
-    first = codec.encode(FRAMES, TEXT)
+    monkeypatch.setattr(codec, "settings", dataclasses.replace(codec.settings, batch=4))
+    first = codec.encode(FRAMES, TEXT).latents
     assert sizes == [4, 2, 2, 1]
-    torch.testing.assert_close(codec.encode(FRAMES, TEXT), first)
+    torch.testing.assert_close(codec.encode(FRAMES, TEXT).latents, first)
     assert sizes[4:] == [2, 2, 1]
 
 

@@ -11,11 +11,8 @@ from model.legs.select import (
     choose,
     clip_method,
     default_methods,
-    energy_per_order,
     leave_one_out,
     residual_operators,
-    truncate,
-    truncation_errors,
 )
 
 
@@ -117,24 +114,6 @@ def test_a_clips_method_is_its_recipes_or_its_own_choice() -> None:
     assert clip_method(smooth[:2], times[:2], 2.0, 4, "auto") == "linear", "two frames leave nothing to compare"
     with pytest.raises(ValueError, match="times must strictly increase"):
         clip_method(smooth[:3], np.array([0, 0.5, 0.5]), 2.0, 6, "auto")
-
-
-def test_energy_and_truncation() -> None:
-    times, frames = walk()
-    coefficients = project(frames, projection_matrix(times, 2.0, 40))
-    energy = energy_per_order(coefficients)
-    nodes, weights = np.polynomial.legendre.leggauss(60)
-    path = evaluate(coefficients, nodes + 1, 2.0)
-    assert energy.sum() == pytest.approx(weights @ np.square(path).mean(axis=1) / 2, rel=1e-10)
-    lost = evaluate(coefficients - truncate(coefficients, 12), nodes + 1, 2.0)
-    relative = np.sqrt(weights @ np.square(lost).mean(axis=1) / (weights @ np.square(path).mean(axis=1)))
-    errors = truncation_errors(torch.from_numpy(coefficients))
-    assert errors[11] == pytest.approx(relative, rel=1e-10)
-    assert errors[-1] == 0
-    assert (np.diff(errors) <= 0).all()
-    assert truncate(torch.from_numpy(coefficients), 12)[12:].abs().max() == 0
-    with pytest.raises(ValueError, match="order is 41; it must lie between 1 and 40"):
-        truncate(coefficients, 41)
 
 
 def test_bad_input_is_refused() -> None:

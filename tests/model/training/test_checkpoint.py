@@ -16,6 +16,7 @@ from model.settings import override
 from model.train import train
 from model.training.checkpoint import Run, load_average, restore, save
 from model.training.ema import MovingAverage
+from model.training.state import TrainingState
 from tests.model.tiny_lake import make_lake
 
 
@@ -29,6 +30,7 @@ class Trained:
         matrices = [p for p in self.backbone.parameters() if p.ndim == 2]
         rest = [p for p in self.backbone.parameters() if p.ndim < 2]
         self.optimizers = [torch.optim.AdamW(rest, 1e-2), torch.optim.Muon(matrices, 1e-2)]
+        self.state = TrainingState(self.backbone, self.average, self.optimizers)
         for _ in range(steps):
             self.step()
 
@@ -41,10 +43,12 @@ class Trained:
         self.average.update(self.backbone)
 
     def save(self, run: Run, step: int, keep: int = 2) -> Path:
-        return save(run, step, self.backbone, self.average, self.optimizers, keep)
+        self.state.step = step
+        return save(run, self.state, keep)
 
     def restore(self, folder: Path) -> int:
-        return restore(folder, self.backbone, self.average, self.optimizers)
+        restore(folder, self.state)
+        return self.state.step
 
 
 def test_what_comes_back_goes_on_bit_by_bit(tmp_path: Path) -> None:

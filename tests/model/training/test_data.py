@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.training import data
 from model.training.data import Clips, Collate, Steps, lake_and_version, loader
 from storage import version
 from storage.layout import Lake, LakeError
@@ -28,6 +30,36 @@ def test_splits_share_out_the_clips(lake: Lake) -> None:
     ids = {clip.clip_id for clip in train.every()} | {clip.clip_id for clip in validation.every()}
     assert ids == {clip.clip_id for clip in both.every()}
     assert all(clip.about["split"] == "validation" for clip in validation.every())
+
+
+def test_splits_are_known_without_opening_a_shard(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start reads one table, whatever the clips; a shard is opened when a clip of it is read."""
+    opened, reader = [], data.ShardReader
+
+    def counted(path: Path) -> data.ShardReader:
+        opened.append(path.name)
+        return reader(path)
+
+    monkeypatch.setattr(data, "ShardReader", counted)
+    clips = Clips(lake, version.load(lake), "train")
+    assert len(clips) == 5
+    assert opened == []
+    copy = pickle.loads(pickle.dumps(clips))  # noqa: S301  (as a spawned worker gets it)
+    (lake.root / clips.version.manifest["clips"]["path"]).rename(lake.root / "aside")
+    try:
+        assert copy[0].clip_id == clips[0].clip_id, "a worker is told the places"
+    finally:
+        (lake.root / "aside").rename(lake.root / clips.version.manifest["clips"]["path"])
+    assert opened == ["block0.tar"] * 2
+    assert clips[4].about["split"] == "train"
+    assert opened == ["block0.tar"] * 2 + ["block1.tar"]
+
+
+def test_a_manifest_of_other_shards_is_refused(lake: Lake) -> None:
+    made = version.load(lake)
+    less = dataclasses.replace(made, shards=made.shards[:1])
+    with pytest.raises(ValueError, match=r"names shard 'block1.tar', which the version does not; `vlfm verify --lake"):
+        len(Clips(lake, less, "train"))
 
 
 def test_a_clip_is_what_was_written(lake: Lake) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.codecs.base import codec_from_spec
+from model.codecs.factory import codec_from_spec
 from model.legs import evaluate, project, projection_matrix
 from model.legs.select import leave_one_out
 from pipeline.ingest.block import Block, BlockWorker, merge_parts
@@ -52,7 +52,7 @@ def test_a_block_as_staged(scene: Film, tmp_path: Path) -> None:
     for index, row in enumerate(meta["clips"]):
         frames = torch.from_numpy(arrays["preview"][index]).permute(0, 3, 1, 2) / 127.5 - 1
         latents = arrays["latents"][index].astype(np.float32)
-        np.testing.assert_allclose(latents, codec.encode(frames).numpy(), rtol=ROUNDING, atol=2e-3)
+        np.testing.assert_allclose(latents, codec.encode(frames).latents.numpy(), rtol=ROUNDING, atol=2e-3)
         error = (codec.decode(torch.from_numpy(latents)) - frames).square().mean().item()
         assert row["psnr_codec"] == pytest.approx(10 * np.log10(4 / error), abs=1e-3)
         seen = arrays["observed"][index]

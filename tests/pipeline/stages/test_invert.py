@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.codecs.base import DiffusersCodec
-from model.codecs.ddim import Inversion
+from model.codecs.base import Encoded
+from model.codecs.diffusers import DiffusersCodec, DiffusersSettings
 from model.metrics.pictures import ssim
 from pipeline.ingest.block import BlockWorker
 from pipeline.media.decode import Window
@@ -66,7 +66,7 @@ class Counting(SharedCodec):
         self._codec, self.bad, self.error = codec.load(), bad, error or ValueError("these frames are bad")
         self.encoded: list[int] = []
 
-    def encode(self, frames: torch.Tensor, captions: Sequence[str]) -> Inversion:
+    def encode(self, frames: torch.Tensor, captions: Sequence[str]) -> Encoded:
         self.encoded.append(len(frames))
         if f"clip {self.bad}" in captions:
             raise self.error
@@ -108,18 +108,18 @@ def test_the_certificate(shared: SharedCodec) -> None:
     codec = shared.load()
     assert isinstance(codec, DiffusersCodec)
     frames = to_signed(works(6)[0].frames)
-    found = codec.encode_with_certificate(frames, "clip 0")
+    found = codec.encode(frames, "clip 0")
     assert work.latents is not None
     decoded = codec.decode(torch.from_numpy(work.latents.astype(np.float32)), "clip 0")
-    alone = codec.vae_round_trip(frames)
+    alone = codec.without_inversion(frames)
     expected = {
         "psnr_codec": psnr(decoded, frames), "ssim_codec": float(ssim(decoded, frames).mean()),
         "psnr_vae": psnr(alone, frames), "ssim_vae": float(ssim(alone, frames).mean()), "frames_certified": 6,
         "residual": float(found.residual.max()), "latent_round_trip": float(found.round_trip.min()),
     }  # fmt: skip
     assert work.certificate == pytest.approx(expected, rel=1e-3)
-    flat = DiffusersCodec.from_pretrained(shared.spec["source"], inversion_depth=0)
-    torch.testing.assert_close(alone, flat.decode(flat.encode(frames)), atol=1e-4, rtol=0)
+    flat = DiffusersCodec.from_pretrained(shared.spec["source"], DiffusersSettings(inversion_depth=0))
+    torch.testing.assert_close(alone, flat.decode(flat.encode(frames).latents), atol=1e-4, rtol=0)
     assert work.certificate["residual"] > 0
     assert work.certificate["latent_round_trip"] > 20
 

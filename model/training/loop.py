@@ -1,0 +1,166 @@
+"""The one training loop: data in, loss, update, log, checkpoint, validation, and a stop after any step.
+
+The trainer of backbones and that of codecs both run it; what differs between them is a `Training`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from model.progress import Progress
+from model.stop import Stopped, StopSignal, signals_held
+from model.training import checkpoint
+from model.training.checkpoint import Run
+from model.training.log import Log
+from model.training.optimizers import Updates, set_learning_rate
+from model.training.processes import Processes
+from model.training.state import TrainingState
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a training goes on, and what it leaves behind when; all in steps."""
+
+    steps: int
+    """Steps of the whole run."""
+    log_every: int
+    """Steps between two lines of the log; the last step has one too."""
+    checkpoint_every: int
+    """Steps between two checkpoints; the last step has one too."""
+    checkpoints_kept: int
+    """Newest checkpoints that stay on disk."""
+    bad_steps_allowed: int
+    """Steps in a row that may be skipped because loss or gradient are not finite; one more ends the run."""
+    validate_every: int = 1
+    """Steps between two validations; there is one after the last step too."""
+    mean_losses: bool = False
+    """Whether a line of the log has the mean of the losses since the line before, instead of its own step's."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one training does that another does not."""
+
+    batches: Callable[[int], Iterator[Any]]
+    """The batches that follow so many done steps, on the device."""
+    losses: Callable[[int, Any], dict[str, Tensor]]
+    """Named scalars of a step, counted from 1, and its batch: `loss`, the first, is minimised."""
+    learning_rate: Callable[[int], float]
+    """Share of the peak learning rate at a step, counted from 1."""
+    gradient_clip: float
+    """Largest global gradient norm."""
+    samples: int
+    """Samples of a step over all processes, for the throughput in the log."""
+    validate: Callable[[], float | None] | None = None
+    """A loss on clips that are not trained on; None where a stop is more urgent."""
+    name: str = "train"
+    """What people see it called."""
+    part: str = ""
+    """Which part of a run it is, for the message of a stop; empty where a run has one."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What the log says at the start."""
+
+
+def run_training(
+    training: Training, state: TrainingState, run: Run, schedule: Schedule, processes: Processes, stop: StopSignal
+) -> None:
+    """Go on from the run's newest checkpoint, or from `state`, to the last step.
+
+    A step whose loss or gradient is not finite changes nothing and is logged. While steps are skipped, no checkpoint
+    takes the place of one from before, except when the run ends.
+
+    Raises:
+        Stopped: a signal came before the last step; there is a checkpoint of the step in flight.
+        FloatingPointError: too many steps in a row are not finite; the last good checkpoint stays.
+    """
+    if run.steps():
+        checkpoint.restore(run.checkpoint(), state)
+    updates = Updates(state, training.gradient_clip, schedule.bad_steps_allowed, run.root, processes)
+    if processes.any(stop.seen)[0]:
+        raise Stopped(state.step, training.part)
+    if state.step >= schedule.steps:
+        return
+    progress = Progress(training.name, schedule.steps, "steps", state.step) if processes.first else None
+    with Log(run, enabled=processes.first) as log:
+        log.event(event="start", step=state.step, **training.facts)
+        with signals_held():  # a signal to the whole process group must not end the loader's workers
+            batches = training.batches(state.step)
+        recent, due = Recent(schedule.mean_losses), False
+        for step in range(state.step + 1, schedule.steps + 1):
+            before = time.perf_counter()
+            batch = next(batches)
+            recent.waited += time.perf_counter() - before
+            for optimizer in state.optimizers:
+                set_learning_rate(optimizer, training.learning_rate(step))
+            losses = training.losses(step, batch)
+            losses["loss"].backward()
+            update = updates.apply(step, losses["loss"], stop.seen)
+            state.step = step
+            recent.add({**losses, "gradient_norm": update.gradient_norm}, update.applied)
+            last = step == schedule.steps
+
+            if not update.applied:
+                log.event(event="skipped", step=step, reason="the loss or its gradient is not finite")
+            if step % schedule.log_every == 0 or last:
+                values = {name: float(value) for name, value in processes.mean(recent.values()).items()}
+                rate, share = recent.speed(training.samples)
+                log.scalars(step, **values, samples_per_second=rate, data_wait=share)
+                if progress is not None:
+                    note = "  ".join(f"{name} {value:.4f}" for name, value in [*values.items()][:2])
+                    progress.update(step, note + f"  {updates.skipped} bad steps skipped" * bool(updates.skipped))
+                recent = Recent(schedule.mean_losses)
+            aside = time.perf_counter()
+            due = due or step % schedule.checkpoint_every == 0
+            if last or update.stop or (due and update.applied):
+                due = False
+                if processes.first:
+                    checkpoint.save(run, state, schedule.checkpoints_kept)
+                else:  # so that all processes raise, or none
+                    checkpoint.tensors_by_file(state)
+            if update.stop and not last:
+                log.event(event="stop", step=step)
+                processes.barrier()
+                raise Stopped(step, training.part)
+            if training.validate is not None and (last or step % schedule.validate_every == 0):
+                value = training.validate()
+                if value is not None:
+                    log.scalars(step, validation_loss=value)
+            recent.began += time.perf_counter() - aside
+        log.event(event="end", step=schedule.steps, skipped=updates.skipped)
+    processes.barrier()
+
+
+class Recent:
+    """Losses and times since the last line of the log.
+
+    mean: whether `values` are means over the applied steps, or those of the last step.
+    """
+
+    def __init__(self, mean: bool) -> None:
+        self.mean = mean
+        self.steps, self.applied, self.waited, self.began = 0, 0, 0.0, time.perf_counter()
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, values: Mapping[str, Tensor], applied: bool) -> None:
+        """Take in a step; no host synchronisation."""
+        self.steps += 1
+        if not self.mean:
+            self._sums, self.applied = {}, 0
+        if applied:
+            self.applied += 1
+            plain = {name: value.detach().double() if self.mean else value.detach() for name, value in values.items()}
+            self._sums = {name: self._sums[name] + value if self._sums else value for name, value in plain.items()}
+
+    def values(self) -> dict[str, Tensor]:
+        """Scalars by name; none where no step was applied."""
+        return {name: value / self.applied for name, value in self._sums.items()}
+
+    def speed(self, samples: int) -> tuple[float, float]:
+        """Samples per second, of so many in a step, and the share of the time that was spent waiting for data."""
+        seconds = time.perf_counter() - self.began
+        return self.steps * samples / seconds, self.waited / seconds
