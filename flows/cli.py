@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from model.program import add_settings_option, is_expected, parse_settings
+from model.program import add_settings_option, parse_settings
 from model.stop import STOPPED, Stopped, hold_signals
+from storage.errors import is_expected
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     except Exception as error:
-        if not is_expected(error, also=("DecodeError", "PackError", "RunnerError")):
+        if not is_expected(error):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

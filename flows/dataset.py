@@ -29,15 +29,13 @@ from flows.artifacts import accounts_table, contact_sheet, data_address, summary
 from flows.server import ServerError, start_server
 from model.progress import Progress
 from model.settings import override
-from model.weights import CodecUnavailable
 from pipeline.ingest import IngestReport, commit, embed_captions, plan_ingest, run_blocks
 from pipeline.ingest.block import Block
-from pipeline.ingest.pack import PackError
-from pipeline.media.faults import DecodeError
 from pipeline.recipes import DataRecipe, recipe_named
-from pipeline.runner import Runner, RunnerError
-from pipeline.sources.folders import SourceError, discover
-from storage.layout import Lake, LakeError
+from pipeline.runner import Runner
+from pipeline.sources.folders import discover
+from storage.errors import VlfmError, is_expected
+from storage.layout import Lake
 from storage.version import load
 
 Result = TypeVar("Result")
@@ -215,7 +213,9 @@ def _known() -> Iterator[None]:
     """Turns what can go wrong without any fault of the program into StepFailed."""
     try:
         yield
-    except (SourceError, DecodeError, LakeError, PackError, RunnerError, CodecUnavailable, OSError) as error:
+    except (VlfmError, OSError) as error:
+        if not is_expected(error):
+            raise
         raise StepFailed(" ".join(str(error).split())) from error
 
 

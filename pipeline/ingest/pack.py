@@ -17,6 +17,7 @@ from pipeline.ingest.block import Block
 from pipeline.ingest.plan import IngestPlan
 from pipeline.rows import caption_id
 from pipeline.stages.embed import Texts
+from storage.errors import Kind, VlfmError
 from storage.fingerprint import fingerprint, short_id
 from storage.layout import LakeError
 from storage.schema import CERTIFICATE
@@ -25,8 +26,10 @@ from storage.staging import read_block, remove_block
 from storage.version import Version, publish, shards_root, write_empty_text, write_manifest
 
 
-class PackError(RuntimeError):
-    """The version cannot be published; the message is one line that says the mend."""
+class PackError(VlfmError, RuntimeError):
+    """The version cannot be published; the message is one line that says the remedy."""
+
+    kind = Kind.CONFLICT
 
 
 @dataclass(frozen=True)

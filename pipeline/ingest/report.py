@@ -9,13 +9,16 @@ from typing import Any
 
 from pipeline.gates import BELOW_GATE, REJECT
 from pipeline.rows import printable
+from storage.errors import Kind, VlfmError
 from storage.schema import CERTIFICATE
 
 STATUSES = ("done", "unchanged", "filtered", "failed")
 
 
-class AccountError(AssertionError):
-    """An account does not add up: something was lost or counted twice, which is a fault of the program."""
+class AccountError(VlfmError, AssertionError):
+    """An account does not add up: something was lost or counted twice, which is a defect of the program."""
+
+    kind = Kind.DEFECT
 
 
 @dataclass(frozen=True)
