@@ -72,7 +72,10 @@ def summary(report: IngestReport, recipe: DataRecipe, sources: str) -> str:
     if report.failures:
         parts += [
             "## What could not be used",
-            markdown_table(report.failures[:LISTED], ("film", "stage", "status", "reason", "detail")),
+            markdown_table(
+                [failure.to_row() for failure in report.failures[:LISTED]],
+                ("film", "stage", "status", "reason", "detail"),
+            ),
             f"All {len(report.failures)} are in `{report.lake}/failures/{report.run_id}.parquet`.",
         ]
     return "\n\n".join(parts) + "\n"

@@ -12,8 +12,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from model.program import add_settings_option, is_expected, parse_settings
+from model.program import add_settings_option, parse_settings
 from model.stop import STOPPED, Stopped, hold_signals
+from storage.errors import is_expected
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     except Exception as error:
-        if not is_expected(error, also=("DecodeError", "PackError", "RunnerError")):
+        if not is_expected(error):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -129,7 +130,8 @@ def run_ingest(options: argparse.Namespace) -> int:
 
     # Slips of the pen are told at once; the servers take a while to start.
     recipe = override(recipe_named(options.recipe), settings)
-    discover(options.source, options.captions, recipe.captions_required)
+    columns = parse_columns(options.column)
+    found = discover(options.source, options.captions, recipe.captions_required, columns)
     from flows.progress import Stages, stdout_kept_clean
 
     with stdout_kept_clean():
@@ -143,7 +145,9 @@ def run_ingest(options: argparse.Namespace) -> int:
             settings=settings,
             limit=options.limit,
             ray_address=options.ray_address,
+            columns=columns,
             on_progress=Stages(),
+            found=found,
         )
     if "error" in report:
         print(f"error: {report['error']}", file=sys.stderr)
@@ -159,13 +163,15 @@ def show_plan(options: argparse.Namespace, settings: dict[str, Any]) -> int:
     from model.settings import override
     from pipeline.ingest import plan_ingest
     from pipeline.recipes import recipe_named
+    from pipeline.sources.folders import discover
     from storage.layout import Lake
 
     recipe = override(recipe_named(options.recipe), settings)
+    found = discover(options.source, options.captions, recipe.captions_required, parse_columns(options.column))
     with tempfile.TemporaryDirectory() as empty:
         there = (Path(options.lake) / "versions").is_dir()
         lake = Lake.open(options.lake) if there else Lake.create(empty)
-        plan = plan_ingest(lake, options.source, options.captions, recipe, options.limit)
+        plan = plan_ingest(lake, found, recipe, options.limit)
         if options.json:
             print(json.dumps({"films": len(plan.films), "clips": len(plan.clips), "blocks": len(plan.blocks)}))
         else:
@@ -342,6 +348,25 @@ def add_source_options(sub: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="table with the columns file and caption; else captions.csv in the folder, or clip.txt beside clip.mp4",
     )
+    sub.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="NAME=OWN",
+        help="the tables' own name for file, caption, start or end, e.g. --column file=path; several times",
+    )
+
+
+def parse_columns(pairs: Sequence[str]) -> dict[str, str]:
+    """`name=own` texts as a dictionary. Raises ValueError for a text without `=`, and for another name."""
+    from pipeline.sources.tables import COLUMNS
+
+    for pair in pairs:
+        name, found, own = pair.partition("=")
+        if name not in COLUMNS or not found or not own:
+            names = ", ".join(COLUMNS)
+            raise ValueError(f"--column takes NAME=OWN with NAME one of {names}; it was given {pair!r}")
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Run]]] = {

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -29,35 +29,35 @@ from flows.artifacts import accounts_table, contact_sheet, data_address, summary
 from flows.server import ServerError, start_server
 from model.progress import Progress
 from model.settings import override
-from model.weights import CodecUnavailable
-from pipeline.ingest import IngestReport, commit, embed_captions, plan_ingest, run_blocks
-from pipeline.ingest.block import Block
-from pipeline.ingest.pack import PackError
-from pipeline.media.faults import DecodeError
+from pipeline.ingest import IngestReport
+from pipeline.ingest import ingest as pipeline_ingest
 from pipeline.recipes import DataRecipe, recipe_named
-from pipeline.runner import Runner, RunnerError
-from pipeline.sources.folders import SourceError, discover
-from storage.layout import Lake, LakeError
+from pipeline.sources.folders import Discovery
+from storage.errors import VlfmError, is_expected
+from storage.layout import Lake
 from storage.version import load
 
 Result = TypeVar("Result")
+Report = dict[str, Any]
+"""JSON, as run_ingest says."""
+Settings = dict[str, Any]
+"""Fields of a recipe and their values."""
+RunLogger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 Listener = Callable[[str, int, int], None]
 """Called with what is counted, how many are done, and how many there are."""
 
-GROUPS = 12  # most tasks the blocks are shared out to
-GROUP_BLOCKS = 8  # fewest blocks in a task, unless there are no more: every group starts its workers anew
-
-_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+_caller: ContextVar[tuple[Listener | None, Discovery | None]] = ContextVar("caller", default=(None, None))
+"""What the caller of run_ingest gave beside the flow's parameters."""
 
 
 class StepFailed(Exception):
-    """A step could not do its work, for a known reason; the message is one line that says the mend."""
+    """A step could not do its work, for a known reason; the message is one line that says the remedy."""
 
 
 class IngestFailed(Exception):
     """The flow ended in the state Failed; `report` is what it would have returned."""
 
-    def __init__(self, message: str, report: dict[str, Any]) -> None:
+    def __init__(self, message: str, report: Report) -> None:
         super().__init__(message)
         self.report = report
 
@@ -67,29 +67,36 @@ def run_ingest(
     lake: str,
     captions: str | None = None,
     recipe: str = "demo",
-    settings: dict[str, Any] | None = None,
+    settings: Settings | None = None,
     limit: int | None = None,
     ray_address: str | None = None,
+    columns: dict[str, str] | None = None,
     on_progress: Listener | None = None,
-) -> dict[str, Any]:
+    found: Discovery | None = None,
+) -> Report:
     """Calls the flow `ingest` in this process and returns its report, whatever state it ended in.
 
     The report is pipeline.ingest.report.IngestReport.to_json() with `lines` (text for people), `exit_status` (0, 3 or
     1) and, where the run could not be done, `error` (one line).
 
+    Args:
+        source, lake, captions, recipe, settings, limit, ray_address, columns: the flow's.
+        on_progress: told of films read and clips done; warnings are printed where it is given.
+        found: what pipeline.sources.folders.discover found for these sources, where that was called already.
+
     Raises:
         Exception: whatever is no known failure.
     """
-    token = _listener.set(on_progress)
+    token = _caller.set((on_progress, found))
     try:
         start_server()
         sources = [source] if isinstance(source, str) else list(source)
-        arguments = (sources, lake, captions, recipe, settings, limit, ray_address)
+        arguments = (sources, lake, captions, recipe, settings, limit, ray_address, columns)
         state = cast(State[Any], ingest(*arguments, return_state=True))
     except ServerError as error:
         return _nothing(str(error), lake)
     finally:
-        _listener.reset(token)
+        _caller.reset(token)
     report: Any = state.result(raise_on_failure=False)
     if isinstance(report, IngestFailed):
         return report.report
@@ -98,7 +105,7 @@ def run_ingest(
     return dict(report)
 
 
-def _nothing(message: str, lake: str) -> dict[str, Any]:
+def _nothing(message: str, lake: str) -> Report:
     """The report of a run that could not be done."""
     lost = {"error": message, "lines": [message], "lake": lake, "version": None, "published": False}
     return {**lost, "exit_status": 1}
@@ -119,9 +126,10 @@ def ingest(
     lake: str,
     captions: str | None = None,
     recipe: str = "demo",
-    settings: dict[str, Any] | None = None,
+    settings: Settings | None = None,
     limit: int | None = None,
     ray_address: str | None = None,
+    columns: dict[str, str] | None = None,
 ) -> Any:
     """Films and captions to the next version of a lake.
 
@@ -136,11 +144,12 @@ def ingest(
         settings: Single fields of the recipe to replace, such as {"rate": 8}.
         limit: Only this many films, the first by name.
         ray_address: Address of a Ray cluster; without one, Ray is started on this machine for the run.
+        columns: The tables' own names for file, caption, start and end, where they differ.
     """
     sources = [source] if isinstance(source, str) else list(source)
     logging.getLogger("prefect.task_runs").addFilter(_without_trace)
     try:
-        report = _ingest(sources, lake, captions, _recipe(recipe, settings), limit, ray_address)
+        report = _ingest(sources, lake, captions, _recipe(recipe, settings), limit, ray_address, columns)
     except StepFailed as error:
         return Failed(message=str(error), data=IngestFailed(str(error), _nothing(str(error), lake)))
     for line in report.lines():
@@ -157,30 +166,32 @@ def ingest(
 
 
 def _ingest(
-    sources: list[str], lake: str, captions: str | None, recipe: DataRecipe, limit: int | None, ray_address: str | None
+    sources: list[str],
+    lake: str,
+    captions: str | None,
+    recipe: DataRecipe,
+    limit: int | None,
+    ray_address: str | None,
+    columns: dict[str, str] | None,
 ) -> IngestReport:
-    """The steps, one task each, and the artifacts."""
-    names = ", ".join(Path(source).name or source for source in sources)
-    place = _step(f"look for films in {names}", "discover", lambda: _open(sources, lake, captions, recipe))
-    with _known(), place.writing():
-        told = _told("plan")
-        plan = _step(
-            f"plan the clips of {names}",
-            "plan",
-            lambda: plan_ingest(place, sources, captions, recipe, limit, on_progress=told),
+    """The steps of pipeline.ingest, one task each, and the artifacts."""
+    logger, (listener, found) = get_run_logger(), _caller.get()
+    with _known(), _warnings_to(logger, aloud=listener is not None):
+        report = pipeline_ingest(
+            sources,
+            lake,
+            captions,
+            recipe,
+            limit,
+            on_progress=_told(logger, listener),
+            say=logger.info,
+            step=_step,
+            ray_address=ray_address,
+            columns=columns,
+            found=found,
         )
-        for line in plan.lines():
-            get_run_logger().info(line)
-        texts = None
-        if plan.blocks:
-            texts = _step(f"embed the captions of {len(plan.clips)} clips", "embed", lambda: embed_captions(plan))
-        results: list[dict[str, Any]] = []
-        with Runner(ray_address) as runner:
-            for title, blocks in _groups(plan.blocks):
-                make = partial(run_blocks, plan, blocks, runner, _told("clips"))
-                results += _step(title, "decode+invert+project", make)
-        report = _step("pack shards and commit", "commit", lambda: commit(plan, texts, results))
-    _step("leave artifacts", "artifacts", lambda: _leave_artifacts(report, recipe, names, place))
+    names = ", ".join(Path(source).name or source for source in sources)
+    _step("leave artifacts", "artifacts", lambda: _leave_artifacts(report, recipe, names, Lake.open(lake)))
     return report
 
 
@@ -215,52 +226,58 @@ def _known() -> Iterator[None]:
     """Turns what can go wrong without any fault of the program into StepFailed."""
     try:
         yield
-    except (SourceError, DecodeError, LakeError, PackError, RunnerError, CodecUnavailable, OSError) as error:
+    except (VlfmError, OSError) as error:
+        if not is_expected(error):
+            raise
         raise StepFailed(" ".join(str(error).split())) from error
 
 
-def _recipe(name: str, settings: dict[str, Any] | None) -> DataRecipe:
+def _recipe(name: str, settings: Settings | None) -> DataRecipe:
     try:
         return override(recipe_named(name), settings or {})
     except ValueError as error:
         raise StepFailed(str(error)) from error
 
 
-def _open(sources: list[str], lake: str, captions: str | None, recipe: DataRecipe) -> Lake:
-    """The lake, made only when there is something to put into it."""
-    discover(sources, captions, recipe.captions_required)
-    return Lake.create(lake)
-
-
-def _groups(blocks: Sequence[Block]) -> list[tuple[str, Sequence[Block]]]:
-    """The blocks shared out to tasks, with the tasks' titles."""
-    size = max(GROUP_BLOCKS, -(-len(blocks) // GROUPS))
-    groups = []
-    for first in range(0, len(blocks), size):
-        group = blocks[first : first + size]
-        numbers = f"blocks {first + 1}-{first + len(group)}" if len(group) > 1 else f"block {first + 1}"
-        groups.append((f"decode, invert, project {numbers} of {len(blocks)}", group))
-    return groups
-
-
-def _told(stage: str) -> Listener:
-    """Progress of one step: into the run's log every few seconds, and to the caller of run_ingest."""
-    logger, listener = get_run_logger(), _listener.get()
-    log = Progress(stage, 0, "films" if stage == "plan" else "clips", out=_LogLines(logger))
+def _told(logger: RunLogger, listener: Listener | None) -> Listener:
+    """Progress of the steps: into the run's log every few seconds, and to the caller of run_ingest."""
+    log: dict[str, Progress] = {}
 
     def tell(what: str, done: int, total: int) -> None:
-        log.total = total
-        log.update(done)
+        line = log.get(what)
+        if line is None or line.total != total or done < line.done:  # every group of blocks begins anew
+            unit = "films" if what == "plan" else what
+            line = log[what] = Progress(what, total, unit, out=_LogLines(logger))
+        line.update(done)
         if listener is not None:
             listener(what, done, total)
 
     return tell
 
 
+@contextmanager
+def _warnings_to(logger: RunLogger, aloud: bool) -> Iterator[None]:
+    """Sends what the pipeline and its workers warn of meanwhile to the run's log; `aloud` also prints it."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            line = record.getMessage()
+            logger.log(record.levelno, line)
+            if aloud:
+                print(f"{record.levelname.lower()}: {line}", file=sys.stderr, flush=True)
+
+    handler, pipeline_log = Handler(logging.WARNING), logging.getLogger("pipeline")
+    pipeline_log.addHandler(handler)
+    try:
+        yield
+    finally:
+        pipeline_log.removeHandler(handler)
+
+
 class _LogLines(io.StringIO):
     """A text file whose lines go to the run's log."""
 
-    def __init__(self, logger: Any) -> None:
+    def __init__(self, logger: RunLogger) -> None:
         super().__init__()
         self.logger = logger
 

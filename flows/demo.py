@@ -68,25 +68,27 @@ def _corpus(folder: Path) -> Path:
 
 def _ingest(source: str, lake: Path, captions: str | None, limit: int | None) -> tuple[int | None, int]:
     """The version that holds the source's films, and the exit status of the ingest."""
-    from pipeline.ingest import commit, plan_ingest
+    from pipeline.ingest import carry_out, plan_ingest
     from pipeline.recipes import demo as recipe
     from pipeline.sources.folders import discover
     from storage.layout import Lake
 
-    discover([source], captions, recipe().captions_required)  # a slip of the pen is told before the servers start
+    found = discover(
+        [source], captions, recipe().captions_required
+    )  # a slip of the pen is told before the servers start
     if (lake / "versions").is_dir():
         opened = Lake.open(lake)
         with opened.writing():
-            plan = plan_ingest(opened, source, captions, recipe(), limit)
+            plan = plan_ingest(opened, found, recipe(), limit)
             if not plan.clips and plan.parent is not None:
-                report = commit(plan, None, [])
+                report = carry_out(plan)
                 _say("ingest     " + report.lines()[-1])
                 return report.version, report.exit_status
     _say("ingest     starting Prefect and Ray")
     from flows.dataset import run_ingest
     from flows.progress import Stages
 
-    told = run_ingest(source, str(lake), captions, "demo", limit=limit, on_progress=Stages())
+    told = run_ingest(source, str(lake), captions, "demo", limit=limit, on_progress=Stages(), found=found)
     _say(f"error: {told['error']}" if "error" in told else "\n".join(told["lines"]))
     return told["version"], int(told["exit_status"])
 

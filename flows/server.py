@@ -15,6 +15,8 @@ from prefect.client.base import ServerType, determine_server_type
 from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import get_current_settings
 
+from storage.errors import Kind, VlfmError
+
 START_SECONDS = 180.0  # Prefect itself waits 20, which a crowded machine needs for its imports alone
 SETTING = "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"
 
@@ -32,8 +34,10 @@ main()
 """
 
 
-class ServerError(RuntimeError):
+class ServerError(VlfmError, RuntimeError):
     """Prefect's server does not start; the message is one line that says the remedy."""
+
+    kind = Kind.ENVIRONMENT
 
 
 def start_server() -> None:

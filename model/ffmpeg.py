@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from storage.errors import Kind, VlfmError
+
 # A playlist renamed .mp4 is refused by its demuxer's name; containers that can point to other files are not listed.
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf"
 SWITCHES = ("-hide_banner", "-nostdin", "-nostats", "-loglevel", "info", "-xerror", "-copyts")
@@ -35,8 +37,10 @@ PATIENCE = 60.0
 WHEEL = "`pip install imageio-ffmpeg` brings one"
 
 
-class NoFfmpeg(OSError):
+class NoFfmpeg(VlfmError, OSError):
     """There is no ffmpeg that works; the message says which were tried, what is wrong and how to get one."""
+
+    kind = Kind.ENVIRONMENT
 
 
 @dataclass(frozen=True)

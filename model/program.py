@@ -7,23 +7,10 @@ import sys
 from collections.abc import Callable, Sequence
 
 from model.stop import STOPPED, Stopped
+from storage.errors import is_expected
 
 Options = Callable[[argparse.ArgumentParser], Callable[[argparse.Namespace], int]]
 """Adds a program's options to a parser and returns what runs them."""
-
-NAMES = ("LakeError", "DamagedShard", "CodecUnavailable")
-"""Errors about the input or the machine, by name: asking for the classes would import the stores and the codecs."""
-
-
-def is_expected(error: Exception, also: Sequence[str] = ()) -> bool:
-    """Whether an error is about the input or the machine, so that its message is the whole answer.
-
-    also: names of further such classes.
-    """
-    known = (*NAMES, *also)
-    return isinstance(error, (ValueError, OSError, FloatingPointError)) or any(
-        kind.__name__ in known for kind in type(error).__mro__
-    )
 
 
 def add_settings_option(parser: argparse.ArgumentParser, example: str, what: str = "a field of the recipe") -> None:

@@ -17,6 +17,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from storage.errors import Kind, VlfmError
+
 Loaded = TypeVar("Loaded")
 
 
@@ -26,8 +28,10 @@ FILES = ("*model.safetensors", "*.json", "*.txt")
 """What is read of a hub repository: one precision of the weights, configs, tokenizers."""
 
 
-class CodecUnavailable(RuntimeError):
+class CodecUnavailable(VlfmError, RuntimeError):
     """Weights of a codec or a text encoder cannot be had; the message is one sentence that says how to get them."""
+
+    kind = Kind.ENVIRONMENT
 
 
 @dataclass(frozen=True)

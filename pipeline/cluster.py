@@ -20,14 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.stage import one_line
+from storage.errors import Kind, VlfmError
 
 OBJECT_STORE_BYTES = 256 * 1024**2  # blocks travel as files; Ray would take 30 % of the memory
 ANSWER_SECONDS = 10.0  # longest wait for a cluster's port
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 
-class RunnerError(RuntimeError):
+class RunnerError(VlfmError, RuntimeError):
     """The work cannot be done at all; the message is one line that says the remedy."""
+
+    kind = Kind.ENVIRONMENT
 
 
 class RaySession:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from storage.schema import CERTIFICATE, REJECTED_SCHEMA
+from pipeline.items import Certificate, Failure, Rejected, Row
+from storage.schema import CERTIFICATE
 
 BELOW_GATE = "below_gate"
 """Reason of clips that the gates keep out."""
@@ -35,47 +35,49 @@ def check_gates(gates: Gates) -> str:
     return ""
 
 
-def flags(row: Mapping[str, Any], gates: Gates) -> list[str]:
-    """Names of the figures of a clip's row that are outside their gates. What was not measured (NaN, None) passes."""
+def flags(certificate: Certificate, gates: Gates) -> list[str]:
+    """Names of the figures of a clip that are outside their gates. What was not measured (NaN) passes."""
     found: list[str] = []
     for measure in CERTIFICATE if gates else ():
-        bound, value = gates.get(measure.name), row.get(measure.name)
-        if bound is None or value is None or math.isnan(value):
+        bound, value = gates.get(measure.name), getattr(certificate, measure.name)
+        if bound is None or math.isnan(value):
             continue
         if value < bound if measure.higher_is_better else value > bound:
             found.append(measure.name)
     return found
 
 
-def rejection(row: Mapping[str, Any], gates: Gates) -> dict[str, str]:
-    """The fault of a clip that the gates keep out: status, reason, and a line with figures, bounds and the mend."""
+def rejection(clip: Rejected, gates: Gates) -> Failure:
+    """Why the gates keep a clip out: a line with figures, bounds and the remedy."""
+    outside = flags(clip.certificate, gates)
     said = []
     for measure in CERTIFICATE:
-        if measure.name in flags(row, gates):
+        if measure.name in outside:
             side, bound = "least" if measure.higher_is_better else "most", gates[measure.name]
-            said.append(f"{measure.name} {row[measure.name]:.4g}{measure.unit}, the {side} is {bound:g}")
-    names = ", ".join(f"gates.{name}" for name in flags(row, gates))
+            value = getattr(clip.certificate, measure.name)
+            said.append(f"{measure.name} {value:.4g}{measure.unit}, the {side} is {bound:g}")
+    names = ", ".join(f"gates.{name}" for name in outside)
     detail = f"{'; '.join(said)}; use another codec or film, set {names} otherwise, or keep it with below_gate=flag"
-    return {"status": "filtered", "reason": BELOW_GATE, "detail": detail}
+    return Failure(clip.film, "gate", BELOW_GATE, detail, "filtered", clip.clip_id, clip.clip_start)
 
 
 @dataclass(frozen=True)
-class Judgement:
+class GateDecision:
     """What the gates make of a version's clips and of those that were kept out of it."""
 
-    rejected: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Rows of storage.schema.REJECTED_SCHEMA by clip id: clips that stay out, and clips that leave."""
+    rejected: Mapping[str, Rejected] = field(default_factory=dict)
+    """By clip id: clips that stay out, and clips that leave."""
     leaving: frozenset[str] = frozenset()
     """Ids of the version's clips that the gates take out."""
-    open: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """The same of clips that were kept out and would pass now; their films are read again."""
+    open: Mapping[str, Rejected] = field(default_factory=dict)
+    """Clips that were kept out and would pass now; their films are read again."""
     reflagged: bool = False
     """Whether a clip that stays has other flags now."""
 
     @property
     def regained(self) -> set[str]:
         """Films with clips that may come back."""
-        return {row["film"] for row in self.open.values()}
+        return {clip.film for clip in self.open.values()}
 
     @property
     def changes(self) -> bool:
@@ -83,20 +85,18 @@ class Judgement:
         return bool(self.leaving) or self.reflagged
 
 
-def judge(
-    clips: Iterable[Mapping[str, Any]], rejected: Iterable[Mapping[str, Any]], gates: Gates, below_gate: str
-) -> Judgement:
+def decide(clips: Iterable[Row], rejected: Iterable[Row], gates: Gates, below_gate: str) -> GateDecision:
     """Applies the gates to the rows of a version's tables `clips` and `rejected`."""
     bounds = gates if below_gate == REJECT else {}
-    rejected = list(rejected)
-    clips = list(clips)
-    stay = {row["clip_id"]: dict(row) for row in rejected if flags(row, bounds)}
-    passing = {row["clip_id"]: dict(row) for row in rejected if row["clip_id"] not in stay}
-    leaving = {row["clip_id"]: rejected_row(row) for row in clips if flags(row, bounds)}
-    reflagged = any(row["flags"] != " ".join(flags(row, gates)) for row in clips if row["clip_id"] not in leaving)
-    return Judgement({**stay, **leaving}, frozenset(leaving), passing, reflagged)
-
-
-def rejected_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A clip's row as one of storage.schema.REJECTED_SCHEMA; figures that are missing or None are NaN."""
-    return {name: math.nan if row.get(name) is None else row[name] for name in REJECTED_SCHEMA.names}
+    outside = {row["clip_id"]: Rejected.from_row(row) for row in rejected}
+    stay = {name: clip for name, clip in outside.items() if flags(clip.certificate, bounds)}
+    passing = {name: clip for name, clip in outside.items() if name not in stay}
+    leaving: dict[str, Rejected] = {}
+    reflagged = False
+    for row in clips:
+        clip = Rejected.from_row(row)
+        if flags(clip.certificate, bounds):
+            leaving[clip.clip_id] = clip
+        else:
+            reflagged |= row["flags"] != " ".join(flags(clip.certificate, gates))
+    return GateDecision({**stay, **leaving}, frozenset(leaving), passing, reflagged)

@@ -1,9 +1,8 @@
-"""Rows of the tables, and what a clip or film is by rule: its split, its observed frames, its caption's id."""
+"""What a clip or film is by rule: its identity, its row before it is read, its split, its observed frames."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -32,19 +31,15 @@ def unusable(text: str) -> bool:
     return _UNUSABLE.search(text) is not None
 
 
-def failure_row(
-    film: str, stage: str, fault: Mapping[str, Any], clip_id: str = "", clip_start: float = np.nan
-) -> dict[str, Any]:
-    """A row of storage.schema.FAILURE_SCHEMA; `fault` has status, reason and detail."""
-    return {
-        "film": film,
-        "clip_id": clip_id,
-        "clip_start": clip_start,
-        "stage": stage,
-        "status": fault.get("status", "failed"),
-        "reason": fault["reason"],
-        "detail": fault["detail"],
-    }
+def part_of(film: str) -> str:
+    """`#start-end` at the end of a film's name; empty for a whole film."""
+    found = re.search(r"#[0-9.e+-]+-[0-9.e+-]*$", film)
+    return found[0] if found else ""
+
+
+def place(path: str, film: str) -> str:
+    """The identity of a film: its file's path, and which part of it. `film` is any name the film goes by."""
+    return printable(path) + part_of(film)
 
 
 def film_row(film: str, caption: str, size: int, modified_ns: int, path: str) -> dict[str, Any]:

@@ -7,20 +7,27 @@ stalls for ever; stack.md).
 
 from __future__ import annotations
 
+import logging
 import os
 import time
+import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
 from pipeline.cluster import RaySession
 from pipeline.cluster import RunnerError as RunnerError
-from pipeline.stage import Resources, one_line
+from pipeline.items import Resources
+from pipeline.stage import one_line
 from storage.layout import DiskFull
 
+log = logging.getLogger(__name__)
+
 START_SECONDS = 600.0  # longest time for a worker to start and to load its codec
+END_SECONDS = 30.0  # longest time for all workers together to free what they hold
+WARNINGS = 100  # most lines that a worker keeps until its next answer
 
 
 class Worker(Protocol):
@@ -38,7 +45,7 @@ class Worker(Protocol):
         """Does a task; may be called again for the same one."""
 
     def teardown(self) -> None:
-        """Called when there is no more work."""
+        """Called once in the actor's process when there is no more work; not where the process was lost."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,7 @@ class Runner:
     def __init__(self, address: str | None = None, attempts: int = 3, task_seconds: float = 3600.0) -> None:
         self.attempts, self.task_seconds = attempts, task_seconds
         self._session = RaySession(address)
+        self._warned: set[str] = set()
 
     def __enter__(self) -> Runner:
         return self
@@ -141,7 +149,7 @@ class Runner:
             # Only a worker that has answered gets a task, so a restart cannot cost an innocent item an attempt.
             running[actor.ready.remote()] = (actor, None, time.monotonic() + START_SECONDS)
 
-        def hire() -> None:
+        def start_actor() -> None:
             actor = actor_class.remote(worker, plan.cpus)
             actors.append(actor)
             greet(actor)
@@ -159,7 +167,7 @@ class Runner:
 
         try:
             for _ in range(plan.count):
-                hire()
+                start_actor()
             deaths_unanswered = 0
             while waiting or any(task is not None for _, task, _ in running.values()):
                 try:
@@ -169,7 +177,7 @@ class Runner:
                 for reference in ready:
                     actor, task, _ = running.pop(reference)
                     try:
-                        result = ray.get(reference)
+                        answer: _Answer = ray.get(reference)
                     except ray.exceptions.RayActorError as error:
                         actors.remove(actor)
                         ray.kill(actor)
@@ -180,20 +188,19 @@ class Runner:
                         else:
                             detail = "the worker process died on this clip each time; remove or re-encode its film"
                             failed(task, "worker_died", detail)
-                        hire()
+                        start_actor()
                         continue
-                    except ray.exceptions.RayTaskError as error:
-                        assert task is not None
-                        failed(task, "worker_failed", one_line(error.cause or error))
+                    self._warn(answer.warnings)
+                    if task is None:
+                        deaths_unanswered = 0
+                        if answer.problem:
+                            raise RunnerError(answer.problem)
+                    elif answer.full is not None:
+                        raise DiskFull(*answer.full)
+                    elif answer.problem:
+                        failed(task, "worker_failed", answer.problem)
                     else:
-                        if task is None:
-                            deaths_unanswered = 0
-                            if result:
-                                raise RunnerError(result)
-                        elif isinstance(result, _NoRoom):
-                            raise DiskFull(result.path, result.free)
-                        else:
-                            done(task, result)
+                        done(task, answer.result)
                     if waiting:
                         following = waiting.popleft()
                         call = actor.process.remote(following.task_id, following.items)
@@ -206,19 +213,77 @@ class Runner:
                     for actor in actors:
                         if id(actor) not in busy:
                             greet(actor)
+            starting = {id(actor) for actor, _, _ in running.values()}
+            self._end([actor for actor in actors if id(actor) not in starting])
         finally:
             for actor in actors:
                 ray.kill(actor)
 
+    def _end(self, actors: Sequence[Any]) -> None:
+        """Lets idle actors free what they hold. What goes wrong then is a warning: the work is done."""
+        import ray
+
+        calls = [actor.teardown.remote() for actor in actors]
+        ready, late = ray.wait(calls, num_returns=len(calls), timeout=END_SECONDS) if calls else ([], [])
+        for call in ready:
+            try:
+                answer: _Answer = ray.get(call)
+            except ray.exceptions.RayError as error:
+                self._warn([f"a worker died while it ended: {one_line(error)}"])
+            else:
+                ended = f"a worker did not end cleanly: {answer.problem}"
+                self._warn([*answer.warnings, *([ended] if answer.problem else [])])
+        if late:
+            self._warn([f"{len(late)} workers did not end within {END_SECONDS:g} s and were killed"])
+
+    def _warn(self, lines: Iterable[str]) -> None:
+        """Logs each line once in the life of this runner, however many workers say it how often."""
+        for line in lines:
+            if line not in self._warned:
+                self._warned.add(line)
+                log.warning("%s", line)
+
 
 @dataclass(frozen=True)
-class _NoRoom:
-    path: str
-    free: int
+class _Answer:
+    """What an actor sends back. Errors are values: exceptions do not always survive the journey."""
+
+    warnings: tuple[str, ...]
+    """Lines that were warned of or logged as warnings since the last answer."""
+    result: Any = None
+    problem: str = ""
+    """What went wrong, in a line."""
+    full: tuple[str, int] | None = None
+    """The file that the disk has no room for, and the bytes left."""
+
+
+class _Heard(logging.Handler):
+    """Keeps the different lines that are logged as warnings or worse, and Python's warnings."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: dict[str, None] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.add(record.getMessage())
+
+    def showwarning(self, message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        """Takes the place of warnings.showwarning."""
+        self.add(f"{category.__name__}: {message}")
+
+    def add(self, text: str) -> None:
+        """Keeps a text as one line."""
+        if len(self.lines) < WARNINGS:
+            self.lines[" ".join(text.split())] = None
+
+    def take(self) -> tuple[str, ...]:
+        """The lines so far, which are forgotten."""
+        lines, self.lines = tuple(self.lines), {}
+        return lines
 
 
 class _Actor:
-    """A worker in its own process. Known errors come back as values: exceptions do not always survive the journey."""
+    """A worker in its own process."""
 
     def __init__(self, worker: Worker, cpus: float) -> None:
         self.worker = worker
@@ -226,20 +291,35 @@ class _Actor:
         for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             os.environ[variable] = str(max(1, int(cpus)))
         self.problem: str | None = None
+        # The output of a worker goes to files of Ray's that nobody reads.
+        self.heard = _Heard()
+        logging.getLogger().addHandler(self.heard)
+        warnings.showwarning = self.heard.showwarning
 
-    def ready(self) -> str:
-        """Sets the worker up; what is wrong in words, or nothing."""
+    def ready(self) -> _Answer:
+        """Sets the worker up, once."""
         if self.problem is None:
             try:
                 self.worker.setup()
                 self.problem = ""
             except Exception as error:
                 self.problem = " ".join(str(error).split()) or type(error).__name__
-        return self.problem
+        return _Answer(self.heard.take(), problem=self.problem)
 
-    def process(self, task_id: str, items: Sequence[Any]) -> Any:
-        """The worker's result, or what the disk lacks."""
+    def process(self, task_id: str, items: Sequence[Any]) -> _Answer:
+        """Does a task."""
         try:
-            return self.worker.process(task_id, items)
+            result = self.worker.process(task_id, items)
         except DiskFull as error:
-            return _NoRoom(str(error.filename), error.free)
+            return _Answer(self.heard.take(), full=(str(error.filename), error.free))
+        except Exception as error:
+            return _Answer(self.heard.take(), problem=one_line(error))
+        return _Answer(self.heard.take(), result)
+
+    def teardown(self) -> _Answer:
+        """Frees what the worker holds."""
+        try:
+            self.worker.teardown()
+        except Exception as error:
+            return _Answer(self.heard.take(), problem=one_line(error))
+        return _Answer(self.heard.take())

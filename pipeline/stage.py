@@ -12,74 +12,11 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
-
-from pipeline.media.decode import Window
+from pipeline.items import ClipPlan, ClipWork, Failure, Resources
 
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What a stage occupies while it runs."""
-
-    cpus: float = 1.0
-    gpus: float = 0.0
-
-
-@dataclass(frozen=True)
-class ClipPlan:
-    """A clip to be made: all that is known of it before its film is decoded."""
-
-    clip_id: str
-    film_id: str
-    film: str
-    path: str
-    """Where the film is."""
-    bytes: int
-    """Size of the film when it was planned; a film that changed since is not used."""
-    modified_ns: int
-    """Time of its last change when it was planned."""
-    caption: str
-    caption_id: str
-    window: Window
-    duration: float
-    """T, seconds."""
-    observed: tuple[bool, ...]
-    """Which of the window's frames enter the coefficients."""
-    split: str
-    preview: bool
-    """Whether its frames are kept."""
-
-
-@dataclass(frozen=True)
-class ClipFailure:
-    """Why a clip was not made."""
-
-    stage: str
-    reason: str
-    """A fixed snake_case word."""
-    detail: str
-    """One line that says the mend."""
-
-
-@dataclass
-class ClipWork:
-    """A clip on its way through the stages; each fills in its part."""
-
-    plan: ClipPlan
-    failure: ClipFailure | None = None
-    frames: np.ndarray | None = None
-    """(N, H, W, 3) uint8."""
-    latents: np.ndarray | None = None
-    """(N, C, h, w) float16, as they will be stored."""
-    coefficients: np.ndarray | None = None
-    """(order, C, h, w) float16, zero-padded."""
-    certificate: dict[str, Any] = field(default_factory=dict)
-    """order_used, method_used and the measures of storage.schema.CLIP_SCHEMA."""
 
 
 class Stage(Protocol):
@@ -101,12 +38,12 @@ class Stage(Protocol):
 
 def fail(work: ClipWork, stage: str, reason: str, detail: str) -> ClipWork:
     """`work` with its failure and without its arrays."""
-    return dataclasses.replace(
-        work, failure=ClipFailure(stage, reason, detail), frames=None, latents=None, coefficients=None
-    )
+    plan = work.plan
+    failure = Failure(plan.film, stage, reason, detail, clip_id=plan.clip_id, clip_start=plan.window.start)
+    return dataclasses.replace(work, failure=failure, frames=None, latents=None, coefficients=None)
 
 
-def shielded(
+def isolated(
     works: Iterable[ClipWork], do: Callable[[ClipWork], ClipWork], stage: str, reason: str
 ) -> Iterator[ClipWork]:
     """`do` to every clip that has not failed; what it raises fails that clip for `reason`, its block goes on."""
@@ -139,7 +76,7 @@ def run_stages(
         received = _Timed(stream)
         stream = _charged(stage, received, clock)
         if index == 0 and ahead:
-            stream = made_ahead(stream, ahead)
+            stream = prefetched(stream, ahead)
     works = []
     for work in stream:
         works.append(work if work.plan.preview else dataclasses.replace(work, frames=None))
@@ -168,7 +105,7 @@ def _charged(stage: Stage, received: _Timed[ClipWork], clock: dict[str, float]) 
     clock[stage.name] = clock.get(stage.name, 0.0) + given.seconds - received.seconds
 
 
-def made_ahead(source: Iterable[Item], most: int) -> Iterator[Item]:
+def prefetched(source: Iterable[Item], most: int) -> Iterator[Item]:
     """The same items, made in a thread, at most `most` before they are asked for; errors are raised here, in turn."""
     made: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
     room = threading.Semaphore(most)

@@ -25,26 +25,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from storage.errors import Kind, VlfmError
+
 TEMPORARY_SUFFIX = ".tmp"
 
 
-class LakeError(Exception):
-    """A folder is no lake, or a lake cannot be used as asked. The message says the mend."""
+class LakeError(VlfmError):
+    """A folder is no lake, or a lake cannot be used as asked. The message says the remedy."""
 
 
 class LakeBusy(LakeError):
     """Another run is writing to the lake."""
 
+    kind = Kind.CONFLICT
 
-class DiskFull(OSError):
+
+class DiskFull(VlfmError, OSError):
     """The disk (or the quota) was used up while a file was written. `filename` is the file, `free` the bytes left."""
 
+    kind = Kind.ENVIRONMENT
+
     def __init__(self, path: str | Path, free: int) -> None:
-        super().__init__(
-            errno.ENOSPC,
-            f"the disk is full ({free} bytes free); make room and run the same command again, what is done is kept",
-            str(path),
-        )
+        self.message = f"the disk is full ({free} bytes free)"
+        self.remedy = "make room and run the same command again, what is done is kept"
+        OSError.__init__(self, errno.ENOSPC, f"{self.message}; {self.remedy}", str(path))
         self.free = free
 
     def __reduce__(self) -> tuple[type[DiskFull], tuple[str, int]]:

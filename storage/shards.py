@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 
+from storage.errors import Kind, VlfmError
 from storage.fingerprint import canonical_json, file_digest, finite_json
 from storage.layout import LakeError, atomic_file, version_naming, write_atomic
 
@@ -35,8 +36,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.tar")
 _MEND = "restore it from a copy, or ingest the films into a new lake"
 
 
-class DamagedShard(Exception):
-    """A shard or its index is missing, torn or altered. The message names the file and says the mend."""
+class DamagedShard(VlfmError):
+    """A shard or its index is missing, torn or altered. The message names the file and says the remedy."""
+
+    kind = Kind.DAMAGE
 
 
 @dataclass(frozen=True)

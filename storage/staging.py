@@ -14,10 +14,17 @@ from typing import Any
 
 import numpy as np
 
+from storage.errors import Kind, VlfmError
 from storage.fingerprint import canonical_json, finite_json
 from storage.layout import Lake, atomic_file
 
 _META = "meta.json"
+
+
+class DamagedBlock(VlfmError, ValueError):
+    """A staged block is damaged, or is another one than its name says; it has to be made again."""
+
+    kind = Kind.DAMAGE
 
 
 def write_block(lake: Lake, block_id: str, arrays: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str, Any]) -> Path:
@@ -49,28 +56,17 @@ def read_block(lake: Lake, block_id: str) -> tuple[dict[str, np.ndarray[Any, Any
 
     Raises:
         FileNotFoundError: there is no such block.
-        ValueError: the file is damaged, or of another block; the message says the mend.
+        DamagedBlock: the file is damaged, or of another block; the message says the remedy.
     """
-    path = block_path(lake, block_id)
-    arrays = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            head = json.loads(archive.read(_META))
-            for name in archive.namelist():
-                if name != _META:
-                    with archive.open(name) as member:
-                        arrays[name.removesuffix(".npy")] = np.lib.format.read_array(member, allow_pickle=False)
-                        # The checksum is compared at the member's end only.
-                        member.read()
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"no staged block {block_id} in {lake.staging}; run the ingest again to make it"
-        ) from None
-    except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and run the ingest again") from error
-    if head.get("block_id") != block_id:
-        raise ValueError(f"{path} holds block {head.get('block_id')!r}; delete it and run the ingest again")
-    return arrays, head["meta"]
+    return _read(lake, block_id, arrays=True)
+
+
+def read_block_meta(lake: Lake, block_id: str) -> dict[str, Any]:
+    """The meta of a block without its arrays: only that member is read, and its checksum compared.
+
+    Raises as `read_block`; a fault in an array shows when that is read.
+    """
+    return _read(lake, block_id, arrays=False)[1]
 
 
 def has_block(lake: Lake, block_id: str) -> bool:
@@ -96,3 +92,26 @@ def block_path(lake: Lake, block_id: str) -> Path:
 def _check_name(what: str, name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise ValueError(f"{what} {name!r}: use letters, digits, '-' and '_' only")
+
+
+def _read(lake: Lake, block_id: str, arrays: bool) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
+    path = block_path(lake, block_id)
+    found = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            head = json.loads(archive.read(_META))
+            for name in archive.namelist() if arrays else ():
+                if name != _META:
+                    with archive.open(name) as member:
+                        found[name.removesuffix(".npy")] = np.lib.format.read_array(member, allow_pickle=False)
+                        # The checksum is compared at the member's end only.
+                        member.read()
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"no staged block {block_id} in {lake.staging}; run the ingest again to make it"
+        ) from None
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
+        raise DamagedBlock(f"{path} is damaged ({error}); delete it and run the ingest again") from error
+    if head.get("block_id") != block_id:
+        raise DamagedBlock(f"{path} holds block {head.get('block_id')!r}; delete it and run the ingest again")
+    return found, head["meta"]

@@ -31,6 +31,18 @@ def psnr(pictures: Tensor, reference: Tensor, peak: float = 2.0) -> Tensor:
     return 10 * torch.log10(peak**2 / error)
 
 
+def pooled_psnr(pictures: Tensor, reference: Tensor, peak: float = 2.0) -> float:
+    """PSNR in dB over all pictures together, at most 100; NaN where one of them is not finite.
+
+    Args:
+        pictures: any shape.
+        reference: the same shape.
+        peak: largest difference of two values; 2 for pictures in [-1, 1].
+    """
+    error = float((pictures - reference).double().square().mean())
+    return 100.0 if error < 1e-10 * peak**2 else 10 * math.log10(peak**2 / error)
+
+
 def ssim(pictures: Tensor, reference: Tensor, peak: float = 2.0) -> Tensor:
     """Structural similarity of the pictures' luma, the mean of its map (Wang, Bovik, Sheikh, Simoncelli 2004).
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.gates import rejected_row
+from pipeline.items import BlockResult, ClipPlan, ClipWork, CodecFacts, Failure, MadeClip, Resources
 from pipeline.media.decode import decode, ffmpeg_binary
 from pipeline.media.faults import DecodeError, MediaLimits
 from pipeline.recipes import DataRecipe
-from pipeline.stage import ClipPlan, ClipWork, Resources, Stage, fail, one_line, run_stages
+from pipeline.stage import Stage, fail, one_line, run_stages
 from pipeline.stages.invert import GROUP_FRAMES, InvertStage, SharedCodec
 from pipeline.stages.project import ProjectStage
 from storage.fingerprint import fingerprint, short_id
 from storage.layout import Lake
-from storage.staging import read_block, remove_block, write_block
+from storage.staging import read_block, read_block_meta, remove_block, write_block
 
 
 @dataclass(frozen=True)
@@ -117,28 +117,23 @@ class BlockWorker:
             stage.setup()
         self.codec.load().latent_shape(*self.recipe.size)  # before anything is decoded for nothing
 
-    def process(self, block_id: str, clips: Sequence[ClipPlan]) -> dict[str, Any]:
-        """Makes the clips and stages those that were made under `block_id`; the block's `summary`. Safe to retry.
+    def process(self, block_id: str, clips: Sequence[ClipPlan]) -> BlockResult:
+        """Makes the clips and stages those that were made under `block_id`. Safe to retry.
 
         Raises:
             DiskFull: no room for the staged block.
         """
         works, clock = run_stages(self.stages, clips, self.ahead)
-        arrays, meta = staged_form(works, self.recipe.frames_max, clock)
-        meta |= {"recipe": self.recipe_fingerprint, "codec": self._codec_facts()}
-        stage_block(self.lake, block_id, arrays, meta)
-        return summary(meta)
+        made = tuple(MadeClip.of(work) for work in works if work.failure is None)
+        failures = tuple(work.failure for work in works if work.failure is not None)
+        result = BlockResult(block_id, made, failures, clock, self._codec_facts())
+        stage_block(self.lake, result, staged_arrays(works, self.recipe.frames_max), self.recipe_fingerprint)
+        return result
 
-    def _codec_facts(self) -> dict[str, Any]:
+    def _codec_facts(self) -> CodecFacts:
         codec = self.codec.load()
-        return {
-            "id": codec.id,
-            "channels": codec.channels,
-            "factor": codec.factor,
-            "scale": codec.scale,
-            "spec": codec.spec(),
-            "latent_shape": list(codec.latent_shape(*self.recipe.size)),
-        }
+        shape = tuple(codec.latent_shape(*self.recipe.size))
+        return CodecFacts(codec.id, codec.channels, codec.factor, codec.scale, codec.spec(), shape)
 
     def teardown(self) -> None:
         """Frees what the stages hold."""
@@ -146,14 +141,11 @@ class BlockWorker:
             stage.teardown()
 
 
-def staged_form(
-    works: Sequence[ClipWork], frames_max: int, seconds: Mapping[str, float]
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """A block as it is staged: arrays with one row per finished clip, and a row of plain facts for each clip.
+def staged_arrays(works: Sequence[ClipWork], frames_max: int) -> dict[str, np.ndarray]:
+    """The arrays of a block as they are staged, with one row per finished clip.
 
-    arrays: latents (n, frames_max, C, h, w) f16 zero-padded, coefficients (n, s, C, h, w) f16, frame_time
-    (n, frames_max) f64 NaN-padded, observed (n, frames_max) bool, preview (p, frames_max, H, W, 3) uint8 for the p
-    clips that keep it.
+    latents (n, frames_max, C, h, w) f16 zero-padded, coefficients (n, s, C, h, w) f16, frame_time (n, frames_max) f64
+    NaN-padded, observed (n, frames_max) bool, preview (p, frames_max, H, W, 3) uint8 for the p clips that keep it.
     """
     made = [work for work in works if work.failure is None]
     arrays: dict[str, np.ndarray] = {}
@@ -166,17 +158,7 @@ def staged_form(
         previews = [_padded(work.frames, frames_max, 0) for work in made if work.plan.preview]
         if previews:
             arrays["preview"] = np.stack(previews)
-    meta = {
-        "clips": [{**_facts(work.plan), **work.certificate} for work in made],
-        "failures": [
-            {"clip_id": work.plan.clip_id, "clip_start": work.plan.window.start, "film": work.plan.film}
-            | {"stage": work.failure.stage, "reason": work.failure.reason, "detail": work.failure.detail}
-            for work in works
-            if work.failure is not None
-        ],
-        "seconds": dict(seconds),
-    }
-    return arrays, meta
+    return arrays
 
 
 def _padded(rows: np.ndarray | None, length: int, filling: Any) -> np.ndarray:
@@ -186,69 +168,37 @@ def _padded(rows: np.ndarray | None, length: int, filling: Any) -> np.ndarray:
     return padded
 
 
-def _facts(plan: ClipPlan) -> dict[str, Any]:
-    return {
-        "clip_id": plan.clip_id,
-        "film_id": plan.film_id,
-        "film": plan.film,
-        "caption": plan.caption,
-        "caption_id": plan.caption_id,
-        "clip_start": plan.window.start,
-        "duration": plan.duration,
-        "split": plan.split,
-        "frames": len(plan.observed),
-        "frames_observed": sum(plan.observed),
-        "preview": plan.preview,
-    }
-
-
-def stage_block(lake: Lake, block_id: str, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
-    """Stages the clips that were made; without any, nothing stays staged under `block_id`.
-
-    Failures are the run's, not the block's: what failed is tried again by the next run, because its cause may lie
-    outside the film. `block` names the staged clips; programs before this one look there.
-    """
-    if meta["clips"]:
-        write_block(
-            lake, block_id, arrays, {**meta, "failures": [], "block": [row["clip_id"] for row in meta["clips"]]}
-        )
+def stage_block(lake: Lake, result: BlockResult, arrays: Mapping[str, np.ndarray], recipe_fingerprint: str) -> None:
+    """Stages the clips that were made; without any, nothing stays staged under the block's id."""
+    if result.made:
+        write_block(lake, result.block_id, arrays, result.to_json(recipe_fingerprint))
     else:
-        remove_block(lake, block_id)
-
-
-def summary(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """What the driver needs to know of a block: finished clips, certificates, failures, seconds by stage, codec."""
-    return {
-        "done": [row["clip_id"] for row in meta["clips"]],
-        "certificates": [rejected_row(row) for row in meta["clips"]],
-        "failures": meta["failures"],
-        "seconds": meta["seconds"],
-        "codec": meta["codec"],
-    }
+        remove_block(lake, result.block_id)
 
 
 def cut_blocks(
     lake: Lake, clips: Sequence[ClipPlan], size: int, recipe_fingerprint: str
-) -> tuple[list[Block], dict[str, dict[str, Any]]]:
-    """Blocks of `size` clips in their order; blocks that are staged already are taken as they are, with summaries.
+) -> tuple[list[Block], dict[str, BlockResult]]:
+    """Blocks of `size` clips in their order; blocks that are staged already are taken as they are, with their results.
 
     Cut before any work starts, so the order in which workers finish changes nothing. Of a staged block only the clips
-    that were made count: older programs staged failures too, and those clips are cut into new blocks.
+    that were made count: older programs staged failures too, and those clips are cut into new blocks. Its arrays are
+    read, and checked, when it is packed.
     """
     by_id = {clip.clip_id: clip for clip in clips}
     blocks: list[Block] = []
-    staged: dict[str, dict[str, Any]] = {}
+    staged: dict[str, BlockResult] = {}
     for path in sorted(lake.staging.glob("*.npz")):
         if "-" in path.stem:
             continue  # a part of a block that did not come to its end
         try:
-            _, meta = read_block(lake, path.stem)
-            ids = [row["clip_id"] for row in meta["clips"]]
-        except (ValueError, KeyError, OSError):
+            meta = read_block_meta(lake, path.stem)
+            result = BlockResult.from_json(path.stem, meta)
+        except (ValueError, KeyError, TypeError, OSError):
             continue  # damaged: made again
-        if meta["recipe"] == recipe_fingerprint and ids and all(clip in by_id for clip in ids):
-            blocks.append(Block(path.stem, tuple(by_id.pop(clip) for clip in ids)))
-            staged[path.stem] = summary({**meta, "failures": []})
+        if meta["recipe"] == recipe_fingerprint and result.made and all(clip in by_id for clip in result.done):
+            blocks.append(Block(path.stem, tuple(by_id.pop(clip) for clip in result.done)))
+            staged[path.stem] = result
     rest = list(by_id.values())
     for first in range(0, len(rest), size):
         part = tuple(rest[first : first + size])
@@ -259,46 +209,37 @@ def cut_blocks(
 
 
 def merge_parts(
-    lake: Lake,
-    block: Block,
-    parts: Mapping[str, Mapping[str, Any]],
-    failures: Sequence[Mapping[str, Any]],
-    recipe_fingerprint: str,
-) -> dict[str, Any]:
-    """Stages `block` from its parts, in the block's order; its summary, with `failures` and those of the parts.
+    lake: Lake, block: Block, parts: Sequence[BlockResult], failures: Sequence[Failure], recipe_fingerprint: str
+) -> BlockResult:
+    """Stages `block` from its parts, in the block's order; its result, with `failures` and those of the parts.
 
-    parts: summaries of the parts by their ids; a part without a finished clip is not staged.
+    A part without a finished clip is not staged.
     """
-    rows: dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]] = {}
-    failed = {failure["clip_id"]: dict(failure) for failure in failures}
+    found: dict[str, tuple[MadeClip, dict[str, np.ndarray]]] = {}
+    failed = {failure.clip_id: failure for failure in failures}
     clock: dict[str, float] = {}
-    codec: dict[str, Any] | None = None
-    for part, made_of in parts.items():
-        failed |= {failure["clip_id"]: failure for failure in made_of["failures"]}
-        codec = made_of["codec"]
-        for stage, seconds in made_of["seconds"].items():
+    codec: CodecFacts | None = None
+    for part in parts:
+        failed |= {failure.clip_id: failure for failure in part.failures}
+        codec = part.codec
+        for stage, seconds in part.seconds.items():
             clock[stage] = clock.get(stage, 0.0) + seconds
-        if not made_of["done"]:
+        if not part.made:
             continue
-        arrays, meta = read_block(lake, part)
+        arrays, _ = read_block(lake, part.block_id)
         shown = 0
-        for index, row in enumerate(meta["clips"]):
+        for index, clip in enumerate(part.made):
             own = {name: array[index] for name, array in arrays.items() if name != "preview"}
-            if row["preview"]:
+            if clip.preview:
                 own["preview"], shown = arrays["preview"][shown], shown + 1
-            rows[row["clip_id"]] = (row, own)
-    made = [rows[clip.clip_id] for clip in block.clips if clip.clip_id in rows]
+            found[clip.clip_id] = (clip, own)
+    made = [found[clip.clip_id] for clip in block.clips if clip.clip_id in found]
     names = sorted({name for _, own in made for name in own})
     merged = {name: np.stack([own[name] for _, own in made if name in own]) for name in names}
-    meta = {
-        "clips": [row for row, _ in made],
-        "failures": [failed[clip.clip_id] for clip in block.clips if clip.clip_id in failed],
-        "seconds": clock,
-        "recipe": recipe_fingerprint,
-        "codec": codec,
-    }
-    stage_block(lake, block.block_id, merged, meta)
+    lost = tuple(failed[clip.clip_id] for clip in block.clips if clip.clip_id in failed)
+    result = BlockResult(block.block_id, tuple(clip for clip, _ in made), lost, clock, codec)
+    stage_block(lake, result, merged, recipe_fingerprint)
     for part in parts:
-        if part != block.block_id:
-            remove_block(lake, part)
-    return summary(meta)
+        if part.block_id != block.block_id:
+            remove_block(lake, part.block_id)
+    return result

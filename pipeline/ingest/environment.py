@@ -6,12 +6,12 @@ the run ends in one line then, nothing is published or staged, and the next run 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from model.ffmpeg import NoFfmpeg, find_ffmpeg
 from pipeline.cluster import RunnerError
 from pipeline.gates import BELOW_GATE
+from pipeline.items import Outcome
 
 LASTING = frozenset(
     [
@@ -65,29 +65,29 @@ def decoder_version() -> str:
         return ""
 
 
-def check_environment(rows: Iterable[Mapping[str, Any]], tolerated: int = 0, least: int = 2) -> None:
+def check_environment(outcomes: Iterable[Outcome], tolerated: int = 0, least: int = 2) -> None:
     """Makes sure that films were not all lost for one reason that the environment may have.
 
     One film alone may well be broken, so its fault is the environment's only where that is CERTAIN.
 
     Args:
-        rows: what became of films or clips of this run: film, status (empty: good so far), reason and detail.
+        outcomes: what became of films or clips of this run.
         tolerated: so many films may fail without this being said.
         least: so many films must have failed.
 
     Raises:
         RunnerError: they were; the line names reason, likely cause and remedy.
     """
-    tried = [row for row in rows if row["status"] != "filtered" and row["reason"] not in UNTRIED]
-    reasons = {row["reason"] if row["status"] == "failed" else "" for row in tried}
-    films = {row["film"] for row in tried}
+    tried = [outcome for outcome in outcomes if outcome.status != "filtered" and outcome.reason not in UNTRIED]
+    reasons = {outcome.reason if outcome.status == "failed" else "" for outcome in tried}
+    films = {outcome.film for outcome in tried}
     reason = reasons.pop() if len(reasons) == 1 else ""
     if reason not in CAUSES or (reason not in CERTAIN and (len(films) < least or len(films) <= tolerated)):
         return
     many = f"all {len(films)} films that were tried" if len(films) > 1 else "the only film that was tried"
     cause = CAUSES[reason].format(decoder=_decoder())
     again = "then run the same command again, nothing of this run was kept"
-    raise RunnerError(f"{many} failed for one reason, {reason}: {tried[0]['detail']}; likely cause: {cause}; {again}")
+    raise RunnerError(f"{many} failed for one reason, {reason}: {tried[0].detail}; likely cause: {cause}; {again}")
 
 
 def _decoder() -> str:

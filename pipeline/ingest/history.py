@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from pipeline.items import Row
 from storage.layout import Lake
 from storage.version import Version, list_versions, load, read_manifest
 
@@ -14,9 +13,9 @@ def newest_of_recipe(lake: Lake, recipe_fingerprint: str) -> Version | None:
     return next((version for version in versions if version.recipe_fingerprint == recipe_fingerprint), None)
 
 
-def older_rows(lake: Lake, base: Version | None, wanted: set[str]) -> dict[str, dict[str, Any]]:
+def older_rows(lake: Lake, base: Version | None, wanted: set[str]) -> dict[str, Row]:
     """Rows of wanted clips, by id, in versions before `base` of its recipe: a film that is back is not made again."""
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Row] = {}
     if base is None or not wanted:
         return rows
     for number in list_versions(lake):

@@ -10,16 +10,14 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
-from typing import Any
 
-from pipeline.rows import printable
-from pipeline.sources.folders import FilmEntry, FilmFailure, part_of, place
+from pipeline.items import Failure, Row
+from pipeline.rows import part_of, place, printable
+from pipeline.sources.folders import FilmEntry
 
-Row = Mapping[str, Any]
-"""A row of storage.schema.FILM_SCHEMA."""
-Item = FilmEntry | FilmFailure
+Item = FilmEntry | Failure
 
 
 class Identities:
@@ -71,7 +69,7 @@ class Identities:
             return False
         return os.path.exists(row["path"])
 
-    def heir(self, clip: Mapping[str, Any]) -> str | None:
+    def heir(self, clip: Row) -> str | None:
         """The film elsewhere that has the same clip (a row of storage.schema.CLIP_SCHEMA), if there is one."""
         if self._by_content is None:
             self._by_content = {}
@@ -103,7 +101,7 @@ def _candidates(item: Item) -> Iterator[str]:
     yield from (f"{source}-{number}/{item.film}" for number in count(2))
 
 
-def content(row: Mapping[str, Any]) -> tuple[str, str]:
+def content(row: Row) -> tuple[str, str]:
     """What a film or a clip shows and says: rows with the same are of twins."""
     return row["film_id"], row["caption"]
 
@@ -112,11 +110,11 @@ def _file(film: str) -> str:
     return film.removesuffix(part_of(film))
 
 
-def _version(file: str, row: Mapping[str, Any]) -> tuple[str, int, int]:
+def _version(file: str, row: Row) -> tuple[str, int, int]:
     return file, row["bytes"], row["modified_ns"]
 
 
-def _covers(film: str, clip: Mapping[str, Any]) -> bool:
+def _covers(film: str, clip: Row) -> bool:
     """Whether the windows of a film, or of a part by its name, may include the clip's."""
     start, end = 0.0, math.inf
     number = r"[0-9.]+(?:e[+-]?[0-9]+)?"

@@ -14,32 +14,37 @@ import numpy as np
 
 from pipeline.gates import flags
 from pipeline.ingest.block import Block
-from pipeline.ingest.plan import IngestPlan
+from pipeline.ingest.state import IngestPlan
+from pipeline.items import BlockResult, Certificate, MadeClip, Row
 from pipeline.rows import caption_id
 from pipeline.stages.embed import Texts
+from storage.errors import Kind, VlfmError
 from storage.fingerprint import fingerprint, short_id
 from storage.layout import LakeError
-from storage.schema import CERTIFICATE
 from storage.shards import ShardInfo, ShardReader, write_shard
-from storage.staging import read_block, remove_block
+from storage.staging import DamagedBlock, read_block, remove_block
 from storage.version import Version, publish, shards_root, write_empty_text, write_manifest
 
 
-class PackError(RuntimeError):
-    """The version cannot be published; the message is one line that says the mend."""
+class PackError(VlfmError, RuntimeError):
+    """The version cannot be published; the message is one line that says the remedy."""
+
+    kind = Kind.CONFLICT
 
 
 @dataclass(frozen=True)
 class Packed:
     """A dataset's clips in their shards."""
 
-    rows: list[dict[str, Any]]
+    rows: Sequence[Row]
     """Rows of CLIP_SCHEMA."""
-    shards: list[ShardInfo]
+    shards: Sequence[ShardInfo]
     snapshot: str
-    codec: dict[str, Any]
-    text: dict[str, Any]
-    latent_shape: list[int]
+    codec: Row
+    """As a version says it."""
+    text: Row
+    """As a version says it."""
+    latent_shape: Sequence[int]
 
 
 def pack(
@@ -56,54 +61,63 @@ def pack(
         texts: embeddings of all captions of `blocks`; None where there are no blocks.
         blocks: those that have at least one finished clip, all staged.
         leaving: ids of the base's clips that leave.
-        rejected: ids of clips of `blocks`, and of those revived, that the recipe's gates keep out.
+        rejected: ids of clips of `blocks`, and of those restored, that the recipe's gates keep out.
 
     Raises:
-        PackError: the codec or the text encoder is not the one that made the base's clips.
+        PackError: the codec or the text encoder is not the one that made the base's clips, or a staged block is
+            damaged; such a block is removed, so that the next run makes it again.
         DiskFull, LakeError: as storage says.
     """
-    from storage.arrays import CLIPS_PER_SHARD
+    from storage.arrays import CLIPS_PER_SHARD, text_rows
 
     rows, shards = _carried(plan, leaving, rejected)
-    base, codec = plan.base, dict(plan.base.codec) if plan.base else {}
-    text = dict(plan.base.text) if plan.base else {}
-    shape = list(base.clip["latent_shape"]) if base else []
+    base = plan.base
+    codec: Row = base.codec if base else {}
+    text: Row = base.text if base else {}
+    shape: Sequence[int] = base.clip["latent_shape"] if base else []
     newest = plan.parent
     snapshot = newest.snapshot if newest else None
     # An append of about a Zarr shard at a time: fewer commits, and shards are written once.
-    waiting: list[tuple[list[dict[str, Any]], dict[str, np.ndarray]]] = []
+    waiting: list[tuple[list[Row], Mapping[str, np.ndarray]]] = []
     for block in blocks:
         assert texts is not None
-        arrays, meta = read_block(plan.lake, block.block_id)
-        found = dict(meta["codec"])
-        shape = found.pop("latent_shape")
-        codec = _same("codec", codec, found)
-        clips, arrays = _inside(meta["clips"], arrays, rejected)
+        staged, arrays = _staged(plan, block)
+        assert staged.codec is not None
+        shape = list(staged.codec.latent_shape)
+        codec = _same("codec", codec, staged.codec.to_version())
+        clips, arrays = _inside(staged.made, arrays, rejected)
         path = plan.lake.shards / f"{block.block_id}.tar"
         shards.append(write_shard(path, _samples(clips, arrays, texts, plan.recipe.store_latents)))
-        places = [{"shard": path.name, "shard_row": number} for number in range(len(clips))]
-        waiting.append(([{**row, **place} for row, place in zip(clips, places, strict=True)], arrays))
+        placed = [{**clip.to_row(), "shard": path.name, "shard_row": row} for row, clip in enumerate(clips)]
+        waiting.append((list(placed), arrays))
         if sum(len(part) for part, _ in waiting) >= CLIPS_PER_SHARD or block is blocks[-1]:
             new, together = _joined(waiting)
             snapshot, first = _append(plan, new, together, texts, snapshot)
-            rows += [{**_numbers(row), "array_row": first + number} for number, row in enumerate(new)]
+            rows += [{**row, "array_row": first + number} for number, row in enumerate(new)]
             waiting = []
     if texts is not None:
         facts = {"id": texts.id, "dim": texts.dim, "length": texts.length, "spec": texts.spec}
         empty = write_empty_text(plan.lake, texts.id, texts.empty)
         text = _same("text encoder", text, {**facts, "empty": empty})
     assert snapshot is not None  # no blocks only where there is a version to revive clips from
-    _place_texts(plan, rows, snapshot)
-    rows = [{**row, "flags": " ".join(flags(row, plan.recipe.gates))} for row in rows]
+    texts_at = text_rows(plan.lake, snapshot, short_id(plan.recipe_fingerprint))
+    rows = [
+        {
+            **row,
+            "text_row": texts_at[row["caption_id"]],
+            "flags": " ".join(flags(Certificate.from_row(row), plan.recipe.gates)),
+        }
+        for row in rows
+    ]
     return Packed(rows, shards, snapshot, codec, text, shape)
 
 
 def publish_version(
     plan: IngestPlan,
     packed: Packed,
-    films: Sequence[Mapping[str, Any]],
-    counts: Mapping[str, Any],
-    rejected: Sequence[Mapping[str, Any]] = (),
+    films: Sequence[Row],
+    counts: Row,
+    rejected: Sequence[Row] = (),
 ) -> Version:
     """Writes the tables and the version file (steps 4 to 6), and forgets the staged blocks.
 
@@ -118,8 +132,8 @@ def publish_version(
         created=plan.created,
         recipe=recipe.to_json(),
         recipe_fingerprint=plan.recipe_fingerprint,
-        codec=packed.codec,
-        text=packed.text,
+        codec=dict(packed.codec),
+        text=dict(packed.text),
         clip={
             "duration": recipe.duration,
             "rate": recipe.rate,
@@ -127,7 +141,7 @@ def publish_version(
             "frames_observed_max": recipe.observed_max,
             "order": recipe.coefficients,
             "method": recipe.method,
-            "latent_shape": packed.latent_shape,
+            "latent_shape": list(packed.latent_shape),
             "frame_shape": [*recipe.size, 3],
         },
         snapshot=packed.snapshot,
@@ -146,7 +160,7 @@ def publish_version(
     return version
 
 
-def _same(what: str, before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+def _same(what: str, before: Row, now: Row) -> Row:
     if before and before["id"] != now["id"]:
         raise PackError(
             f"the {what} is {now['id']} now, the lake's clips were made with {before['id']}; "
@@ -155,23 +169,38 @@ def _same(what: str, before: dict[str, Any], now: dict[str, Any]) -> dict[str, A
     return before or now
 
 
+def _staged(plan: IngestPlan, block: Block) -> tuple[BlockResult, Mapping[str, np.ndarray]]:
+    """A staged block, every byte checked."""
+    try:
+        arrays, meta = read_block(plan.lake, block.block_id)
+    except DamagedBlock as error:
+        remove_block(plan.lake, block.block_id)
+        told = f"{error.__cause__ or error}".strip()
+        raise PackError(
+            f"staged block {block.block_id} is damaged ({told}) and was removed",
+            "run the same command again, it makes this block anew and keeps the others",
+            Kind.DAMAGE,
+        ) from error
+    return BlockResult.from_json(block.block_id, meta), arrays
+
+
 def _inside(
-    rows: Sequence[dict[str, Any]], arrays: Mapping[str, np.ndarray], rejected: set[str] | frozenset[str]
-) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-    """A staged block's rows and arrays without the rejected clips."""
-    keep = np.array([row["clip_id"] not in rejected for row in rows])
-    shown = keep[np.array([bool(row["preview"]) for row in rows])]
+    clips: Sequence[MadeClip], arrays: Mapping[str, np.ndarray], rejected: set[str] | frozenset[str]
+) -> tuple[list[MadeClip], Mapping[str, np.ndarray]]:
+    """A staged block's clips and arrays without the rejected ones."""
+    keep = np.array([clip.clip_id not in rejected for clip in clips])
+    shown = keep[np.array([clip.preview for clip in clips])]
     kept = {name: array[shown if name == "preview" else keep] for name, array in arrays.items()}
-    return [row for row, good in zip(rows, keep, strict=True) if good], kept
+    return [clip for clip, good in zip(clips, keep, strict=True) if good], kept
 
 
 def _carried(
     plan: IngestPlan, leaving: set[str], rejected: set[str] | frozenset[str]
-) -> tuple[list[dict[str, Any]], list[ShardInfo]]:
-    """Rows and shards that go on: whole shards as they are, others without the clips that left, revived clips anew."""
-    rows: list[dict[str, Any]] = []
+) -> tuple[list[Row], list[ShardInfo]]:
+    """Rows and shards that go on: whole shards as they are, others without the clips that left, restored clips anew."""
+    rows: list[Row] = []
     shards: list[ShardInfo] = []
-    by_shard: dict[str, list[dict[str, Any]]] = {}
+    by_shard: dict[str, list[Row]] = {}
     for row in sorted(plan.base_clips, key=lambda row: row["shard_row"]):
         by_shard.setdefault(row["shard"], []).append(row)
     for info in plan.base.shards if plan.base else ():
@@ -181,18 +210,18 @@ def _carried(
         elif kept:
             copied, copy = _copied(plan, kept)
             rows, shards = rows + copied, [*shards, copy]
-    revived = [row for row in plan.revived if row["clip_id"] not in rejected]
-    if revived:
-        copied, copy = _copied(plan, sorted(revived, key=lambda row: row["clip_id"]))
+    restored = [row for row in plan.restored if row["clip_id"] not in rejected]
+    if restored:
+        copied, copy = _copied(plan, sorted(restored, key=lambda row: row["clip_id"]))
         rows, shards = rows + copied, [*shards, copy]
     return rows, shards
 
 
-def _copied(plan: IngestPlan, rows: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], ShardInfo]:
+def _copied(plan: IngestPlan, rows: Sequence[Row]) -> tuple[list[Row], ShardInfo]:
     """Samples of older shards in a shard of their own; their bytes are the same."""
     name = f"{short_id(fingerprint({'copied': [row['clip_id'] for row in rows]}))}.tar"
 
-    def samples() -> Iterator[dict[str, Any]]:
+    def samples() -> Iterator[Row]:
         for row in rows:
             reader = ShardReader(plan.lake.shards / row["shard"])
             yield reader[row["shard_row"]]
@@ -202,31 +231,29 @@ def _copied(plan: IngestPlan, rows: Sequence[Mapping[str, Any]]) -> tuple[list[d
     return [{**row, "shard": name, "shard_row": number} for number, row in enumerate(rows)], info
 
 
-def _samples(
-    rows: Sequence[Mapping[str, Any]], arrays: Mapping[str, np.ndarray], texts: Texts, latents: bool
-) -> Iterator[dict[str, Any]]:
+def _samples(clips: Sequence[MadeClip], arrays: Mapping[str, np.ndarray], texts: Texts, latents: bool) -> Iterator[Row]:
     shown = 0
-    for index, row in enumerate(rows):
-        frames = row["frames"]
+    for index, clip in enumerate(clips):
+        frames = clip.frames
         sample = {
-            "__key__": row["clip_id"],
-            "clip.json": dict(row),
+            "__key__": clip.clip_id,
+            "clip.json": clip.to_row(),
             "coefficients.npy": arrays["coefficients"][index],
-            "text.npy": texts.by_caption[row["caption"]],
+            "text.npy": texts.by_caption[clip.caption],
             "frame_time.npy": arrays["frame_time"][index, :frames],
             "observed.npy": arrays["observed"][index, :frames],
         }
         if latents:
             sample["latents.npy"] = arrays["latents"][index, :frames]
-        if row["preview"]:
+        if clip.preview:
             sample["preview.npy"] = arrays["preview"][shown, :frames]
             shown += 1
         yield sample
 
 
 def _joined(
-    parts: Sequence[tuple[list[dict[str, Any]], dict[str, np.ndarray]]],
-) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    parts: Sequence[tuple[list[Row], Mapping[str, np.ndarray]]],
+) -> tuple[list[Row], dict[str, np.ndarray]]:
     """Rows and arrays of several blocks as of one."""
     names = sorted({name for _, arrays in parts for name in arrays})
     joined = {name: np.concatenate([arrays[name] for _, arrays in parts if name in arrays]) for name in names}
@@ -235,7 +262,7 @@ def _joined(
 
 def _append(
     plan: IngestPlan,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
     arrays: Mapping[str, np.ndarray],
     texts: Texts,
     snapshot: str | None,
@@ -264,17 +291,3 @@ def _append(
     stored = StoredTexts([caption_id(caption) for caption in captions], padded, lengths)
     group = short_id(plan.recipe_fingerprint)
     return append_clips(plan.lake, group, clips, stored, f"run {plan.run_id}", parent=snapshot)
-
-
-def _place_texts(plan: IngestPlan, rows: Sequence[dict[str, Any]], snapshot: str) -> None:
-    from storage.arrays import text_rows
-
-    places = text_rows(plan.lake, snapshot, short_id(plan.recipe_fingerprint))
-    for row in rows:
-        row["text_row"] = places[row["caption_id"]]
-
-
-def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A staged row, where JSON had no NaN, as the manifest's: None is NaN again, and so is what was not measured."""
-    measured = {**dict.fromkeys(measure.name for measure in CERTIFICATE), "frames_certified": 0, **row}
-    return {key: float("nan") if value is None else value for key, value in measured.items()}

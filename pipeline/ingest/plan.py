@@ -8,147 +8,52 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-from pipeline.gates import Judgement, judge, rejection
-from pipeline.ingest.block import Block, cut_blocks
-from pipeline.ingest.environment import LASTING as LASTING
-from pipeline.ingest.environment import STOP_FILMS, check_environment, decoder_version
+from pipeline.gates import decide, rejection
+from pipeline.ingest.block import cut_blocks
+from pipeline.ingest.environment import LASTING, STOP_FILMS, check_environment, decoder_version
 from pipeline.ingest.history import newest_of_recipe, older_rows
 from pipeline.ingest.identity import Identities, content
+from pipeline.ingest.state import PARTIAL, FilmState, IngestPlan, Progress
+from pipeline.items import ClipPlan, Failure, Row
 from pipeline.media.decode import Probe, ffmpeg_binary, probe, select_frames, window_count, window_starts
 from pipeline.media.faults import DecodeError, digest_of
 from pipeline.recipes import DataRecipe
-from pipeline.rows import caption_id, failure_row, film_row, observed_frames, printable, split_of
-from pipeline.sources.folders import Discovery, FilmEntry, FilmFailure, discover
-from pipeline.stage import ClipPlan
+from pipeline.rows import caption_id, film_row, observed_frames, printable, split_of
+from pipeline.sources.folders import Discovery, FilmEntry
 from storage.fingerprint import fingerprint, short_id
 from storage.layout import Lake
-from storage.version import Version, latest, read_manifest
-
-Progress = Callable[[str, int, int], None]
-"""Called with a stage's name, how many are done, and how many there are."""
-
-PARTIAL = "clips_failed"
-"""Reason of a film that gave some clips and lost others; the next run tries those again."""
-
-
-@dataclass
-class FilmState:
-    """A film of this run: its row of the manifest as far as it is known, and what becomes of its windows."""
-
-    row: dict[str, Any]
-    new: list[str] = field(default_factory=list)
-    """Ids of clips to be made."""
-    known: list[str] = field(default_factory=list)
-    """Ids of clips that the dataset has already."""
-    filtered: int = 0
-    """Windows that gave no clip by rule."""
-    gated: list[str] = field(default_factory=list)
-    """Ids of clips made before that the recipe's gates keep out."""
-    remembered: bool = False
-    """Whether it is as the dataset knows it, and was not looked at."""
-
-    @property
-    def name(self) -> str:
-        return str(self.row["film"])
-
-
-@dataclass
-class IngestPlan:
-    """All that an ingest is going to do."""
-
-    lake: Lake
-    recipe: DataRecipe
-    recipe_fingerprint: str
-    run_id: str
-    created: str
-    """UTC, ISO 8601."""
-    parent: Version | None
-    """The newest version."""
-    base: Version | None
-    """The newest version of this recipe, whose clips are carried on."""
-    identities: Identities
-    films: list[FilmState]
-    blocks: list[Block]
-    staged: dict[str, dict[str, Any]]
-    """Blocks that an interrupted run finished, with their summaries."""
-    base_clips: list[dict[str, Any]]
-    base_films: list[dict[str, Any]]
-    revived: list[dict[str, Any]]
-    """Rows of older versions for clips that are wanted again; they are copied, not made."""
-    judgement: Judgement
-    """What the recipe's gates make of the base."""
-    failures: list[dict[str, Any]]
-    """Rows of the failure table for what the plan itself found."""
-    notes: list[str]
-    seconds: dict[str, float]
-    tried: list[dict[str, Any]] = field(default_factory=list)
-    """What became of the clips that this run has finished so far: film, status, reason and detail."""
-
-    @property
-    def tolerated(self) -> int:
-        """How many films may fail for one reason before the environment is blamed: as many as are known to be good."""
-        return sum(bool(film.known) for film in self.films)
-
-    @property
-    def clips(self) -> list[ClipPlan]:
-        """The clips to be made."""
-        return [clip for block in self.blocks for clip in block.clips]
-
-    @property
-    def goes_back(self) -> bool:
-        """Whether the recipe is that of a version before the newest: its clips become the newest version again."""
-        return self.base is not None and self.parent is not None and self.base.number != self.parent.number
-
-    def lines(self) -> list[str]:
-        """The plan for people."""
-        known = sum(len(film.known) for film in self.films)
-        faulty = [film for film in self.films if film.row["status"] in ("failed", "filtered")]
-        new = f"{len(self.clips)} new clips in {len(self.blocks)} blocks"
-        lines = [*self.notes, f"{len(self.films)} films: {new}, {known} clips unchanged"]
-        if self.judgement.leaving:
-            lines.append(f"{len(self.judgement.leaving)} clips of the dataset are outside the gates and leave it")
-        if self.staged:
-            lines.append(f"{len(self.staged)} blocks are finished from an interrupted run and are kept")
-        if faulty:
-            lines.append(f"{len(faulty)} films cannot be used:")
-        return lines + [f"  {printable(film.name)}: {film.row['reason']}: {film.row['detail']}" for film in faulty]
+from storage.version import latest, read_manifest
 
 
 def plan_ingest(
-    lake: Lake | str | Path,
-    sources: Sequence[str | Path] | str | Path,
-    captions: str | Path | None,
+    lake: Lake,
+    found: Discovery,
     recipe: DataRecipe,
     limit: int | None = None,
     now: float | None = None,
     on_progress: Progress | None = None,
 ) -> IngestPlan:
-    """Plans an ingest of `sources` into `lake` (made if it is not there). Starts no Ray and decodes nothing.
+    """Plans an ingest into `lake`. Starts no Ray and decodes nothing.
 
     Args:
-        lake: a lake or its path.
-        sources, captions: as in pipeline.sources.folders.discover.
+        lake: the lake.
+        found: the films, as pipeline.sources.folders.discover finds them.
         recipe: how.
         limit: this many films only, the first by name.
         now: seconds since 1970, for the run's name.
         on_progress: told how many films have been read.
 
     Raises:
-        SourceError: nothing to ingest.
         DecodeError: `no_ffmpeg`.
         RunnerError: all of the first films fail for one reason that lies outside them.
-        LakeError: `lake` is no place for a lake.
     """
     begin = time.perf_counter()
-    found = discover(sources, captions, recipe.captions_required).limited(limit)
-    lake = lake if isinstance(lake, Lake) else Lake.create(lake)
+    found = found.limited(limit)
     moment = time.gmtime(time.time() if now is None else now)
     recipe_fingerprint = fingerprint(recipe.data_fields())
     parent = latest(lake)
@@ -173,8 +78,8 @@ def plan_ingest(
         staged={},
         base_clips=base_clips,
         base_films=base_films,
-        revived=[],
-        judgement=judge(base_clips, rejected, recipe.gates, recipe.below_gate),
+        restored=[],
+        gate_decision=decide(base_clips, rejected, recipe.gates, recipe.below_gate),
         failures=[],
         notes=notes,
         seconds={},
@@ -182,24 +87,25 @@ def plan_ingest(
     _plan_films(plan, found, on_progress or (lambda stage, done, total: None))
     plan.films.sort(key=lambda film: film.name)
     plan.failures.extend(
-        failure_row(film.name, "source" if film.row["sha256"] == "" else "plan", film.row)
+        Failure(film.name, "source" if film.row["sha256"] == "" else "plan", it.reason, it.detail, it.status)
         for film in plan.films
-        if film.row["status"] in ("failed", "filtered")
+        if (it := film.outcome).status in ("failed", "filtered")
     )
     plan.seconds["plan"] = time.perf_counter() - begin
     return plan
 
 
-def _fault(plan: IngestPlan, failure: FilmFailure) -> FilmState:
-    row = film_row(plan.identities.name(failure), "", 0, 0, failure.path)
-    return FilmState({**row, "status": failure.status, "reason": failure.reason, "detail": failure.detail})
+def _unusable(plan: IngestPlan, failure: Failure) -> FilmState:
+    state = FilmState(film_row(plan.identities.name(failure), "", 0, 0, failure.path))
+    state.reject(failure)
+    return state
 
 
 # --- films ---
 
 
 def _plan_films(plan: IngestPlan, found: Discovery, on_progress: Progress) -> None:
-    """Fills in films, blocks, staged and revived."""
+    """Fills in films, blocks, staged and restored."""
     clips_of: dict[str, list[str]] = {}
     for clip in plan.base_clips:
         clips_of.setdefault(clip["film"], []).append(clip["clip_id"])
@@ -215,7 +121,7 @@ def _plan_films(plan: IngestPlan, found: Discovery, on_progress: Progress) -> No
         state.remembered = True
         if done:
             state.known = clips_of.get(state.name, [])
-            _keep_out(plan, state, [clip for clip in state.known if clip in plan.judgement.leaving])
+            _keep_out(plan, state, [clip for clip in state.known if clip in plan.gate_decision.leaving])
         plan.films.append(state)
     if to_read:
         ffmpeg_binary()
@@ -227,8 +133,8 @@ def _plan_films(plan: IngestPlan, found: Discovery, on_progress: Progress) -> No
                 state.row["film"] = name
                 films.append((state, replace(entry, film=name), film))
                 on_progress("plan", len(films), len(to_read))
-            check_environment([state.row for state, _, _ in films], plan.tolerated, STOP_FILMS)
-    plan.films += [_fault(plan, failure) for failure in found.failures]
+            check_environment([state.outcome for state, _, _ in films], plan.tolerated, STOP_FILMS)
+    plan.films += [_unusable(plan, failure) for failure in found.failures]
     in_base = {clip["clip_id"] for clip in plan.base_clips}
     claimed: dict[str, str] = {clip: film.name for film in plan.films for clip in film.known}
     clips: list[ClipPlan] = []
@@ -237,7 +143,7 @@ def _plan_films(plan: IngestPlan, found: Discovery, on_progress: Progress) -> No
         if film is not None:
             clips += _plan_clips(plan, state, entry, film, in_base, claimed)
     older = older_rows(plan.lake, plan.base, {clip.clip_id for clip in clips})
-    plan.revived = [{**older[clip.clip_id], "film": clip.film} for clip in clips if clip.clip_id in older]
+    plan.restored = [{**older[clip.clip_id], "film": clip.film} for clip in clips if clip.clip_id in older]
     clips = [clip for clip in clips if clip.clip_id not in older]
     clips = _with_previews(plan, sorted(clips, key=lambda clip: (clip.film_id, clip.window.start, clip.clip_id)))
     plan.blocks, plan.staged = cut_blocks(plan.lake, clips, plan.recipe.block_clips, plan.recipe_fingerprint)
@@ -245,17 +151,15 @@ def _plan_films(plan: IngestPlan, found: Discovery, on_progress: Progress) -> No
 
 def _keep_out(plan: IngestPlan, state: FilmState, clips: Sequence[str]) -> None:
     """Counts clips that the gates keep out; a film that has no others is filtered."""
-    for clip in clips:
-        row = plan.judgement.rejected[clip]
-        fault = rejection(row, plan.recipe.gates)
-        plan.failures.append(failure_row(state.name, "gate", fault, clip, row["clip_start"]))
+    failures = [rejection(plan.gate_decision.rejected[clip], plan.recipe.gates) for clip in clips]
+    plan.failures += [replace(failure, film=state.name) for failure in failures]
     state.gated += clips
     state.known = [clip for clip in state.known if clip not in clips]
     if clips and not state.known and not state.new:
-        state.row |= rejection(plan.judgement.rejected[clips[0]], plan.recipe.gates)
+        state.reject(failures[0])
 
 
-def _as_before(row: Mapping[str, Any], entry: FilmEntry) -> bool:
+def _as_before(row: Row, entry: FilmEntry) -> bool:
     """Whether a film need not be looked at again; one that failed is, by another decoder than before."""
     if (row["bytes"], row["modified_ns"], row["caption"]) != (entry.bytes, entry.modified_ns, entry.caption):
         return False
@@ -264,11 +168,11 @@ def _as_before(row: Mapping[str, Any], entry: FilmEntry) -> bool:
     return row["reason"] in LASTING and (row["status"] != "failed" or decoder_version() in ("", row["decoder"]))
 
 
-def _settled_rows(plan: IngestPlan, entries: Sequence[FilmEntry]) -> dict[str, Mapping[str, Any]]:
+def _settled_rows(plan: IngestPlan, entries: Sequence[FilmEntry]) -> dict[str, Row]:
     """Rows of the films, by place, that need not be read: nothing about them or about their twins has changed."""
-    regained = plan.judgement.regained
+    regained = plan.gate_decision.regained
     held = {content(clip) for clip in plan.base_clips if plan.identities.in_run(clip["film"])}
-    settled: dict[str, Mapping[str, Any]] = {}
+    settled: dict[str, Row] = {}
     for entry in entries:
         row = plan.identities.row(entry)
         if row is not None and _as_before(row, entry) and row["film"] not in regained:
@@ -296,11 +200,10 @@ def _read_film(plan: IngestPlan, entry: FilmEntry) -> tuple[FilmState, Probe | N
         film = probe(entry.path, plan.recipe.limits)
         state.row["sha256"] = plan.identities.digest(entry) or digest_of(entry.path, plan.recipe.limits)
     except DecodeError as error:
-        state.row |= {"status": "failed", "reason": error.reason, "detail": error.detail}
+        state.settle("failed", error.reason, error.detail)
         return state, None
     except OSError as error:
-        detail = f"it cannot be read ({error.strerror}); check its permissions"
-        state.row |= {"status": "failed", "reason": "unreadable", "detail": detail}
+        state.settle("failed", "unreadable", f"it cannot be read ({error.strerror}); check its permissions")
         return state, None
     state.row |= {
         "film_id": short_id(state.row["sha256"]),
@@ -325,33 +228,30 @@ def _plan_clips(
         detail = (
             f"{max(length, 0):.3g} s of video, the window takes {recipe.duration:g} s; set duration or leave it out"
         )
-        state.row |= {"status": "filtered", "reason": "shorter_than_window", "detail": detail}
+        state.settle("filtered", "shorter_than_window", detail)
         return []
     if len(starts) < count:
         detail = (
             f"{count - len(starts)} of {count} windows hold no frame: its times jump; re-encode it if they should not"
         )
-        gaps = {"status": "filtered", "reason": "too_few_frames", "detail": detail}
-        plan.failures.append(failure_row(entry.film, "plan", gaps))
+        plan.failures.append(Failure(entry.film, "plan", "too_few_frames", detail, "filtered"))
     clips: list[ClipPlan] = []
     outside: list[str] = []
-    shared: dict[str, dict[str, Any]] = {}
-    few: dict[str, dict[str, Any]] = {}
+    shared: dict[str, Failure] = {}
+    few: dict[str, Failure] = {}
     for start in starts:
         identity = {"film": digest, "caption": entry.caption, "clip_start": start, "recipe": plan.recipe_fingerprint}
         clip = short_id(fingerprint(identity))
         if clip in claimed:
             detail = f"{claimed[clip]} has this window of the same film with the same caption; it is kept once"
-            fault = {"status": "filtered", "reason": "duplicate_window", "detail": detail}
-            shared[clip] = failure_row(entry.film, "plan", fault, clip, start)
+            shared[clip] = Failure(entry.film, "plan", "duplicate_window", detail, "filtered", clip, start)
             continue
         window = select_frames(film, start, recipe.duration, recipe.rate)
         observed = observed_frames(len(window.ticks), recipe.observe, clip)
         if observed.sum() < recipe.min_observed:
             detail = f"{int(observed.sum())} observed frames, fewer than {recipe.min_observed} (min_observed)"
-            fault = {"status": "filtered", "reason": "too_few_frames", "detail": detail}
-            few[clip] = failure_row(entry.film, "plan", fault, clip, start)
-        elif clip in plan.judgement.rejected:
+            few[clip] = Failure(entry.film, "plan", "too_few_frames", detail, "filtered", clip, start)
+        elif clip in plan.gate_decision.rejected:
             outside.append(clip)
         elif clip in in_base:
             state.known.append(clip)
@@ -376,16 +276,18 @@ def _plan_clips(
             )
     if shared and not (clips or state.known or outside):
         twin = claimed[next(iter(shared))]
-        state.row |= {"status": "filtered", "reason": "duplicate", "detail": f"the same film and caption as {twin}"}
+        state.settle("filtered", "duplicate", f"the same film and caption as {twin}")
         return []
     dropped = [*shared.values(), *few.values()]
     plan.failures.extend(dropped)
     state.filtered = len(dropped)
     claimed |= dict.fromkeys([*state.new, *state.known], entry.film)
     if not state.new:
-        detail = f"no window has {recipe.min_observed} observed frames (min_observed)"
-        unusable = {"status": "filtered", "reason": "too_few_frames", "detail": detail}
-        state.row |= {"status": "unchanged"} if state.known else unusable
+        if state.known:
+            state.settle("unchanged")
+        else:
+            detail = f"no window has {recipe.min_observed} observed frames (min_observed)"
+            state.settle("filtered", "too_few_frames", detail)
     _keep_out(plan, state, outside)
     return clips
 
@@ -393,7 +295,7 @@ def _plan_clips(
 def _with_previews(plan: IngestPlan, clips: Iterable[ClipPlan]) -> list[ClipPlan]:
     """The clips with `preview` set: all of the validation split, and of training clips a fixed number over all runs."""
     clips = list(clips)
-    kept = sum(row["preview"] and row["split"] == "train" for row in [*plan.base_clips, *plan.revived])
+    kept = sum(row["preview"] and row["split"] == "train" for row in [*plan.base_clips, *plan.restored])
     training = sorted(clip.clip_id for clip in clips if clip.split == "train")
     chosen = set(training[: max(0, plan.recipe.preview_clips - kept)])
     return [replace(clip, preview=clip.split == "validation" or clip.clip_id in chosen) for clip in clips]

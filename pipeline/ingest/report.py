@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.gates import BELOW_GATE, REJECT
+from pipeline.items import Failure
 from pipeline.rows import printable
+from storage.errors import Kind, VlfmError
 from storage.schema import CERTIFICATE
 
 STATUSES = ("done", "unchanged", "filtered", "failed")
 
 
-class AccountError(AssertionError):
-    """An account does not add up: something was lost or counted twice, which is a fault of the program."""
+class AccountError(VlfmError, AssertionError):
+    """An account does not add up: something was lost or counted twice, which is a defect of the program."""
+
+    kind = Kind.DEFECT
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,8 @@ class IngestReport:
     """Whether this run published it."""
     films: Account
     clips: Account
-    failures: list[dict[str, Any]]
-    """Rows of storage.schema.FAILURE_SCHEMA, as in failures/<run_id>.parquet."""
+    failures: Sequence[Failure]
+    """As in failures/<run_id>.parquet."""
     superseded: int
     """Clips of films that changed, which left the dataset."""
     bytes: int
@@ -94,7 +98,6 @@ class IngestReport:
     tolerate: float
     faulty_films: int
     """Films that failed or lost clips."""
-    notes: list[str] = field(default_factory=list)
     certificate: dict[str, dict[str, float]] = field(default_factory=dict)
     """Of each figure of the certificate: clips, worst, median and best, as storage.schema.certificate_spread."""
     gates: dict[str, float | None] = field(default_factory=dict)
@@ -112,9 +115,8 @@ class IngestReport:
 
     def lines(self) -> list[str]:
         """The report for people."""
-        lines = list(self.notes)
-        shown = sorted(self.failures, key=lambda row: row["status"] != "failed")  # what was filtered comes last
-        lines += [f"  {_name(row)}: {row['reason']}: {row['detail']}" for row in shown[:20]]
+        shown = sorted(self.failures, key=lambda failure: failure.status != "failed")  # what was filtered comes last
+        lines = [f"  {_name(failure)}: {failure.reason}: {failure.detail}" for failure in shown[:20]]
         if len(shown) > 20:
             lines.append(f"  and {len(shown) - 20} more")
         if self.failures:
@@ -171,6 +173,6 @@ class IngestReport:
         }
 
 
-def _name(row: Mapping[str, Any]) -> str:
-    film, start = printable(row["film"]), row["clip_start"]
-    return f"{film} at {start:g} s" if row["clip_id"] and start == start else film
+def _name(failure: Failure) -> str:
+    film, start = printable(failure.film), failure.clip_start
+    return f"{film} at {start:g} s" if failure.clip_id and start == start else film

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from model.ffmpeg import FRAME, SWITCHES, TIME_BASE, Ffmpeg, NoFfmpeg, find_ffmpeg, reading_options
+from pipeline.items import Window
 from pipeline.media.faults import (
     DecodeError,
     MediaLimits,
@@ -73,20 +74,6 @@ class Probe:
     def tolerance(self) -> float:
         """Seconds by which a stored time may be off, because containers round (Matroska to milliseconds)."""
         return min(2 * float(self.time_base), 0.002)
-
-
-@dataclass(frozen=True)
-class Window:
-    """The frames that one clip keeps."""
-
-    start: float
-    """Seconds since the film's first frame."""
-    ticks: tuple[int, ...]
-    """Stored times of the kept frames, increasing; they name the frames."""
-    frame_time: tuple[float, ...]
-    """Seconds since `start`, in [0, duration)."""
-    seek: float | None = None
-    """Stored time (seconds) of a keyframe at or before the first kept frame; None decodes from the beginning."""
 
 
 def ffmpeg_tool() -> Ffmpeg:

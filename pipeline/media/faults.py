@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.ffmpeg import Ffmpeg, killed_by, last_words
+from storage.errors import Kind, VlfmError
 from storage.fingerprint import file_digest
 
 _BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"free", b"wide", b"skip")
@@ -18,16 +19,19 @@ MOST_BOXES = 1_000_000
 """Outermost parts that are looked at: a film in fragments of a second has as many after a week."""
 
 
-class DecodeError(Exception):
+class DecodeError(VlfmError):
     """A film, or a part of it, that cannot be used: `reason` is a fixed word, `detail` one line with the remedy."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
+        super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+        if reason in ("no_ffmpeg", "decoder_failed"):
+            self.kind = Kind.ENVIRONMENT
 
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}"
+    def __reduce__(self) -> tuple[type[DecodeError], tuple[str, str]]:
+        # Errors of workers travel between processes.
+        return DecodeError, (self.reason, self.detail)
 
 
 @dataclass(frozen=True)

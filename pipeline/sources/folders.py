@@ -8,12 +8,12 @@ else from `clip.txt` beside `clip.mp4`.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.rows import printable, unusable
+from pipeline.items import Failure
+from pipeline.rows import place, printable, unusable
 from pipeline.sources.tables import (
     BAD_NAME,
     BAD_ROW,
@@ -30,12 +30,9 @@ __all__ = [
     "FILM_SUFFIXES",
     "Discovery",
     "FilmEntry",
-    "FilmFailure",
     "SourceError",
     "discover",
     "films_in",
-    "part_of",
-    "place",
 ]
 
 FILM_SUFFIXES = frozenset(
@@ -71,34 +68,9 @@ class FilmEntry:
         return place(str(self.path), self.film)
 
 
-@dataclass(frozen=True)
-class FilmFailure:
+def _failure(film: str, reason: str, detail: str, path: str = "", source: str = "") -> Failure:
     """A film that cannot be used, found without opening it."""
-
-    film: str
-    """As FilmEntry's, or a table and its row; printable."""
-    reason: str
-    detail: str
-    status: str = "failed"
-    path: str = ""
-    """Where the file is or would be; printable."""
-    source: str = ""
-
-    @property
-    def place(self) -> str:
-        """As FilmEntry's."""
-        return place(self.path, self.film)
-
-
-def part_of(film: str) -> str:
-    """`#start-end` at the end of a film's name; empty for a whole film."""
-    found = re.search(r"#[0-9.e+-]+-[0-9.e+-]*$", film)
-    return found[0] if found else ""
-
-
-def place(path: str, film: str) -> str:
-    """The identity of a film: its file's path, and which part of it. `film` is any name the film goes by."""
-    return printable(path) + part_of(film)
+    return Failure(film, "source", reason, detail, path=path, source=source)
 
 
 @dataclass
@@ -106,7 +78,7 @@ class Discovery:
     """All that the sources name, in order of the films' names; every place is once in `entries` or in `failures`."""
 
     entries: list[FilmEntry] = field(default_factory=list)
-    failures: list[FilmFailure] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """Lines for people: where the captions came from."""
 
@@ -114,11 +86,11 @@ class Discovery:
         """The first `films` films by name, failures among them."""
         if films is None:
             return self
-        items: list[FilmEntry | FilmFailure] = [*self.entries, *self.failures]
+        items: list[FilmEntry | Failure] = [*self.entries, *self.failures]
         chosen = sorted(items, key=lambda item: item.film)[:films]
         return Discovery(
             [item for item in chosen if isinstance(item, FilmEntry)],
-            [item for item in chosen if isinstance(item, FilmFailure)],
+            [item for item in chosen if isinstance(item, Failure)],
             self.notes,
         )
 
@@ -144,7 +116,7 @@ class _Folder:
 
     def fail(self, found: Discovery, row: Row, reason: str, detail: str) -> None:
         path = printable(str(_within(self.path, row.file)))
-        found.failures.append(FilmFailure(printable(row.film), reason, detail, path=path, source=self.path.name))
+        found.failures.append(_failure(printable(row.film), reason, detail, path=path, source=self.path.name))
 
     def missing(self, found: Discovery, row: Row, where: str) -> None:
         detail = f"{where} names {row.file}, which is not there; add the film or remove the line"
@@ -273,9 +245,9 @@ def _discover_table(folder: _Folder, path: Path, table: Table, found: Discovery)
     found.failures += _bad_rows(path, table.bad)
 
 
-def _bad_rows(table: Path, rows: Sequence[BadRow]) -> list[FilmFailure]:
+def _bad_rows(table: Path, rows: Sequence[BadRow]) -> list[Failure]:
     parent = os.path.realpath(table.parent)
-    return [FilmFailure(row.name, BAD_ROW, row.detail, path=printable(f"{parent}/{row.name}")) for row in rows]
+    return [_failure(row.name, BAD_ROW, row.detail, path=printable(f"{parent}/{row.name}")) for row in rows]
 
 
 def _within(folder: Path, file: str) -> Path:
@@ -285,11 +257,11 @@ def _within(folder: Path, file: str) -> Path:
 def _settled(found: Discovery, captions_required: bool) -> Discovery:
     """Each place once, in order; films without a caption moved to the failures where one is required."""
     settled = Discovery(notes=found.notes)
-    items: list[FilmEntry | FilmFailure] = [*found.entries, *found.failures]
-    places: dict[str, FilmEntry | FilmFailure] = {}
+    items: list[FilmEntry | Failure] = [*found.entries, *found.failures]
+    places: dict[str, FilmEntry | Failure] = {}
     again: dict[str, int] = {}
     # A file that two sources name is one film; one of them may have the caption.
-    for item in sorted(items, key=lambda item: isinstance(item, FilmFailure) or not item.caption):
+    for item in sorted(items, key=lambda item: isinstance(item, Failure) or not item.caption):
         earlier = places.setdefault(item.place, item)
         if earlier is item or _same(earlier, item):
             continue
@@ -297,24 +269,24 @@ def _settled(found: Discovery, captions_required: bool) -> Discovery:
         name = f"{printable(item.film)} ({again[item.place]})"
         detail = f"{printable(item.film)} is named twice; keep one line, or give parts of a film by start and end"
         path = f"{printable(str(item.path))} ({again[item.place]})"
-        failure = FilmFailure(name, "duplicate_name", detail, path=path, source=item.source)
+        failure = _failure(name, "duplicate_name", detail, path=path, source=item.source)
         places[failure.place] = failure
     for item in sorted(places.values(), key=lambda item: item.film):
-        if isinstance(item, FilmFailure):
+        if isinstance(item, Failure):
             settled.failures.append(item)
         elif captions_required and not item.caption:
             remedy = f"add a line to the captions file, or {Path(item.film).with_suffix('.txt').name} beside it"
             detail, path = f"it has no caption; {remedy}", printable(str(item.path))
-            settled.failures.append(FilmFailure(item.film, "no_caption", detail, path=path, source=item.source))
+            settled.failures.append(_failure(item.film, "no_caption", detail, path=path, source=item.source))
         else:
             settled.entries.append(item)
     return settled
 
 
-def _same(one: FilmEntry | FilmFailure, other: FilmEntry | FilmFailure) -> bool:
+def _same(one: FilmEntry | Failure, other: FilmEntry | Failure) -> bool:
     """Whether `other` says nothing that `one` does not, of the same place."""
-    if isinstance(other, FilmFailure):
-        return one.source != other.source or one == other
+    if isinstance(other, Failure):
+        return one.source != other.source or (isinstance(one, Failure) and one.outcome == other.outcome)
     return isinstance(one, FilmEntry) and other.caption in ("", one.caption)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.rows import printable, unusable
+from storage.errors import VlfmError
 
 TABLE_SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
 COLUMNS = ("file", "caption", "start", "end")
@@ -25,7 +26,7 @@ BAD_ROW, BAD_NAME, BAD_CAPTION, BAD_TIMES = "bad_row", "bad_name", "bad_caption"
 """Reasons of rows that cannot be used."""
 
 
-class SourceError(ValueError):
+class SourceError(VlfmError, ValueError):
     """There is nothing to ingest; the message is one line that says the remedy."""
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.stage import ClipWork, Resources, fail, one_line
+from pipeline.items import ClipWork, Resources
+from pipeline.stage import fail, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +97,7 @@ class InvertStage:
         """Fills in `latents` and the certificate; reasons: not_finite, invert_failed."""
         for group in groups(works):
             good = [work for work in group if work.failure is None]
-            done = iter(self._shielded(good) if good else [])
+            done = iter(self._isolated(good) if good else [])
             for work in group:
                 yield work if work.failure is not None else next(done)
 
@@ -104,7 +105,7 @@ class InvertStage:
         """Frees the codec."""
         self.codec.free()
 
-    def _shielded(self, group: list[ClipWork]) -> list[ClipWork]:
+    def _isolated(self, group: list[ClipWork]) -> list[ClipWork]:
         """The clips done together or, where that raises, one by one; a clip that raises alone has failed."""
         try:
             return self._invert(group)
@@ -112,7 +113,7 @@ class InvertStage:
             if len(group) == 1:
                 return [fail(group[0], self.name, "invert_failed", one_line(error))]
             log.warning("%d clips are encoded one by one, together they gave %s", len(group), one_line(error))
-            return [work for clip in group for work in self._shielded([clip])]
+            return [work for clip in group for work in self._isolated([clip])]
 
     def _invert(self, group: list[ClipWork]) -> list[ClipWork]:
         import torch
@@ -131,8 +132,8 @@ class InvertStage:
             if work.failure is not None:
                 continue
             residual, round_trip = fact.unbind(dim=1)
-            work.certificate |= {"residual": float(residual.max()), "latent_round_trip": float(round_trip.min())}
-            if math.isnan(work.certificate["psnr_codec"]):
+            work.certify(residual=float(residual.max()), latent_round_trip=float(round_trip.min()))
+            if math.isnan(work.certificate.psnr_codec):
                 detail = "its latents decode to frames that are not finite; run the VAE in float32 or use another one"
                 works[place] = fail(work, self.name, "not_finite", detail)
         return works
@@ -169,8 +170,8 @@ class InvertStage:
             own = split(true, counts)[row]
             full = quality(split(made, counts)[row], own)
             alone = full if plain is None else quality(split(plain, counts)[row], own)
-            work.certificate |= {"psnr_codec": full[0], "ssim_codec": full[1], "frames_certified": len(own)}
-            work.certificate |= {"psnr_vae": alone[0], "ssim_vae": alone[1]}
+            work.certify(psnr_codec=full[0], ssim_codec=full[1], frames_certified=len(own))
+            work.certify(psnr_vae=alone[0], ssim_vae=alone[1])
 
 
 def groups(works: Iterable[ClipWork], most: int = GROUP_FRAMES) -> Iterator[list[ClipWork]]:
@@ -216,22 +217,15 @@ def to_signed(frames: np.ndarray | None, device: str = "cpu") -> torch.Tensor:
 
     if frames is None or frames.dtype != np.uint8:
         found = "missing" if frames is None else f"of type {frames.dtype}"
-        raise TypeError(f"frames are {found}, the codec's stage takes uint8 from 0 to 255: mend what decoded them")
+        raise TypeError(f"frames are {found}, the codec's stage takes uint8 from 0 to 255: correct what decoded them")
     pixels = torch.from_numpy(np.ascontiguousarray(frames))
     if device == "cuda":
         pixels = pixels.pin_memory().to(device, non_blocking=True)
     return pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
-def psnr(made: torch.Tensor, true: torch.Tensor) -> float:
-    """Standard PSNR in dB of pictures in [-1, 1] (peak to peak 2), over all of them together; at most 100,
-    and NaN where one of them is not finite."""
-    error = float((made - true).double().square().mean())
-    return 100.0 if error < 4e-10 else 10 * math.log10(4 / error)
-
-
 def quality(made: torch.Tensor, true: torch.Tensor) -> tuple[float, float]:
     """PSNR (dB) and mean SSIM of pictures in [-1, 1]; the SSIM is NaN where they are smaller than its window."""
-    from model.metrics.pictures import ssim
+    from model.metrics.pictures import pooled_psnr, ssim
 
-    return psnr(made, true), float(ssim(made, true).mean())
+    return pooled_psnr(made, true), float(ssim(made, true).mean())

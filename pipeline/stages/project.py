@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from pipeline.stage import ClipWork, Resources, fail, shielded
-from pipeline.stages.invert import SharedCodec, evenly, psnr, to_signed
+from pipeline.items import ClipWork, Resources
+from pipeline.stage import fail, isolated
+from pipeline.stages.invert import SharedCodec, evenly, to_signed
 
 
 class ProjectStage:
@@ -30,7 +31,7 @@ class ProjectStage:
 
     def process(self, works: Iterable[ClipWork]) -> Iterator[ClipWork]:
         """Fills in `coefficients` and the certificate; reasons: not_finite, project_failed."""
-        return shielded(works, self._project, self.name, "project_failed")
+        return isolated(works, self._project, self.name, "project_failed")
 
     def teardown(self) -> None:
         """Frees the codec and the matrices."""
@@ -40,6 +41,7 @@ class ProjectStage:
     def _project(self, work: ClipWork) -> ClipWork:
         from model.legs import derivative, evaluate, project
         from model.legs.select import clip_method
+        from model.metrics.pictures import pooled_psnr
 
         assert work.latents is not None
         assert work.frames is not None
@@ -63,15 +65,15 @@ class ProjectStage:
         shown = self.codec.decode(readout[chosen].astype(np.float16), plan.caption)
         work.coefficients = np.zeros((self.order, *coefficients.shape[1:]), dtype=np.float16)
         work.coefficients[:order] = coefficients
-        work.certificate |= {
-            "order_used": order,
-            "method_used": method,
-            "psnr_projection": psnr(shown, to_signed(work.frames[chosen], self.codec.device)),
-            "projection_error": _ratio(readout[observed] - latents[observed], latents[observed]),
-            "heldout_error": _ratio(readout[~observed] - latents[~observed], latents[~observed]),
-            "smoothness": _ratio(np.diff(latents, axis=0), latents, squared=True),
-            "end_ratio": _ratio(start_slope * float(np.diff(times[observed]).mean()), steps) * math.sqrt(len(steps)),
-        }
+        work.certify(
+            order_used=order,
+            method_used=method,
+            psnr_projection=pooled_psnr(shown, to_signed(work.frames[chosen], self.codec.device)),
+            projection_error=_ratio(readout[observed] - latents[observed], latents[observed]),
+            heldout_error=_ratio(readout[~observed] - latents[~observed], latents[~observed]),
+            smoothness=_ratio(np.diff(latents, axis=0), latents, squared=True),
+            end_ratio=_ratio(start_slope * float(np.diff(times[observed]).mean()), steps) * math.sqrt(len(steps)),
+        )
         return work
 
 

@@ -27,14 +27,15 @@ import numpy as np
 import torch
 
 from model.codecs.base import Encoded
-from pipeline.ingest.block import BlockWorker, staged_form
+from pipeline.ingest.block import BlockWorker, stage_block, staged_arrays
 from pipeline.ingest.plan import plan_ingest
+from pipeline.items import ClipPlan, ClipWork, Resources
 from pipeline.media.decode import ffmpeg_binary
 from pipeline.recipes import DataRecipe, linear
-from pipeline.stage import ClipPlan, ClipWork, Resources, run_stages
+from pipeline.sources.folders import discover
+from pipeline.stage import run_stages
 from pipeline.stages.invert import SharedCodec
 from storage.layout import Lake
-from storage.staging import write_block
 
 
 class SleepingCodec(SharedCodec):
@@ -81,7 +82,7 @@ def planned(folder: Path, recipe: DataRecipe, clips: int) -> tuple[Lake, list[Cl
     drawn = [ffmpeg_binary(), "-v", "error", "-f", "lavfi", "-i", source, "-c:v", "libx264", "-preset", "veryfast"]
     subprocess.run([*drawn, str(film)], check=True)
     film.with_suffix(".txt").write_text("a test picture")
-    plan = plan_ingest(Lake.create(folder / "lake"), folder / "films", None, recipe)
+    plan = plan_ingest(Lake.create(folder / "lake"), discover(folder / "films"), recipe)
     return plan.lake, plan.clips
 
 
@@ -157,9 +158,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         codec.seconds_a_frame = 0.05 / recipe.frames_max
         sleeping.stages[0] = SleepingDecoder(0.05, recipe.size)
         slept = compare(sleeping, clips, 2)
-        works, seconds = run_stages(worker.stages, clips, worker.ahead)
-        arrays, meta = staged_form(works, recipe.frames_max, seconds)
-        write = min(timed(lambda: write_block(lake, "b", arrays, meta))[0] for _ in range(options.rounds))
+        result = worker.process("b", clips)
+        works, _ = run_stages(worker.stages, clips, worker.ahead)
+        arrays = staged_arrays(works, recipe.frames_max)
+        write = min(timed(lambda: stage_block(lake, result, arrays, "0" * 64))[0] for _ in range(options.rounds))
         print(f"writing a block {1000 * write / len(clips):.1f}, {write / real['decoding ahead']:.1%} of making it")
     return 0 if slept["decoding ahead"] < 0.8 * (slept["decoding alone"] + slept["encoding alone"]) else 1
 

@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from flows.artifacts import accounts_table, data_address, markdown_table, summary
 from pipeline.ingest.report import Account, IngestReport
+from pipeline.items import Failure
 from pipeline.recipes import linear
 
 
 def report(**changes: object) -> IngestReport:
-    failure = {
-        "film": "a|b.mp4",
-        "clip_id": "",
-        "clip_start": float("nan"),
-        "stage": "plan",
-        "status": "failed",
-        "reason": "empty_file",
-        "detail": "the file has no bytes;\ncopy it <again>",
-    }
+    failure = Failure("a|b.mp4", "plan", "empty_file", "the file has no bytes;\ncopy it <again>")
     values: dict[str, object] = {
         "run_id": "20260101T000000Z-abcdef",
         "lake": "some/lake",
@@ -73,7 +66,7 @@ def test_the_summary_of_a_run_without_news_or_without_anything() -> None:
 
 
 def test_long_failure_lists_are_cut_and_say_where_the_rest_is() -> None:
-    many = report(failures=report().failures * 80)
+    many = report(failures=list(report().failures) * 80)
     text = summary(many, linear(), "holiday")
     assert text.count("empty_file |") == 50
     assert "All 80 are in" in text

@@ -173,15 +173,15 @@ def test_a_lake_that_another_run_writes_to_is_left_alone(server: None, films: Pa
 
 
 def test_many_blocks_are_shared_out_to_a_dozen_tasks() -> None:
-    from flows.dataset import _groups
+    from pipeline.ingest.steps import groups as share_out
 
     blocks: Any = [f"block {number}" for number in range(1, 1001)]
-    groups = _groups(blocks)
+    groups = share_out(blocks)
     assert [block for _, group in groups for block in group] == blocks
     assert len(groups) == 12
     assert groups[0][0] == "decode, invert, project blocks 1-84 of 1000"
-    assert [title for title, _ in _groups(blocks[:9])] == [
+    assert [title for title, _ in share_out(blocks[:9])] == [
         "decode, invert, project blocks 1-8 of 9",
         "decode, invert, project block 9 of 9",
     ]
-    assert _groups([]) == []
+    assert share_out([]) == []

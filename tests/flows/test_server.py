@@ -38,7 +38,7 @@ import json, os, signal, subprocess, sys
 import ray
 from flows.progress import stdout_kept_clean
 from pipeline.runner import Runner
-from pipeline.stage import Resources
+from pipeline.items import Resources
 
 class Dying:
     resources = Resources()

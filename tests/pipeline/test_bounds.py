@@ -29,12 +29,14 @@ PLAN = """
 import json, resource, sys, time
 resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30,) * 2)
 from pipeline.ingest.plan import plan_ingest
+from pipeline.sources.folders import discover
+from storage.layout import Lake
 from pipeline.recipes import linear
 before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-plan = plan_ingest(sys.argv[1] + "/lake", sys.argv[1] + "/films", None, linear())
+plan = plan_ingest(Lake.create(sys.argv[1] + "/lake"), discover(sys.argv[1] + "/films"), linear())
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 told = {"seconds": time.monotonic() - begin, "grown": grown, "starts": [clip.window.start for clip in plan.clips]}
-print(json.dumps(told | {"failures": [(row["reason"], row["detail"]) for row in plan.failures]}))
+print(json.dumps(told | {"failures": [(failure.reason, failure.detail) for failure in plan.failures]}))
 """
 
 

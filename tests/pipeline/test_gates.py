@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.gates import flags, judge, rejection
+from pipeline.gates import decide, flags, rejection
 from pipeline.ingest import IngestReport, ingest
+from pipeline.items import Rejected
 from pipeline.recipes import DataRecipe, linear
 from storage.failures import read_failures
 from storage.layout import Lake
@@ -23,15 +24,18 @@ Film = Callable[..., Path]
 
 
 def test_a_gate_is_the_least_where_more_is_better_and_else_the_most() -> None:
-    row = {"psnr_codec": 20.0, "end_ratio": 3.0, "residual": math.nan, "ssim_codec": None}
-    assert flags(row, {}) == []
-    assert flags(row, {"psnr_codec": 20.0, "end_ratio": 3.0}) == [], "the bound itself is good"
-    assert flags(row, {"psnr_codec": 20.1, "end_ratio": 2.9}) == ["psnr_codec", "end_ratio"]
-    assert flags(row, {"residual": 0.0, "ssim_codec": 1.0, "smoothness": 0.0}) == [], "not measured"
-    assert flags(row, {"psnr_codec": None}) == []
-    fault = rejection(row, {"psnr_codec": 25.0, "end_ratio": 2})
-    assert (fault["status"], fault["reason"]) == ("filtered", "below_gate")
-    assert fault["detail"] == (
+    row = {"clip_id": "1", "film": "a.mp4", "clip_start": 2.0, "psnr_codec": 20.0, "end_ratio": 3.0}
+    clip = Rejected.from_row({**row, "residual": math.nan, "ssim_codec": None})
+    measured = clip.certificate
+    assert flags(measured, {}) == []
+    assert flags(measured, {"psnr_codec": 20.0, "end_ratio": 3.0}) == [], "the bound itself is good"
+    assert flags(measured, {"psnr_codec": 20.1, "end_ratio": 2.9}) == ["psnr_codec", "end_ratio"]
+    assert flags(measured, {"residual": 0.0, "ssim_codec": 1.0, "smoothness": 0.0}) == [], "not measured"
+    assert flags(measured, {"psnr_codec": None}) == []
+    failure = rejection(clip, {"psnr_codec": 25.0, "end_ratio": 2})
+    assert (failure.film, failure.clip_id, failure.clip_start) == ("a.mp4", "1", 2.0)
+    assert (failure.stage, failure.status, failure.reason) == ("gate", "filtered", "below_gate")
+    assert failure.detail == (
         "psnr_codec 20 dB, the least is 25; end_ratio 3, the most is 2; use another codec or film, set "
         "gates.psnr_codec, gates.end_ratio otherwise, or keep it with below_gate=flag"
     )
@@ -39,11 +43,11 @@ def test_a_gate_is_the_least_where_more_is_better_and_else_the_most() -> None:
 
 def test_what_gates_make_of_a_version() -> None:
     clips = [{"clip_id": str(k), "film": f"{k}.mp4", "clip_start": 0.0, "psnr_codec": k, "flags": ""} for k in range(4)]
-    found = judge(clips[2:], clips[:2], {"psnr_codec": 3}, "reject")
+    found = decide(clips[2:], clips[:2], {"psnr_codec": 3}, "reject")
     assert (found.leaving, set(found.rejected), found.regained) == ({"2"}, {"0", "1", "2"}, set())
-    found = judge(clips[2:], clips[:2], {"psnr_codec": 1}, "reject")
+    found = decide(clips[2:], clips[:2], {"psnr_codec": 1}, "reject")
     assert (found.leaving, set(found.rejected), found.regained, found.changes) == (set(), {"0"}, {"1.mp4"}, False)
-    found = judge(clips[2:], clips[:2], {"psnr_codec": 3}, "flag")
+    found = decide(clips[2:], clips[:2], {"psnr_codec": 3}, "flag")
     assert (found.leaving, set(found.rejected), found.regained) == (set(), set(), {"0.mp4", "1.mp4"})
     assert found.changes, "clip 2 is to be flagged"
 
@@ -173,7 +177,7 @@ def test_a_gate_holds_for_the_whole_dataset(films: Path, tmp_path: Path, capsys:
         os.link(films / name, one / name)
     report = made(one, lake, gated(psnr_codec=60.0), clips=0)
     assert (report.version, report.clips.discovered, report.clips.unchanged) == (2, 2, 2)
-    assert [row["film"] for row in report.failures] == ["busy.mp4"] * 3
+    assert [failure.film for failure in report.failures] == ["busy.mp4"] * 3
     assert {row["film"]: (row["status"], row["reason"]) for row in table(lake, "films")} == {
         "busy.mp4": ("filtered", "below_gate"),
         "plain.mp4": ("unchanged", ""),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-import pipeline.ingest
+import pipeline.ingest.publish
 from model.text.encoder import TextEncoder
 from pipeline.ingest import ingest
 from pipeline.stages.invert import InvertStage
@@ -147,7 +147,7 @@ def test_a_run_that_died_goes_on_on_another_machine(
     dying = InProcess(KeyboardInterrupt(), after=10**9 if blocks is None else blocks)
     with monkeypatch.context() as patch:
         if blocks is None:
-            patch.setattr(pipeline.ingest, "publish_version", die)
+            patch.setattr(pipeline.ingest.publish, "publish_version", die)
         with pytest.raises(KeyboardInterrupt):
             ingest(films, lake, recipe=RECIPE, runner=dying)
     left = {path.name: path.read_bytes() for path in lake.shards.glob("*.tar")}

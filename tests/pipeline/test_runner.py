@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.items import Resources
 from pipeline.runner import Runner, RunnerError, Task, WorkerPlan, plan_workers
-from pipeline.stage import Resources
 from storage.layout import DiskFull
 
 

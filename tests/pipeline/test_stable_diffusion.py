@@ -15,6 +15,7 @@ from model.codecs.factory import codec_from_spec
 from pipeline.ingest import commit, embed_captions, plan_ingest
 from pipeline.ingest.block import BlockWorker
 from pipeline.recipes import stable_diffusion
+from pipeline.sources.folders import discover
 from storage.layout import Lake
 from storage.shards import ShardReader
 from storage.version import load, verify
@@ -32,7 +33,7 @@ def test_films_become_inverted_latents(scene: Film, tmp_path: Path, depth: int) 
     scene(tmp_path / "films" / "a.mp4", seconds=2).with_suffix(".txt").write_text("a picture")
     lake = Lake.create(tmp_path / "lake")
     with lake.writing():
-        plan = plan_ingest(lake, tmp_path / "films", None, recipe)
+        plan = plan_ingest(lake, discover(tmp_path / "films"), recipe)
         texts = embed_captions(plan)
         worker = BlockWorker(lake, recipe, plan.recipe_fingerprint)
         worker.setup()

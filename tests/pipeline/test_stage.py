@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.stage import made_ahead
+from pipeline.stage import prefetched
 
 
 def numbers(count: int, made: list[int], fault: BaseException | None = None) -> Iterator[int]:
@@ -23,7 +23,7 @@ def numbers(count: int, made: list[int], fault: BaseException | None = None) -> 
 def test_bounded_and_in_order(most: int) -> None:
     made: list[int] = []
     taken = []
-    for number in made_ahead(numbers(10, made), most):
+    for number in prefetched(numbers(10, made), most):
         taken.append(number)
         deadline = time.monotonic() + 5
         while len(made) < min(10, len(taken) + most) and time.monotonic() < deadline:
@@ -34,7 +34,7 @@ def test_bounded_and_in_order(most: int) -> None:
 
 
 def test_an_error_is_raised_after_what_came_before_it() -> None:
-    stream = made_ahead(numbers(3, [], OSError("gone")), 2)
+    stream = prefetched(numbers(3, [], OSError("gone")), 2)
     assert [next(stream) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(OSError, match="gone"):
         next(stream)
@@ -42,7 +42,7 @@ def test_an_error_is_raised_after_what_came_before_it() -> None:
 
 def test_who_stops_early_stops_the_thread() -> None:
     before, made = threading.active_count(), list[int]()
-    stream = made_ahead(numbers(1000, made), 2)
+    stream = prefetched(numbers(1000, made), 2)
     assert next(stream) == 0
     with pytest.raises(KeyboardInterrupt):
         stream.throw(KeyboardInterrupt())  # type: ignore[attr-defined]

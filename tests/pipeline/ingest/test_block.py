@@ -16,8 +16,10 @@ from model.legs import evaluate, project, projection_matrix
 from model.legs.select import leave_one_out
 from pipeline.ingest.block import Block, BlockWorker, merge_parts
 from pipeline.ingest.plan import plan_ingest
+from pipeline.items import ClipPlan, ClipWork, Failure, Resources
 from pipeline.recipes import DataRecipe, linear
-from pipeline.stage import ClipPlan, ClipWork, Resources, run_stages
+from pipeline.sources.folders import discover
+from pipeline.stage import run_stages
 from storage.layout import Lake
 from storage.rounding import ROUNDING
 from storage.staging import read_block
@@ -28,7 +30,7 @@ RECIPE = dataclasses.replace(linear(), size=(16, 24), duration=1.0, block_clips=
 
 def planned(tmp_path: Path, scene: Film, recipe: DataRecipe = RECIPE, rate: str = "24") -> tuple[Lake, list[ClipPlan]]:
     scene(tmp_path / "films" / "a.mp4", rate=rate).with_suffix(".txt").write_text("a test picture")
-    plan = plan_ingest(Lake.create(tmp_path / "lake"), tmp_path / "films", None, recipe)
+    plan = plan_ingest(Lake.create(tmp_path / "lake"), discover(tmp_path / "films"), recipe)
     return plan.lake, plan.clips
 
 
@@ -37,9 +39,9 @@ def test_a_block_as_staged(scene: Film, tmp_path: Path) -> None:
     worker = BlockWorker(lake, RECIPE, "f" * 64)
     worker.setup()
     result = worker.process("b", clips)
-    assert result["done"] == [clip.clip_id for clip in clips]
+    assert result.done == [clip.clip_id for clip in clips]
     assert len(clips) == 4
-    assert set(result["seconds"]) == {"decode", "invert", "project"}
+    assert set(result.seconds) == {"decode", "invert", "project"}
     arrays, meta = read_block(lake, "b")
     assert {name: (array.shape, array.dtype.str) for name, array in arrays.items()} == {
         "latents": ((4, 16, 12, 4, 6), "<f2"),
@@ -114,16 +116,16 @@ def test_latents_that_do_not_fit_never_leave_the_stage(scene: Film, tmp_path: Pa
     recipe = dataclasses.replace(RECIPE, codec={**RECIPE.codec, "scale": 1e6})
     lake, clips = planned(tmp_path, scene, recipe)
     result = BlockWorker(lake, recipe, "f" * 64).process("b", clips)
-    assert result["done"] == []
-    assert {row["reason"] for row in result["failures"]} == {"not_finite"}
-    assert {row["stage"] for row in result["failures"]} == {"invert"}
+    assert result.done == []
+    assert {failure.reason for failure in result.failures} == {"not_finite"}
+    assert {failure.stage for failure in result.failures} == {"invert"}
 
 
 def test_a_film_that_changed_meanwhile_is_not_used(scene: Film, tmp_path: Path) -> None:
     lake, clips = planned(tmp_path, scene)
     scene(tmp_path / "films" / "a.mp4", seconds=3)
     result = BlockWorker(lake, RECIPE, "f" * 64).process("b", clips)
-    assert {row["reason"] for row in result["failures"]} == {"film_changed"}
+    assert {failure.reason for failure in result.failures} == {"film_changed"}
 
 
 def test_one_bad_window_is_one_bad_clip(scene: Film, tmp_path: Path) -> None:
@@ -132,9 +134,9 @@ def test_one_bad_window_is_one_bad_clip(scene: Film, tmp_path: Path) -> None:
     wrong = dataclasses.replace(window, ticks=(window.ticks[0], window.ticks[1] + 1, *window.ticks[2:]))
     clips[1] = dataclasses.replace(clips[1], window=wrong)
     result = BlockWorker(lake, RECIPE, "f" * 64).process("b", clips)
-    assert [row["clip_id"] for row in result["failures"]] == [clips[1].clip_id]
-    assert [row["reason"] for row in result["failures"]] == ["corrupt"]
-    assert result["done"] == [clip.clip_id for clip in (clips[0], *clips[2:])]
+    assert [failure.clip_id for failure in result.failures] == [clips[1].clip_id]
+    assert [failure.reason for failure in result.failures] == ["corrupt"]
+    assert result.done == [clip.clip_id for clip in (clips[0], *clips[2:])]
 
 
 def test_parts_merge_to_the_block(scene: Film, tmp_path: Path) -> None:
@@ -142,11 +144,10 @@ def test_parts_merge_to_the_block(scene: Film, tmp_path: Path) -> None:
     clips[2] = dataclasses.replace(clips[2], preview=False)
     worker = BlockWorker(lake, RECIPE, "f" * 64)
     worker.process("whole", clips)
-    parts = {f"parts-{number}": worker.process(f"parts-{number}", clips[number : number + 1]) for number in (3, 0, 2)}
-    lost = {"clip_id": clips[1].clip_id, "film": "a.mp4", "clip_start": 1.0, "stage": "worker"}
-    lost |= {"reason": "worker_died", "detail": "gone"}
+    parts = [worker.process(f"parts-{number}", clips[number : number + 1]) for number in (3, 0, 2)]
+    lost = Failure("a.mp4", "worker", "worker_died", "gone", clip_id=clips[1].clip_id, clip_start=1.0)
     result = merge_parts(lake, Block("parts", tuple(clips)), parts, [lost], "f" * 64)
-    assert result["failures"] == [lost]
+    assert result.failures == (lost,)
     (whole, _), (merged, meta) = read_block(lake, "whole"), read_block(lake, "parts")
     for name in ("frame_time", "observed"):
         np.testing.assert_array_equal(merged[name], whole[name][[0, 2, 3]])

@@ -14,10 +14,12 @@ import model.ffmpeg
 import pipeline.ingest.plan
 from pipeline.ingest import ingest, plan_ingest
 from pipeline.ingest.environment import STOP_FILMS, check_environment, decoder_version
+from pipeline.items import Outcome
 from pipeline.media.decode import ffmpeg_binary
 from pipeline.media.faults import DecodeError
 from pipeline.recipes import linear
 from pipeline.runner import Runner, RunnerError
+from pipeline.sources.folders import discover
 from storage.layout import Lake
 from storage.staging import read_block, write_block
 from storage.version import list_versions, load, read_manifest, verify
@@ -95,7 +97,7 @@ def test_a_broken_ffmpeg_leaves_no_trace(films: Path, tmp_path: Path, use: Use, 
         assert str(tmp_path / "bin") in str(caught.value), "the likely cause is named"
         nothing_kept(lake)
     use("good")
-    assert plan_ingest(lake, films, None, RECIPE).staged == {}
+    assert plan_ingest(Lake.create(lake), discover(films), RECIPE).staged == {}
     report = ingest(films, lake, recipe=RECIPE, runner=InProcess())
     assert (report.exit_status, report.clips.done) == (0, 6)
     whole(lake, 6)
@@ -136,8 +138,8 @@ def test_what_failed_is_not_kept_from_an_interrupted_run(films: Path, tmp_path: 
     lake = tmp_path / "lake"
     with pytest.raises(KeyboardInterrupt):
         ingest(films, lake, recipe=RECIPE, runner=InProcess(KeyboardInterrupt(), after=2, die=[0.0]))
-    plan = plan_ingest(lake, films, None, RECIPE)
-    kept = [clip for block in plan.staged.values() for clip in block["done"]]
+    plan = plan_ingest(Lake.create(lake), discover(films), RECIPE)
+    kept = [clip for block in plan.staged.values() for clip in block.done]
     assert len(kept) + len([clip for clip in plan.clips if clip.clip_id not in kept]) == 6
     assert all(clip.window.start > 0 for clip in plan.clips if clip.clip_id in kept)
     report = ingest(films, lake, recipe=RECIPE, runner=InProcess())
@@ -160,7 +162,7 @@ def test_failures_that_older_programs_staged_are_tried_again(films: Path, tmp_pa
         ]
         meta |= {"block": [row["clip_id"] for row in meta["clips"]], "failures": lost, "clips": meta["clips"][:left]}
         write_block(opened, block, {name: array[:left] for name, array in arrays.items()} if left else {}, meta)
-    plan = plan_ingest(lake, films, None, RECIPE)
+    plan = plan_ingest(Lake.create(lake), discover(films), RECIPE)
     assert "1 blocks are finished from an interrupted run and are kept" in plan.lines()
     assert len([clip for block in plan.blocks if block.block_id not in plan.staged for clip in block.clips]) == 5
     assert ingest(films, lake, recipe=RECIPE, runner=InProcess()).clips.done == 6
@@ -193,12 +195,12 @@ def test_another_decoder_tries_what_failed_again(films: Path, tmp_path: Path, mo
     assert looked == ["0.mp4"], "a decoder that does not run changes nothing"
 
 
-def film(name: str, reason: str, status: str = "failed") -> dict[str, str]:
-    return {"film": name, "status": status, "reason": reason, "detail": f"its {reason}"}
+def film(name: str, reason: str, status: str = "failed") -> Outcome:
+    return Outcome(name, status, reason, f"its {reason}")
 
 
 @pytest.mark.parametrize(
-    ("rows", "tolerated", "blamed"),
+    ("outcomes", "tolerated", "blamed"),
     [
         ([film("a", "decoder_failed")], 0, True),
         ([film("a", "decoder_failed")], 5, True),
@@ -217,17 +219,17 @@ def film(name: str, reason: str, status: str = "failed") -> dict[str, str]:
         ([], 0, False),
     ],
 )
-def test_when_the_environment_is_blamed(rows: list[dict[str, str]], tolerated: int, blamed: bool) -> None:
+def test_when_the_environment_is_blamed(outcomes: list[Outcome], tolerated: int, blamed: bool) -> None:
     if not blamed:
-        check_environment(rows, tolerated)
+        check_environment(outcomes, tolerated)
         return
-    with pytest.raises(RunnerError, match=rf"failed for one reason, {rows[0]['reason']}: .*; likely cause: .*; then"):
-        check_environment(rows, tolerated)
+    with pytest.raises(RunnerError, match=rf"failed for one reason, {outcomes[0].reason}: .*; likely cause: .*; then"):
+        check_environment(outcomes, tolerated)
 
 
 def test_films_that_are_hidden_from_everybody(films: Path, tmp_path: Path) -> None:
     """The real files go away between plan and work, as with a folder that the workers do not see."""
-    plan = plan_ingest(tmp_path / "lake", films, None, RECIPE)
+    plan = plan_ingest(Lake.create(tmp_path / "lake"), discover(films), RECIPE)
     from pipeline.ingest import commit, embed_captions, run_blocks
 
     os.rename(films, tmp_path / "elsewhere")

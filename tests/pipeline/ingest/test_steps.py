@@ -19,6 +19,7 @@ from pipeline.ingest import commit, embed_captions, ingest, plan_ingest, run_blo
 from pipeline.ingest.report import Account, AccountError, IngestReport
 from pipeline.recipes import DataRecipe, linear
 from pipeline.runner import Runner, Task
+from pipeline.sources.folders import discover
 from storage.arrays import read_clips
 from storage.failures import read_failures
 from storage.layout import DiskFull, Lake
@@ -282,7 +283,7 @@ def test_filtered_films_and_clips(films: Path, scene: Film, tmp_path: Path) -> N
     assert report.films.filtered == {"duplicate": 1, "shorter_than_window": 1, "too_few_frames": 1}
     assert report.clips.filtered == {"too_few_frames": 3}
     assert report.exit_status == 0, "what is filtered by rule is no failure"
-    assert {row["reason"] for row in report.failures} == {"duplicate", "shorter_than_window", "too_few_frames"}
+    assert {failure.reason for failure in report.failures} == {"duplicate", "shorter_than_window", "too_few_frames"}
     assert make(films, tmp_path / "lake", runner=NoWork()).films.filtered == report.films.filtered
 
 
@@ -312,7 +313,7 @@ def test_limit_and_parts_of_films(films: Path, tmp_path: Path) -> None:
 
 
 def test_the_stages_by_hand(films: Path, tmp_path: Path) -> None:
-    plan = plan_ingest(tmp_path / "lake", films, None, RECIPE, now=0.0)
+    plan = plan_ingest(Lake.create(tmp_path / "lake"), discover(films), RECIPE, now=0.0)
     assert plan.created == "1970-01-01T00:00:00Z"
     texts = embed_captions(plan)
     results = [result for block in plan.blocks for result in run_blocks(plan, [block], InProcess())]

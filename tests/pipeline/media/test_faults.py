@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from model.ffmpeg import find_ffmpeg
-from pipeline.ingest.plan import LASTING
+from pipeline.ingest.environment import LASTING
 from pipeline.media import faults
 from pipeline.media.decode import decode, probe, select_frames, shown_size, window_starts
 from pipeline.media.faults import DecodeError, MediaLimits, cut_short, digest_of

@@ -1,0 +1,192 @@
+"""The end of an ingest: what became of every film and clip, and the version that holds what is good."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from pipeline.gates import REJECT, flags, rejection
+from pipeline.ingest.environment import LASTING, check_environment
+from pipeline.ingest.identity import content
+from pipeline.ingest.pack import Packed, pack, publish_version
+from pipeline.ingest.report import Account, IngestReport
+from pipeline.ingest.state import PARTIAL, FilmState, IngestPlan
+from pipeline.items import BlockResult, Failure, Outcome, Rejected, Row
+from pipeline.sources.tables import BAD_ROW
+from pipeline.stages.embed import Texts
+from storage.failures import write_failures
+from storage.schema import certificate_spread
+
+
+def commit(plan: IngestPlan, texts: Texts | None, results: Sequence[BlockResult]) -> IngestReport:
+    """Publishes the next version from all blocks' results, or says that there is nothing new.
+
+    Raises:
+        RunnerError: every film that was tried failed for one reason that lies outside the films; nothing is published.
+        AccountError: films or clips do not add up; nothing is published then.
+        PackError, LakeError, DiskFull: the version cannot be written; staged blocks are kept for the next run.
+    """
+    begin = time.perf_counter()
+    made = {clip for result in results for clip in result.done} | {row["clip_id"] for row in plan.restored}
+    lost = {failure.clip_id: failure for result in results for failure in result.failures}
+    rejected = _rejected(plan, results)
+    made -= set(rejected)
+    lost |= {name: rejection(clip, plan.recipe.gates) for name, clip in rejected.items()}
+    here = {film.name for film in plan.films}
+    leaving_now = [plan.gate_decision.rejected[name] for name in plan.gate_decision.leaving]
+    elsewhere = [rejection(clip, plan.recipe.gates) for clip in leaving_now if clip.film not in here]
+    failures = [*plan.failures, *lost.values(), *elsewhere]
+    for state in plan.films:
+        _settle_film(state, made, lost)
+    if not made:
+        check_environment((state.outcome for state in plan.films if not state.remembered), plan.tolerated)
+    films, clips = accounts(plan, made, lost)
+    version, packed = plan.parent, None
+    superseded, owners = _ownership(plan, made)
+    leaving = superseded | plan.gate_decision.leaving
+    stays = any(row["clip_id"] not in leaving for row in plan.base_clips)
+    if made or (stays and (plan.goes_back or rejected or superseded or plan.gate_decision.changes or _joined(plan))):
+        with_clips = [block for block in plan.blocks if any(clip.clip_id in made for clip in block.clips)]
+        packed = pack(plan, texts, with_clips, leaving, set(rejected))
+        packed = replace(packed, rows=[{**row, "film": owners.get(row["clip_id"], row["film"])} for row in packed.rows])
+        rows = _all_films(plan, packed)
+        counts = {"films": films.to_json(), "clips": clips.to_json()}
+        waiting = {name: clip for name, clip in plan.gate_decision.open.items() if clip.film not in here}
+        outside = {**waiting, **plan.gate_decision.rejected, **rejected}
+        version = publish_version(plan, packed, rows, counts, [clip.to_row() for clip in outside.values()])
+    write_failures(plan.lake, plan.run_id, [failure.to_row() for failure in failures])
+    for result in results:
+        for stage, seconds in result.seconds.items():
+            plan.seconds[stage] = plan.seconds.get(stage, 0.0) + seconds
+    plan.seconds["commit"] = time.perf_counter() - begin
+    return IngestReport(
+        run_id=plan.run_id,
+        lake=str(plan.lake.root),
+        version=version.number if version else None,
+        published=packed is not None,
+        films=films,
+        clips=clips,
+        failures=failures,
+        superseded=len(superseded - plan.gate_decision.leaving) if packed else 0,
+        bytes=sum(shard.bytes for shard in version.shards) if version else 0,
+        certificate=certificate_spread(packed.rows) if packed else {},
+        gates=dict(plan.recipe.gates),
+        below_gate=plan.recipe.below_gate,
+        flagged=sum(bool(row["flags"]) for row in packed.rows) if packed else 0,
+        seconds=dict(plan.seconds),
+        tolerate=plan.recipe.tolerate,
+        faulty_films=sum(film.outcome.status == "failed" or film.outcome.reason == PARTIAL for film in plan.films),
+    )
+
+
+def accounts(plan: IngestPlan, made: set[str], lost: Mapping[str, Failure]) -> tuple[Account, Account]:
+    """The accounts of films and of clips; the discovered are counted from the plan, the rest from what happened."""
+    films = Account.of("films", len(plan.films), [(film.outcome.status, film.outcome.reason) for film in plan.films])
+    planned = [clip.clip_id for clip in plan.clips] + [row["clip_id"] for row in plan.restored]
+    known = [clip for film in plan.films for clip in film.known]
+    narrow = sum(film.filtered + len(film.gated) for film in plan.films)
+    outcomes = [("done", "") for clip in planned if clip in made]
+    failed = [lost[clip] for clip in planned if clip in lost and clip not in made]
+    outcomes += [(failure.status, failure.reason) for failure in failed]
+    outcomes += [("unchanged", "") for _ in known]
+    outcomes += [("filtered", failure.reason) for failure in plan.failures if failure.clip_id]
+    discovered = sum(len(film.new) + len(film.known) for film in plan.films) + narrow
+    return films, Account.of("clips", discovered, outcomes)
+
+
+def _settle_film(state: FilmState, made: set[str], failures: Mapping[str, Failure]) -> None:
+    """The film's status from its clips'."""
+    lost = [failures[clip] for clip in state.new if clip in failures]
+    failed = [failure for failure in lost if failure.status == "failed"]
+    if not state.new:
+        return
+    got = sum(clip in made for clip in state.new)
+    if got or state.known:
+        status = "done" if got else "unchanged"
+        if failed:
+            detail = f"{len(failed)} clips failed ({failed[0].reason}); run again to try them again"
+            state.settle(status, PARTIAL, detail)
+        else:
+            state.settle(status)
+        return
+    # A film whose clips failed for several reasons is tried again if one of them is not its own.
+    failed.sort(key=lambda failure: failure.reason in LASTING)
+    if failed or lost:
+        state.reject((failed or lost)[0])
+    else:
+        state.settle("failed", "lost", "no result; run again")
+
+
+def _rejected(plan: IngestPlan, results: Sequence[BlockResult]) -> dict[str, Rejected]:
+    """New clips that the recipe's gates keep out, by id."""
+    if plan.recipe.below_gate != REJECT:
+        return {}
+    clips = [clip.rejected for result in results for clip in result.made]
+    clips += [Rejected.from_row(row) for row in plan.restored]
+    return {clip.clip_id: clip for clip in clips if flags(clip.certificate, plan.recipe.gates)}
+
+
+def _ownership(plan: IngestPlan, made: set[str]) -> tuple[set[str], dict[str, str]]:
+    """Clips of the base that leave, and the films that the others belong to from now on, as far as that is new.
+
+    Clips leave that a film had and has no longer, if it has others now, or another film has what it has. A film that
+    gave nothing keeps its own. A clip that a film of another source has too stays, or becomes, that film's.
+    """
+    before = {row["clip_id"]: row["film"] for row in plan.base_clips}
+    current = {clip: film.name for film in plan.films for clip in [*film.new, *film.known]}
+    owners = {
+        clip: film
+        for clip, film in current.items()
+        if before.get(clip) != film and not (clip in before and plan.identities.elsewhere(before[clip]))
+    }
+    renewed = {
+        film.name
+        for film in plan.films
+        if film.known or film.row["reason"] == "duplicate" or any(clip in made for clip in film.new)
+    }
+    leaving = set()
+    for row in plan.base_clips:
+        if row["film"] in renewed and row["clip_id"] not in current:
+            heir = plan.identities.heir(row)
+            if heir is None:
+                leaving.add(row["clip_id"])
+            else:
+                owners[row["clip_id"]] = heir
+    return leaving, owners
+
+
+def _joined(plan: IngestPlan) -> bool:
+    """Whether a film that gives nothing new has no row of its content and place yet.
+
+    By its row it keeps its clips when another film that shares them changes. Rows without a path are of older programs.
+    """
+    recorded = {row["film"]: row for row in plan.base_films}
+    for film in plan.films:
+        if film.known or film.row["reason"] == "duplicate":
+            row = recorded.get(film.name)
+            if row is None or content(row) != content(film.row) or row["path"] not in ("", film.row["path"]):
+                return True
+    return False
+
+
+def _all_films(plan: IngestPlan, packed: Packed) -> list[Row]:
+    """Rows of this run's films and of those that other runs brought."""
+    held: dict[str, int] = {}
+    for row in packed.rows:
+        held[row["film"]] = held.get(row["film"], 0) + 1
+    here = {film.name for film in plan.films}
+    others: list[Row] = [{**row, "status": "unchanged"} if row["status"] == "done" else row for row in plan.base_films]
+    left = [clip for name, clip in plan.gate_decision.rejected.items() if name in plan.gate_decision.leaving]
+    emptied = {clip.film: rejection(clip, plan.recipe.gates).outcome for clip in left if clip.film not in held}
+    others = [{**row, **_verdict(emptied[row["film"]])} if row["film"] in emptied else row for row in others]
+    heirs = {"status": "unchanged", "reason": "", "detail": ""}
+    others = [{**row, **heirs} if row["reason"] == "duplicate" and row["film"] in held else row for row in others]
+    rows: list[Row] = [film.row for film in plan.films if film.row["reason"] != BAD_ROW]
+    rows += [row for row in others if row["film"] not in here]
+    return [{**row, "clips": held.get(row["film"], 0)} for row in sorted(rows, key=lambda row: row["film"])]
+
+
+def _verdict(outcome: Outcome) -> dict[str, str]:
+    """Columns of storage.schema.FILM_SCHEMA."""
+    return {"status": outcome.status, "reason": outcome.reason, "detail": outcome.detail}
