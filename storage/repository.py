@@ -18,7 +18,7 @@ from storage.version import latest, list_versions, load
 if TYPE_CHECKING:
     import icechunk
 
-MEND = "restore the lake from a copy, or ingest the films into a new one"
+REMEDY = "restore the lake from a copy, or ingest the films into a new one"
 
 
 @contextlib.contextmanager
@@ -39,13 +39,13 @@ def open_repository(lake: Lake, create: bool = False) -> icechunk.Repository:
     icechunk.set_logs_filter("error")
     if not lake.arrays.is_dir():
         if not create:
-            raise LakeError(f"{lake.arrays} is missing; {MEND}")
+            raise LakeError(f"{lake.arrays} is missing; {REMEDY}")
         lake.arrays.mkdir()
     storage = icechunk.local_filesystem_storage(str(lake.arrays))
     if icechunk.Repository.exists(storage):
         return icechunk.Repository.open(storage)
     if not create:
-        raise LakeError(f"{lake.arrays} is no Icechunk repository; {MEND}")
+        raise LakeError(f"{lake.arrays} is no Icechunk repository; {REMEDY}")
     return icechunk.Repository.create(storage)
 
 
@@ -61,7 +61,7 @@ def at_snapshot(lake: Lake, snapshot: str) -> icechunk.Session:
     try:
         return repository.readonly_session(snapshot_id=snapshot)
     except icechunk.IcechunkError as error:
-        raise LakeError(f"{lake.arrays} has no snapshot {snapshot} ({first_line(error)}); {MEND}") from error
+        raise LakeError(f"{lake.arrays} has no snapshot {snapshot} ({first_line(error)}); {REMEDY}") from error
 
 
 def writable_from(lake: Lake, repository: icechunk.Repository, parent: str | None) -> icechunk.Session:
@@ -79,7 +79,7 @@ def writable_from(lake: Lake, repository: icechunk.Repository, parent: str | Non
         try:
             repository.reset_branch("main", base)
         except icechunk.IcechunkError as error:
-            raise LakeError(f"{lake.arrays} has no snapshot {base} ({first_line(error)}); {MEND}") from error
+            raise LakeError(f"{lake.arrays} has no snapshot {base} ({first_line(error)}); {REMEDY}") from error
     return repository.writable_session("main")
 
 
@@ -127,12 +127,12 @@ def storage_errors(lake: Lake) -> Iterator[None]:
             yield
     except ValueError as error:
         if "checksum" in str(error):  # of a chunk, in Zarr's words
-            raise LakeError(f"{lake.arrays}: a chunk is damaged ({first_line(error)}); {MEND}") from error
+            raise LakeError(f"{lake.arrays}: a chunk is damaged ({first_line(error)}); {REMEDY}") from error
         raise
     except icechunk.IcechunkError as error:
         if is_disk_full(error):
             raise DiskFull(lake.arrays, free_bytes(lake.arrays)) from error
-        raise LakeError(f"{lake.arrays}: {first_line(error)}; {MEND}") from error
+        raise LakeError(f"{lake.arrays}: {first_line(error)}; {REMEDY}") from error
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -29,13 +29,13 @@ from storage.fingerprint import bytes_digest, canonical_json, file_digest, finge
 from storage.layout import Lake, LakeError, create_exclusive, version_naming, write_atomic
 from storage.rounding import check_rounding
 from storage.schema import CLIP_SCHEMA, FILM_SCHEMA, REJECTED_SCHEMA, check_format, completed, table_of
-from storage.shards import DamagedShard, ShardInfo, ShardReader
+from storage.shards import ShardInfo, ShardReader
 
 FORMAT = 1
 """Number of the version file's format. A reader refuses a higher one; fields are only ever added."""
 
 TABLES = {"clips": CLIP_SCHEMA, "films": FILM_SCHEMA, "rejected": REJECTED_SCHEMA}
-_MEND = "restore it from a copy, or ingest the films into a new lake"
+REMEDY = "restore it from a copy, or ingest the films into a new lake"
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def read_manifest(lake: Lake, version: Version, table: str = "clips") -> Any:
     if table not in version.manifest and table not in ("clips", "films"):
         return TABLES[table].empty_table()
     entry = version.manifest[table]
-    data = _checked_bytes(lake, entry)
+    data = checked_bytes(lake, entry)
     found = pq.ParquetFile(pa.BufferReader(data)).read()
     check_format(found.schema, table, lake.root / entry["path"])
     return completed(found, TABLES[table])
@@ -241,7 +241,7 @@ def kept_empty_text(lake: Lake, text_id: str) -> np.ndarray[Any, Any] | None:
 
 def read_empty_text(lake: Lake, version: Version) -> np.ndarray[Any, Any]:
     """The empty caption's embedding, (length, D) float16. Raises LakeError where the file is missing or altered."""
-    data = _checked_bytes(lake, version.text["empty"])
+    data = checked_bytes(lake, version.text["empty"])
     embedding: np.ndarray[Any, Any] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     return embedding
 
@@ -268,69 +268,20 @@ def shards_root(lake: Lake, shards: Iterable[ShardInfo]) -> str:
     return samples_root(samples)
 
 
-def verify(lake: Lake, version: Version, arrays: bool = True) -> list[str]:
-    """Read everything the version names and compare it: the problems found, each naming the file and the mend.
+def checked_bytes(lake: Lake, entry: Mapping[str, Any]) -> bytes:
+    """The bytes of a file that a version names, `entry` its path and sha256, the checksum compared.
 
-    Checksums of tables, shards and samples; each index against its tar; the Merkle root; the table of clips against
-    the shards, row by row; and with `arrays`, the shards against the Zarr arrays (clip ids, coefficients, texts).
-
-    Args:
-        lake: where.
-        version: which.
-        arrays: False leaves out the arrays, where zarr and icechunk are not installed (the trainer's image).
+    Raises:
+        LakeError: the file is missing or altered.
     """
-    problems: list[str] = []
-    for entry in (*version.manifest.values(), *([version.text["empty"]] if "empty" in version.text else [])):
-        try:
-            _checked_bytes(lake, entry)
-        except LakeError as error:
-            problems.append(str(error))
-    readers: dict[str, ShardReader] = {}
-    for info in version.shards:
-        try:
-            reader = ShardReader(lake.shards / info.name)
-        except DamagedShard as error:
-            problems.append(str(error))
-            continue
-        readers[info.name] = reader
-        problems += reader.verify()
-        if reader.info != info:
-            problems.append(f"{reader.path} is not the shard that version {version.number} names; {_MEND}")
-    if len(readers) == len(version.shards):
-        root = samples_root(pair for r in readers.values() for pair in zip(r.keys, r.digests, strict=True))
-        if root != version.merkle_root:
-            problems.append(f"version {version.number}: the shards' samples do not give its Merkle root; {_MEND}")
+    path = lake.root / entry["path"]
     try:
-        rows = read_manifest(lake, version, "clips").to_pylist()
-    except (LakeError, ValueError):
-        return problems  # reported above
-    problems += _compare_table(version, rows, readers)
-    if arrays:
-        from storage.crosscheck import compare_with_shards
-
-        problems += compare_with_shards(lake, version.snapshot, version.group, rows, readers)
-    for reader in readers.values():
-        reader.close()
-    return problems
-
-
-def _compare_table(version: Version, rows: list[dict[str, Any]], readers: Mapping[str, ShardReader]) -> list[str]:
-    problems = []
-    path = version.manifest["clips"]["path"]
-    keys = {name: reader.keys for name, reader in readers.items()}
-    names = {info.name for info in version.shards}
-    for row in rows:
-        clip, shard, place = row["clip_id"], row["shard"], row["shard_row"]
-        if shard not in names:
-            problems.append(f"{path}: clip {clip} is in {shard}, which version {version.number} does not name; {_MEND}")
-        elif shard in keys and not (0 <= place < len(keys[shard]) and keys[shard][place] == clip):
-            problems.append(f"{path}: clip {clip} is not row {place} of {shard}; {_MEND}")
-    listed = {row["clip_id"] for row in rows}
-    if len(listed) != len(rows):
-        problems.append(f"{path}: a clip id occurs twice; {_MEND}")
-    for name in sorted(keys):
-        problems += [f"{path} lacks clip {key} of {name}; {_MEND}" for key in keys[name] if key not in listed]
-    return problems
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise LakeError(f"{path} is missing; {REMEDY}") from None
+    if bytes_digest(data) != entry["sha256"]:
+        raise LakeError(f"{path}: wrong checksum; {REMEDY}")
+    return data
 
 
 def _named_files(version: Version) -> dict[str, str | int]:
@@ -340,17 +291,6 @@ def _named_files(version: Version) -> dict[str, str | int]:
     if "empty" in version.text:
         files[version.text["empty"]["path"]] = version.text["empty"]["sha256"]
     return files
-
-
-def _checked_bytes(lake: Lake, entry: Mapping[str, Any]) -> bytes:
-    path = lake.root / entry["path"]
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise LakeError(f"{path} is missing; {_MEND}") from None
-    if bytes_digest(data) != entry["sha256"]:
-        raise LakeError(f"{path}: wrong checksum; {_MEND}")
-    return data
 
 
 def _empty_text_path(lake: Lake, text_id: str) -> Path:

@@ -21,7 +21,8 @@ from storage.arrays import read_clips, read_texts
 from storage.layout import Lake, LakeError
 from storage.rounding import ROUNDING, check_rounding, relative_difference
 from storage.shards import ShardReader
-from storage.version import list_versions, load, read_empty_text, read_manifest, verify
+from storage.verify import verify
+from storage.version import list_versions, load, read_empty_text, read_manifest
 from tests.perturb.hook import neighbours
 from tests.pipeline.ingest.test_steps import RECIPE, InProcess
 from tests.pipeline.test_old_lakes import RECIPE as OLD_RECIPE

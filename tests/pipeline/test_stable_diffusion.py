@@ -16,7 +16,8 @@ from pipeline.ingest.block import BlockWorker
 from pipeline.recipes import stable_diffusion
 from storage.layout import Lake
 from storage.shards import ShardReader
-from storage.version import load, verify
+from storage.verify import verify
+from storage.version import load
 from tests.model.tiny_diffusion import tiny_diffusion
 
 Film = Callable[..., Path]

@@ -17,6 +17,7 @@ import pytest
 from storage.fingerprint import bytes_digest, canonical_json, fingerprint
 from storage.layout import DiskFull, Lake, LakeError
 from storage.shards import ShardReader, rebuild_index, write_shard
+from storage.verify import verify
 from storage.version import (
     Version,
     latest,
@@ -27,7 +28,6 @@ from storage.version import (
     read_manifest,
     samples_root,
     shards_root,
-    verify,
     write_empty_text,
     write_manifest,
 )
@@ -270,7 +270,8 @@ for name in ("zarr", "icechunk", "ray", "prefect", "webdataset", "torch"):
 import storage.failures, storage.staging
 from storage.layout import Lake
 from storage.shards import ShardReader
-from storage.version import load, read_empty_text, read_manifest, verify
+from storage.verify import verify
+from storage.version import load, read_empty_text, read_manifest
 lake = Lake.open(sys.argv[1])
 version = load(lake)
 assert verify(lake, version, arrays=False) == []

@@ -23,7 +23,8 @@ from storage.arrays import read_clips
 from storage.failures import read_failures
 from storage.layout import DiskFull, Lake
 from storage.shards import ShardReader
-from storage.version import load, read_manifest, verify
+from storage.verify import verify
+from storage.version import load, read_manifest
 
 Film = Callable[..., Path]
 RECIPE = dataclasses.replace(linear(), size=(16, 16), duration=1.0, rate=8.0, block_clips=3, tolerate=0.3)
