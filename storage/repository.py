@@ -10,9 +10,12 @@ import contextlib
 import datetime
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from storage.layout import DiskFull, Lake, LakeError, free_bytes, locked, naming_full_disk
+from storage.layout import DiskFull, Lake, LakeError
+from storage.local import free_bytes, fsync_path, naming_full_disk
 from storage.version import latest, list_versions, load
 
 if TYPE_CHECKING:
@@ -21,11 +24,9 @@ if TYPE_CHECKING:
 REMEDY = "restore the lake from a copy, or ingest the films into a new one"
 
 
-@contextlib.contextmanager
-def committing(lake: Lake) -> Iterator[None]:
-    """Hold the arrays for one commit; others wait. The lock goes with its process."""
-    with locked(lake.root / ".arrays.lock", wait=True):
-        yield
+def committing(lake: Lake) -> AbstractContextManager[None]:
+    """Hold the arrays for one commit; others wait."""
+    return lake.store.lease("arrays", wait=True)
 
 
 def open_repository(lake: Lake, create: bool = False) -> icechunk.Repository:
@@ -104,17 +105,13 @@ def drop_unreachable(lake: Lake, repository: icechunk.Repository) -> int:
     return int(repository.garbage_collect(datetime.datetime.now(datetime.UTC)).bytes_deleted)
 
 
-def force_to_disk(lake: Lake, since: float) -> None:
-    """Force every file of the repository that changed since then (seconds since 1970) to disk: Icechunk does not."""
+def fsync_changed(lake: Lake, since: float) -> None:
+    """Bring every file of the repository that changed since then (seconds since 1970) to disk: Icechunk does not."""
     for folder, _, files in os.walk(lake.arrays):
         paths = [os.path.join(folder, name) for name in files]
         changed = [path for path in paths if os.stat(path).st_mtime >= since - 2]
         for path in [*changed, *([folder] if changed else [])]:
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            fsync_path(Path(path))
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ def _compare_stores(lake: Lake, version: Version, arrays: bool, opened: contextl
     readers: dict[str, ShardReader] = {}
     for info in version.shards:
         try:
-            reader = ShardReader(lake.shards / info.name)
+            reader = ShardReader(lake, info.name)
         except DamagedShard as error:
             problems.append(str(error))
             continue

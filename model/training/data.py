@@ -62,7 +62,7 @@ class Clips(Dataset[Clip]):
     @cached_property
     def readers(self) -> list[ShardReader]:
         """Open shards; made on first use in each process, because an open file does not travel to a worker."""
-        return [ShardReader(self.lake.shards / shard.name) for shard in self.version.shards]
+        return [ShardReader(self.lake, shard.name) for shard in self.version.shards]
 
     @cached_property
     def places(self) -> list[tuple[int, int]]:

@@ -21,7 +21,7 @@ from storage.fingerprint import fingerprint, short_id
 from storage.layout import LakeError
 from storage.schema import CERTIFICATE
 from storage.shards import ShardInfo, ShardReader, write_shard
-from storage.staging import read_block, remove_block
+from storage.staging import read_block, remove_block, staged_blocks
 from storage.version import Version, publish, shards_root, write_empty_text, write_manifest
 
 
@@ -79,9 +79,9 @@ def pack(
         shape = found.pop("latent_shape")
         codec = _same("codec", codec, found)
         clips, arrays = _inside(meta["clips"], arrays, rejected)
-        path = plan.lake.shards / f"{block.block_id}.tar"
-        shards.append(write_shard(path, _samples(clips, arrays, texts, plan.recipe.store_latents)))
-        places = [{"shard": path.name, "shard_row": number} for number in range(len(clips))]
+        shard = f"{block.block_id}.tar"
+        shards.append(write_shard(plan.lake, shard, _samples(clips, arrays, texts, plan.recipe.store_latents)))
+        places = [{"shard": shard, "shard_row": number} for number in range(len(clips))]
         waiting.append(([{**row, **place} for row, place in zip(clips, places, strict=True)], arrays))
         if sum(len(part) for part, _ in waiting) >= CLIPS_PER_SHARD or block is blocks[-1]:
             new, together = _joined(waiting)
@@ -141,8 +141,8 @@ def publish_version(
     if not publish(plan.lake, version):
         raise LakeError(f"version {number} was published by another run meanwhile; run the command again")
     for block in plan.blocks:
-        for path in plan.lake.staging.glob(f"{block.block_id}*.npz"):
-            remove_block(plan.lake, path.stem)
+        for staged in staged_blocks(plan.lake, block.block_id):
+            remove_block(plan.lake, staged)
     return version
 
 
@@ -194,11 +194,11 @@ def _copied(plan: IngestPlan, rows: Sequence[Mapping[str, Any]]) -> tuple[list[d
 
     def samples() -> Iterator[dict[str, Any]]:
         for row in rows:
-            reader = ShardReader(plan.lake.shards / row["shard"])
+            reader = ShardReader(plan.lake, row["shard"])
             yield reader[row["shard_row"]]
             reader.close()
 
-    info = write_shard(plan.lake.shards / name, samples())
+    info = write_shard(plan.lake, name, samples())
     return [{**row, "shard": name, "shard_row": number} for number, row in enumerate(rows)], info
 
 

@@ -90,7 +90,7 @@ def contents(lake: Lake, number: int) -> dict[str, dict[str, Any]]:
     found = {}
     texts = read_texts(lake, version.snapshot, version.group)
     for row in read_manifest(lake, version).to_pylist():
-        sample = ShardReader(lake.shards / row["shard"])[row["shard_row"]]
+        sample = ShardReader(lake, row["shard"])[row["shard_row"]]
         stored = read_clips(lake, version.snapshot, version.group, [row["array_row"]])
         text = {"array text": texts.embeddings[row["text_row"], : texts.lengths[row["text_row"]]]}
         found[row["clip_id"]] = {**sample, **{f"array {name}": value for name, value in stored.items()}, **text}
