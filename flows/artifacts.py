@@ -96,7 +96,7 @@ def contact_sheet(lake: Lake, version: Version, clips: int = 12, frames: int = 8
     rows = _spread(rows, clips)
     strips = []
     for row in rows:
-        reader = ShardReader(lake.shards / row["shard"])
+        reader = ShardReader(lake, row["shard"])
         shown = np.asarray(reader.read(row["shard_row"], ["preview.npy"])["preview.npy"])
         reader.close()
         strips.append(shown[np.linspace(0, len(shown) - 1, min(frames, len(shown))).round().astype(int)])

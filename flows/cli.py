@@ -269,10 +269,11 @@ def run_verify(options: argparse.Namespace) -> int:
     """Check every file, checksum and array of a version; exit status 1 where something is wrong."""
     from storage import version as versions
     from storage.layout import Lake
+    from storage.verify import verify
 
     lake = Lake.open(options.lake)
     version = versions.load(lake, options.version)
-    problems = versions.verify(lake, version)
+    problems = verify(lake, version)
     if options.json:
         print(json.dumps({"version": version.number, "problems": problems}))
     else:

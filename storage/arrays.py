@@ -31,7 +31,7 @@ from storage.repository import (
     at_snapshot,
     committing,
     drop_unreachable,
-    force_to_disk,
+    fsync_changed,
     is_disk_full,
     open_repository,
     storage_errors,
@@ -118,7 +118,7 @@ def append_clips(
                 with contextlib.suppress(Exception):  # whatever goes wrong here, the full disk is what people must read
                     drop_unreachable(lake, repository)
             raise
-        force_to_disk(lake, started)
+        fsync_changed(lake, started)
     return snapshot, first
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from storage.layout import Lake, write_atomic
+from storage.layout import Lake
 from storage.schema import FAILURE_SCHEMA, FAILURE_STATUSES, check_format, table_of
 
 
-def write_failures(lake: Lake, run_id: str, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Write the run's table (columns of FAILURE_SCHEMA) to failures/<run_id>.parquet, replacing an earlier one.
+def write_failures(lake: Lake, run_id: str, rows: Iterable[Mapping[str, Any]]) -> str:
+    """Write the run's table (columns of FAILURE_SCHEMA), replacing an earlier one: its key, failures/<run_id>.parquet.
 
     No rows make an empty table: the run has looked and nothing failed.
 
@@ -24,7 +23,7 @@ def write_failures(lake: Lake, run_id: str, rows: Iterable[Mapping[str, Any]]) -
     import pyarrow.parquet as pq
 
     rows = list(rows)
-    path = failures_path(lake, run_id)
+    key = failures_key(run_id)
     table = table_of(rows, FAILURE_SCHEMA)
     for row in rows:
         if row["status"] not in FAILURE_STATUSES:
@@ -33,8 +32,8 @@ def write_failures(lake: Lake, run_id: str, rows: Iterable[Mapping[str, Any]]) -
             raise ValueError(f"failure of {row['film']}: reason {row['reason']!r} is no snake_case word")
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
-    write_atomic(path, buffer.getvalue())
-    return path
+    lake.store.write(key, buffer.getvalue())
+    return key
 
 
 def read_failures(lake: Lake, run_id: str) -> list[dict[str, Any]]:
@@ -47,24 +46,29 @@ def read_failures(lake: Lake, run_id: str) -> list[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = failures_path(lake, run_id)
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in lake.failures.glob("*.parquet"))) or "none"
-        raise FileNotFoundError(f"no failures table of run {run_id!r} in {lake.failures}; the runs with one: {known}")
+    key = failures_key(run_id)
+    path = lake.store.address(key)
     try:
-        table = pq.ParquetFile(path).read()
+        table = pq.ParquetFile(pa.BufferReader(lake.store.read(key))).read()
+    except FileNotFoundError:
+        keys = [key for key in lake.store.list_keys("failures/") if key.endswith(".parquet")]
+        known = ", ".join(key.removeprefix("failures/").removesuffix(".parquet") for key in keys) or "none"
+        folder = lake.store.address("failures")
+        raise FileNotFoundError(
+            f"no failures table of run {run_id!r} in {folder}; the runs with one: {known}"
+        ) from None
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is no Parquet file ({error}); delete it, the next run writes its own") from error
     check_format(table.schema, "failures", path)
     return list(table.to_pylist())
 
 
-def failures_path(lake: Lake, run_id: str) -> Path:
-    """Where the table of a run is, or will be.
+def failures_key(run_id: str) -> str:
+    """The key of a run's table.
 
     Raises:
         ValueError: the id could not be a file's name.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", run_id):
         raise ValueError(f"run id {run_id!r}: use letters, digits, '-', '_' and '.' only")
-    return lake.failures / f"{run_id}.parquet"
+    return f"failures/{run_id}.parquet"

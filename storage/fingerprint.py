@@ -11,9 +11,9 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -66,13 +66,27 @@ def file_digest(path: str | Path, seconds: float = math.inf) -> str:
         TimeoutError: it took longer than this many seconds.
         OSError: as `open` does.
     """
-    digest = hashlib.sha256()
     deadline = time.monotonic() + seconds
-    with open(path, "rb") as file:
+
+    def pieces(file: BinaryIO) -> Iterator[bytes]:
         while piece := file.read(_READ_BYTES):
-            digest.update(piece)
+            yield piece
             if time.monotonic() > deadline:
                 raise TimeoutError(f"reading {path} took over {seconds:g} s")
+
+    with open(path, "rb") as file:
+        return _digest_of(pieces(file))
+
+
+def stream_digest(file: BinaryIO) -> str:
+    """The sha256 of what is left to read in an open file, read in pieces of 1 MiB."""
+    return _digest_of(iter(lambda: file.read(_READ_BYTES), b""))
+
+
+def _digest_of(pieces: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
     return digest.hexdigest()
 
 

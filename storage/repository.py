@@ -10,22 +10,23 @@ import contextlib
 import datetime
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from storage.layout import DiskFull, Lake, LakeError, free_bytes, locked, naming_full_disk
+from storage.layout import DiskFull, Lake, LakeError
+from storage.local import free_bytes, fsync_path, naming_full_disk
 from storage.version import latest, list_versions, load
 
 if TYPE_CHECKING:
     import icechunk
 
-MEND = "restore the lake from a copy, or ingest the films into a new one"
+REMEDY = "restore the lake from a copy, or ingest the films into a new one"
 
 
-@contextlib.contextmanager
-def committing(lake: Lake) -> Iterator[None]:
-    """Hold the arrays for one commit; others wait. The lock goes with its process."""
-    with locked(lake.root / ".arrays.lock", wait=True):
-        yield
+def committing(lake: Lake) -> AbstractContextManager[None]:
+    """Hold the arrays for one commit; others wait."""
+    return lake.store.lease("arrays", wait=True)
 
 
 def open_repository(lake: Lake, create: bool = False) -> icechunk.Repository:
@@ -39,13 +40,13 @@ def open_repository(lake: Lake, create: bool = False) -> icechunk.Repository:
     icechunk.set_logs_filter("error")
     if not lake.arrays.is_dir():
         if not create:
-            raise LakeError(f"{lake.arrays} is missing; {MEND}")
+            raise LakeError(f"{lake.arrays} is missing; {REMEDY}")
         lake.arrays.mkdir()
     storage = icechunk.local_filesystem_storage(str(lake.arrays))
     if icechunk.Repository.exists(storage):
         return icechunk.Repository.open(storage)
     if not create:
-        raise LakeError(f"{lake.arrays} is no Icechunk repository; {MEND}")
+        raise LakeError(f"{lake.arrays} is no Icechunk repository; {REMEDY}")
     return icechunk.Repository.create(storage)
 
 
@@ -61,7 +62,7 @@ def at_snapshot(lake: Lake, snapshot: str) -> icechunk.Session:
     try:
         return repository.readonly_session(snapshot_id=snapshot)
     except icechunk.IcechunkError as error:
-        raise LakeError(f"{lake.arrays} has no snapshot {snapshot} ({first_line(error)}); {MEND}") from error
+        raise LakeError(f"{lake.arrays} has no snapshot {snapshot} ({first_line(error)}); {REMEDY}") from error
 
 
 def writable_from(lake: Lake, repository: icechunk.Repository, parent: str | None) -> icechunk.Session:
@@ -79,7 +80,7 @@ def writable_from(lake: Lake, repository: icechunk.Repository, parent: str | Non
         try:
             repository.reset_branch("main", base)
         except icechunk.IcechunkError as error:
-            raise LakeError(f"{lake.arrays} has no snapshot {base} ({first_line(error)}); {MEND}") from error
+            raise LakeError(f"{lake.arrays} has no snapshot {base} ({first_line(error)}); {REMEDY}") from error
     return repository.writable_session("main")
 
 
@@ -104,17 +105,13 @@ def drop_unreachable(lake: Lake, repository: icechunk.Repository) -> int:
     return int(repository.garbage_collect(datetime.datetime.now(datetime.UTC)).bytes_deleted)
 
 
-def force_to_disk(lake: Lake, since: float) -> None:
-    """Force every file of the repository that changed since then (seconds since 1970) to disk: Icechunk does not."""
+def fsync_changed(lake: Lake, since: float) -> None:
+    """Bring every file of the repository that changed since then (seconds since 1970) to disk: Icechunk does not."""
     for folder, _, files in os.walk(lake.arrays):
         paths = [os.path.join(folder, name) for name in files]
         changed = [path for path in paths if os.stat(path).st_mtime >= since - 2]
         for path in [*changed, *([folder] if changed else [])]:
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            fsync_path(Path(path))
 
 
 @contextlib.contextmanager
@@ -127,12 +124,12 @@ def storage_errors(lake: Lake) -> Iterator[None]:
             yield
     except ValueError as error:
         if "checksum" in str(error):  # of a chunk, in Zarr's words
-            raise LakeError(f"{lake.arrays}: a chunk is damaged ({first_line(error)}); {MEND}") from error
+            raise LakeError(f"{lake.arrays}: a chunk is damaged ({first_line(error)}); {REMEDY}") from error
         raise
     except icechunk.IcechunkError as error:
         if is_disk_full(error):
             raise DiskFull(lake.arrays, free_bytes(lake.arrays)) from error
-        raise LakeError(f"{lake.arrays}: {first_line(error)}; {MEND}") from error
+        raise LakeError(f"{lake.arrays}: {first_line(error)}; {REMEDY}") from error
 
 
 def is_disk_full(error: BaseException) -> bool:

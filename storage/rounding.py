@@ -2,7 +2,7 @@
 
 No two computations are ever asked for equal bits, ids are made of inputs only, and what a version stores is used again.
 Where it matters that two computations are of the same network, this is how they are compared. Copies are compared bit
-for bit: that is `storage.crosscheck`.
+for bit: that is `storage.verify`.
 """
 
 from __future__ import annotations

@@ -17,23 +17,21 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 
 from storage.errors import Kind, VlfmError
-from storage.fingerprint import canonical_json, file_digest, finite_json
-from storage.layout import LakeError, atomic_file, version_naming, write_atomic
+from storage.fingerprint import canonical_json, finite_json, stream_digest
+from storage.layout import Lake, LakeError, version_naming
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 Sample: TypeAlias = Mapping[str, Any]
 """`__key__`: the clip's id; `<name>.npy`: an array; `<name>.json`: a JSON mapping."""
 
 INDEX_FORMAT = 1
-_BLOCK = tarfile.BLOCKSIZE
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.tar")
-_MEND = "restore it from a copy, or ingest the films into a new lake"
+_REMEDY = "restore it from a copy, or ingest the films into a new lake"
 
 
 class DamagedShard(VlfmError):
@@ -56,72 +54,80 @@ class ShardInfo:
     """Number of samples."""
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
-            raise ValueError(f"shard name {self.name!r}: use letters, digits, '-' and '_', and end it with .tar")
+        shard_key(self.name)
 
 
-def index_path(path: Path) -> Path:
-    """Where the index of the shard `path` is: `<block_id>.index.json` beside `<block_id>.tar`."""
-    return path.with_name(path.name.removesuffix(".tar") + ".index.json")
+def shard_key(name: str) -> str:
+    """The key of the shard `name`. Raises ValueError where no shard can have this name."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"shard name {name!r}: use letters, digits, '-' and '_', and end it with .tar")
+    return f"shards/{name}"
 
 
-def write_shard(path: str | Path, samples: Iterable[Sample]) -> ShardInfo:
+def index_key(name: str) -> str:
+    """The key of its index, `<block_id>.index.json` beside `<block_id>.tar`. Raises ValueError as `shard_key` does."""
+    return shard_key(name).removesuffix(".tar") + ".index.json"
+
+
+def write_shard(lake: Lake, name: str, samples: Iterable[Sample]) -> ShardInfo:
     """Write a shard and its index, each whole or not at all, the index last.
 
     The bytes depend on the samples and their order only. A sample's NaN and infinity become None in its JSON.
 
     Args:
-        path: `shards/<block_id>.tar`. A file that a version names is never altered: writing the same bytes again is
-            fine, other bytes are refused.
+        lake: where.
+        name: `<block_id>.tar`. A shard that a version names is never altered: writing the same bytes again is fine,
+            other bytes are refused.
         samples: read once, one at a time.
 
     Raises:
-        ValueError: no samples, a key twice or with a dot or slash, a member that is neither `.npy` nor `.json`, an
-            array of Python objects.
+        ValueError: no shard's name, no samples, a key twice or with a dot or slash, a member that is neither `.npy`
+            nor `.json`, an array of Python objects.
         LakeError: a version names the shard, and its bytes are different.
         DiskFull: no room; nothing stays behind.
     """
-    path = Path(path)
+    place = shard_key(name)
     entries: list[dict[str, Any]] = []
     keys: set[str] = set()
-    with atomic_file(path) as file, _tar(file) as (writer, counter):
+    with lake.store.open_write(place) as file, _tar(file) as (writer, counter):
         for sample in samples:
             key = str(sample.get("__key__", ""))
             if not re.fullmatch(r"[A-Za-z0-9_-]+", key):
-                raise ValueError(f"{path.name}: sample key {key!r}: use letters, digits, '-' and '_' only")
+                raise ValueError(f"{name}: sample key {key!r}: use letters, digits, '-' and '_' only")
             if key in keys:
-                raise ValueError(f"{path.name}: two samples have the key {key!r}")
-            members = {name: _encode(key, name, value) for name, value in sample.items() if name != "__key__"}
+                raise ValueError(f"{name}: two samples have the key {key!r}")
+            members = {part: _encode(key, part, value) for part, value in sample.items() if part != "__key__"}
             if not members:
-                raise ValueError(f"{path.name}: sample {key!r} has no members")
+                raise ValueError(f"{name}: sample {key!r} has no members")
             keys.add(key)
             places = {}
-            for name in sorted(members):
+            for part in sorted(members):
                 # One member at a time: the tar's position after it tells where its bytes are, however long its head.
-                writer.write({"__key__": key, name: members[name]})
-                size = len(members[name])
-                places[name] = [writer.tarstream.offset - -(-size // _BLOCK) * _BLOCK, size]
+                writer.write({"__key__": key, part: members[part]})
+                size = len(members[part])
+                places[part] = [writer.tarstream.offset - -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, size]
             entries.append({"key": key, "members": places, "sha256": _sample_digest(members)})
         if not entries:
-            raise ValueError(f"{path.name}: a shard needs at least one sample")
+            raise ValueError(f"{name}: a shard needs at least one sample")
         writer.close()
-        info = ShardInfo(path.name, counter.bytes, counter.digest.hexdigest(), len(entries))
-        if path.exists() and file_digest(path) != info.sha256 and (number := version_naming(path)) is not None:
-            raise LakeError(f"{path} belongs to version {number} and never changes; give the new block another id")
-    write_atomic(index_path(path), _index_bytes(info, entries))
+        info = ShardInfo(name, counter.bytes, counter.digest.hexdigest(), len(entries))
+        changed = lake.store.size(place) is not None and _digest(lake, name) != info.sha256
+        if changed and (number := version_naming(lake, place)) is not None:
+            where = lake.store.address(place)
+            raise LakeError(f"{where} belongs to version {number} and never changes; give the new block another id")
+    lake.store.write(index_key(name), _index_bytes(info, entries))
     return info
 
 
-def rebuild_index(path: str | Path) -> ShardInfo:
-    """Write the index of a whole shard anew, from the tar alone. The mend where only the index is lost.
+def rebuild_index(lake: Lake, name: str) -> ShardInfo:
+    """Write the index of a whole shard anew, from the tar alone. The remedy where only the index is lost.
 
     Raises:
         DamagedShard: the tar itself is torn or holds what we do not write.
     """
-    path = Path(path)
-    entries = _scan(path)
-    info = ShardInfo(path.name, path.stat().st_size, file_digest(path), len(entries))
-    write_atomic(index_path(path), _index_bytes(info, entries))
+    entries = _scan(lake, name)
+    info = ShardInfo(name, lake.store.size(shard_key(name)) or 0, _digest(lake, name), len(entries))
+    lake.store.write(index_key(name), _index_bytes(info, entries))
     return info
 
 
@@ -132,27 +138,29 @@ class ShardReader:
     before it is used; they keep the map alive), JSON members are dictionaries. Checksums are compared by `verify`.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        """Open `shards/<block_id>.tar` and its index.
+    def __init__(self, lake: Lake, name: str) -> None:
+        """Open the shard `name`, `<block_id>.tar`, and its index.
 
         Raises:
+            LakeError: the lake is on no local disk, so that the shard cannot be mapped.
             DamagedShard: the tar or the index is missing, is of another size or cannot be read.
         """
-        self.path = Path(path)
-        index = _read_index(self.path)
+        self.lake, self.name = lake, name
+        self.path = lake.store.local_path(shard_key(name))
+        index = _read_index(lake, name)
         try:
             with open(self.path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 if size != index["bytes"]:
                     what = "truncated" if size < index["bytes"] else "longer than written"
-                    raise DamagedShard(f"{self.path} is {what} ({size} of {index['bytes']} bytes); {_MEND}")
+                    raise DamagedShard(f"{self.path} is {what} ({size} of {index['bytes']} bytes); {_REMEDY}")
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
-            raise DamagedShard(f"{self.path} is missing; {_MEND}") from None
+            raise DamagedShard(f"{self.path} is missing; {_REMEDY}") from None
         self._view = memoryview(self._map)
         self._entries: list[dict[str, Any]] = index["samples"]
         self._headers: dict[bytes, _Header] = {}
-        self.info = ShardInfo(self.path.name, index["bytes"], index["sha256"], len(self._entries))
+        self.info = ShardInfo(name, index["bytes"], index["sha256"], len(self._entries))
 
     @property
     def keys(self) -> list[str]:
@@ -173,9 +181,9 @@ class ShardReader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self.read(row) for row in range(len(self)))
 
-    def __reduce__(self) -> tuple[type[ShardReader], tuple[Path]]:
+    def __reduce__(self) -> tuple[type[ShardReader], tuple[Lake, str]]:
         # A copy in another process maps the file itself.
-        return ShardReader, (self.path,)
+        return ShardReader, (self.lake, self.name)
 
     def read(self, row: int, names: Iterable[str] | None = None) -> dict[str, Any]:
         """The members of sample `row` called `names` (all of them by default), and `__key__`.
@@ -197,7 +205,7 @@ class ShardReader:
             try:
                 sample[name] = self._decode(name, offset, size)
             except (ValueError, TypeError, EOFError) as error:
-                raise DamagedShard(f"{self.path}, clip {entry['key']}, {name}: {error}; {_MEND}") from error
+                raise DamagedShard(f"{self.path}, clip {entry['key']}, {name}: {error}; {_REMEDY}") from error
         return sample
 
     def verify(self) -> list[str]:
@@ -206,21 +214,23 @@ class ShardReader:
         An empty list means that the shard is as it was written.
         """
         problems = []
-        damaged = []
-        for entry in self._entries:
-            members = {name: self._bytes(*place) for name, place in entry["members"].items()}
-            if _sample_digest(members) != entry["sha256"]:
-                damaged.append(entry["key"])
+        damaged = [
+            entry["key"]
+            for entry in self._entries
+            if _sample_digest({name: self._bytes(*place) for name, place in entry["members"].items()})
+            != entry["sha256"]
+        ]
         if damaged:
-            problems.append(f"{self.path}: clips {', '.join(damaged)} are damaged (wrong checksum); {_MEND}")
-        if file_digest(self.path) != self.info.sha256:
-            problems.append(f"{self.path}: wrong checksum; {_MEND}")
+            problems.append(f"{self.path}: clips {', '.join(damaged)} are damaged (wrong checksum); {_REMEDY}")
+        if _digest(self.lake, self.name) != self.info.sha256:
+            problems.append(f"{self.path}: wrong checksum; {_REMEDY}")
         try:
-            found = [(entry["key"], entry["members"]) for entry in _scan(self.path)]
+            found = [(entry["key"], entry["members"]) for entry in _scan(self.lake, self.name)]
         except DamagedShard as error:
             return [*problems, str(error)]
         if found != [(entry["key"], entry["members"]) for entry in self._entries]:
-            problems.append(f"{index_path(self.path)} does not match the tar; {_rebuild(self.path)}")
+            index = self.lake.store.address(index_key(self.name))
+            problems.append(f"{index} does not match the tar; {_rebuild(self.lake, self.name)}")
         return problems
 
     def close(self) -> None:
@@ -333,52 +343,59 @@ def _index_bytes(info: ShardInfo, entries: list[dict[str, Any]]) -> bytes:
     return canonical_json({**head, "samples": entries}).encode("ascii")
 
 
-def _read_index(path: Path) -> dict[str, Any]:
-    place = index_path(path)
+def _digest(lake: Lake, name: str) -> str:
+    with lake.store.open_read(shard_key(name)) as file:
+        return stream_digest(file)
+
+
+def _read_index(lake: Lake, name: str) -> dict[str, Any]:
+    path, place = lake.store.address(shard_key(name)), lake.store.address(index_key(name))
     try:
-        index = json.loads(place.read_bytes())
+        index = json.loads(lake.store.read(index_key(name)))
         number = index["format"]
-        good = index["shard"] == path.name and all(
+        good = index["shard"] == name and all(
             isinstance(entry["key"], str) and isinstance(entry["sha256"], str) and isinstance(entry["members"], dict)
             for entry in index["samples"]
         )
         good = good and isinstance(index["bytes"], int) and isinstance(index["sha256"], str)
     except FileNotFoundError:
-        if not path.exists():
-            raise DamagedShard(f"{path} is missing, and its index too; {_MEND}") from None
-        raise DamagedShard(f"{place} is missing; {_rebuild(path)}") from None
+        if lake.store.size(shard_key(name)) is None:
+            raise DamagedShard(f"{path} is missing, and its index too; {_REMEDY}") from None
+        raise DamagedShard(f"{place} is missing; {_rebuild(lake, name)}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise DamagedShard(f"{place} is no index ({type(error).__name__}: {error}); {_rebuild(path)}") from error
+        raise DamagedShard(f"{place} is no index ({type(error).__name__}: {error}); {_rebuild(lake, name)}") from error
     if number > INDEX_FORMAT:
         raise DamagedShard(f"{place} has format {number}, this program reads {INDEX_FORMAT}; install a newer vlfm")
     if not good:
-        raise DamagedShard(f"{place} is not the index of {path.name}; {_rebuild(path)}")
+        raise DamagedShard(f"{place} is not the index of {name}; {_rebuild(lake, name)}")
     return dict(index)
 
 
-def _rebuild(path: Path) -> str:
-    return f"make it anew: python -c \"from storage.shards import rebuild_index; rebuild_index('{path}')\""
+def _rebuild(lake: Lake, name: str) -> str:
+    program = "from storage.layout import Lake; from storage.shards import rebuild_index"
+    return f"make it anew: python -c \"{program}; rebuild_index(Lake.open('{lake.store.address()}'), '{name}')\""
 
 
-def _scan(path: Path) -> list[dict[str, Any]]:
+def _scan(lake: Lake, name: str) -> list[dict[str, Any]]:
     """The entries of an index, from the tar's own headers and bytes."""
     entries: list[dict[str, Any]] = []
     digests: dict[str, bytes | memoryview] = {}
+    path = lake.store.address(shard_key(name))
     try:
-        with tarfile.open(path, "r:") as tar:
+        with lake.store.open_read(shard_key(name)) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
             for member in tar:
-                key, _, name = member.name.partition(".")
-                if not member.isreg() or not name.endswith((".npy", ".json")):
-                    raise DamagedShard(f"{path} holds {member.name!r}, which we do not write; {_MEND}")
+                key, _, part = member.name.partition(".")
+                if not member.isreg() or not part.endswith((".npy", ".json")):
+                    raise DamagedShard(f"{path} holds {member.name!r}, which we do not write; {_REMEDY}")
                 if not entries or entries[-1]["key"] != key:
                     entries.append({"key": key, "members": {}, "sha256": ""})
                     digests = {}
                 file = tar.extractfile(member)
-                digests[name] = file.read() if file is not None else b""
-                entries[-1]["members"][name] = [member.offset_data, member.size]
+                digests[part] = file.read() if file is not None else b""
+                entries[-1]["members"][part] = [member.offset_data, member.size]
                 entries[-1]["sha256"] = _sample_digest(digests)
     except FileNotFoundError:
-        raise DamagedShard(f"{path} is missing; {_MEND}") from None
+        raise DamagedShard(f"{path} is missing; {_REMEDY}") from None
     except (tarfile.TarError, EOFError) as error:
-        raise DamagedShard(f"{path} is no whole tar ({error}); {_MEND}") from error
+        raise DamagedShard(f"{path} is no whole tar ({error}); {_REMEDY}") from error
     return entries

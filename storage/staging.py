@@ -9,14 +9,13 @@ import json
 import re
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from storage.errors import Kind, VlfmError
 from storage.fingerprint import canonical_json, finite_json
-from storage.layout import Lake, atomic_file
+from storage.layout import Lake
 
 _META = "meta.json"
 
@@ -27,8 +26,8 @@ class DamagedBlock(VlfmError, ValueError):
     kind = Kind.DAMAGE
 
 
-def write_block(lake: Lake, block_id: str, arrays: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str, Any]) -> Path:
-    """Keep a finished block. NaN and infinity in `meta` become None.
+def write_block(lake: Lake, block_id: str, arrays: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str, Any]) -> str:
+    """Keep a finished block: its key. NaN and infinity in `meta` become None.
 
     Raises:
         ValueError: an array of objects, or a name that cannot be a file's.
@@ -42,13 +41,13 @@ def write_block(lake: Lake, block_id: str, arrays: Mapping[str, np.ndarray[Any, 
             raise ValueError(
                 f"block {block_id}: array {name!r} holds Python objects; store numbers or fixed-width text"
             )
-    path = block_path(lake, block_id)
-    with atomic_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    key = block_key(block_id)
+    with lake.store.open_write(key) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(zipfile.ZipInfo(_META), text)
         for name, array in arrays.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
-    return path
+    return key
 
 
 def read_block(lake: Lake, block_id: str) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
@@ -69,24 +68,21 @@ def read_block_meta(lake: Lake, block_id: str) -> dict[str, Any]:
     return _read(lake, block_id, arrays=False)[1]
 
 
-def has_block(lake: Lake, block_id: str) -> bool:
-    """Whether the block is there and whole (it is read to find out). A damaged one counts as absent."""
-    try:
-        read_block(lake, block_id)
-    except (FileNotFoundError, ValueError):
-        return False
-    return True
-
-
 def remove_block(lake: Lake, block_id: str) -> None:
     """Forget a block, once a version has what it holds. Nothing happens if it is not there."""
-    block_path(lake, block_id).unlink(missing_ok=True)
+    lake.store.delete(block_key(block_id))
 
 
-def block_path(lake: Lake, block_id: str) -> Path:
-    """Where a block is, or will be. Raises ValueError where the id could not be a file's name."""
+def staged_blocks(lake: Lake, prefix: str = "") -> list[str]:
+    """Ids of the blocks in staging that start with `prefix`, ordered. Some may be damaged."""
+    keys = [key for key in lake.store.list_keys(f"staging/{prefix}") if key.endswith(".npz")]
+    return sorted(key.removeprefix("staging/").removesuffix(".npz") for key in keys)
+
+
+def block_key(block_id: str) -> str:
+    """The key of a block. Raises ValueError where the id could not be a file's name."""
     _check_name("block", block_id)
-    return lake.staging / f"{block_id}.npz"
+    return f"staging/{block_id}.npz"
 
 
 def _check_name(what: str, name: str) -> None:
@@ -95,10 +91,11 @@ def _check_name(what: str, name: str) -> None:
 
 
 def _read(lake: Lake, block_id: str, arrays: bool) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
-    path = block_path(lake, block_id)
+    key = block_key(block_id)
+    path = lake.store.address(key)
     found = {}
     try:
-        with zipfile.ZipFile(path) as archive:
+        with lake.store.open_read(key) as file, zipfile.ZipFile(file) as archive:
             head = json.loads(archive.read(_META))
             for name in archive.namelist() if arrays else ():
                 if name != _META:
@@ -108,7 +105,7 @@ def _read(lake: Lake, block_id: str, arrays: bool) -> tuple[dict[str, np.ndarray
                         member.read()
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"no staged block {block_id} in {lake.staging}; run the ingest again to make it"
+            f"no staged block {block_id} in {lake.store.address('staging')}; run the ingest again to make it"
         ) from None
     except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
         raise DamagedBlock(f"{path} is damaged ({error}); delete it and run the ingest again") from error

@@ -20,22 +20,21 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from storage.fingerprint import bytes_digest, canonical_json, file_digest, fingerprint, merkle_root
-from storage.layout import Lake, LakeError, create_exclusive, version_naming, write_atomic
+from storage.fingerprint import bytes_digest, canonical_json, fingerprint, merkle_root, stream_digest
+from storage.layout import Lake, LakeError, version_naming
 from storage.rounding import check_rounding
 from storage.schema import CLIP_SCHEMA, FILM_SCHEMA, REJECTED_SCHEMA, check_format, completed, table_of
-from storage.shards import DamagedShard, ShardInfo, ShardReader
+from storage.shards import ShardInfo, ShardReader
 
 FORMAT = 1
 """Number of the version file's format. A reader refuses a higher one; fields are only ever added."""
 
 TABLES = {"clips": CLIP_SCHEMA, "films": FILM_SCHEMA, "rejected": REJECTED_SCHEMA}
-_MEND = "restore it from a copy, or ingest the films into a new lake"
+REMEDY = "restore it from a copy, or ingest the films into a new lake"
 
 
 @dataclass(frozen=True)
@@ -81,30 +80,33 @@ def publish(lake: Lake, version: Version) -> bool:
         LakeError: the number leaves a gap, or a file that the version names is not there as it says.
         DiskFull: no room; nothing stays behind.
     """
-    path = _path(lake, version.number)
-    if path.exists():
+    key = _version_key(version.number)
+    if lake.store.size(key) is not None:
         return False
     newest = max(list_versions(lake), default=0)
     if version.number != newest + 1:
         raise LakeError(f"version {version.number} cannot follow version {newest}; publish {newest + 1} next")
     for what, expected in _named_files(version).items():
-        place = lake.root / what
-        if not place.is_file():
+        size = lake.store.size(what)
+        if size is None:
             raise LakeError(f"version {version.number} names {what}, which is not there; write it before publishing")
         if isinstance(expected, int):
-            good = place.stat().st_size == expected
+            good = size == expected
         else:
-            good = file_digest(place) == expected
+            with lake.store.open_read(what) as file:
+                good = stream_digest(file) == expected
         if not good:
             raise LakeError(f"version {version.number} names {what}, which is not as it says; write it again")
     body = dataclasses.asdict(version)
     body = {**body.pop("extra"), **body, "format": FORMAT}
-    return create_exclusive(path, canonical_json({**body, "checksum": fingerprint(body)}).encode("ascii"))
+    return lake.store.create_exclusive(key, canonical_json({**body, "checksum": fingerprint(body)}).encode("ascii"))
 
 
 def list_versions(lake: Lake) -> list[int]:
     """Numbers of the published versions, ascending."""
-    return sorted(int(file.stem) for file in lake.versions.glob("*.json") if file.stem.isdigit())
+    keys = [key for key in lake.store.list_keys("versions/") if key.endswith(".json")]
+    stems = [key.removeprefix("versions/").removesuffix(".json") for key in keys]
+    return sorted(int(stem) for stem in stems if stem.isdigit())
 
 
 def latest(lake: Lake) -> Version | None:
@@ -117,17 +119,18 @@ def load(lake: Lake, number: int | None = None) -> Version:
     """Version `number`, the newest by default, its checksum compared.
 
     Raises:
-        LakeError: there is no such version, its file is damaged, or of a newer format. The message says the mend.
+        LakeError: there is no such version, its file is damaged, or of a newer format. The message says the remedy.
     """
     numbers = list_versions(lake)
+    where = lake.store.address()
     if not numbers:
-        raise LakeError(f"{lake.root} has no version yet; make one with: vlfm ingest SOURCE --lake {lake.root}")
+        raise LakeError(f"{where} has no version yet; make one with: vlfm ingest SOURCE --lake {where}")
     number = numbers[-1] if number is None else number
     if number not in numbers:
-        raise LakeError(f"{lake.root} has no version {number}; there are: {', '.join(map(str, numbers))}")
-    path = _path(lake, number)
+        raise LakeError(f"{where} has no version {number}; there are: {', '.join(map(str, numbers))}")
+    path = lake.store.address(_version_key(number))
     try:
-        body = json.loads(path.read_bytes())
+        body = json.loads(lake.store.read(_version_key(number)))
         checksum = body.pop("checksum")
         if fingerprint(body) != checksum:
             raise ValueError("wrong checksum")
@@ -168,18 +171,16 @@ def write_manifest(
     manifest = {}
     for name, rows in (("clips", clips), ("films", films), ("rejected", rejected)):
         table = table_of(rows, TABLES[name])
-        path = lake.manifests / f"{number}-{name}.parquet"
-        if (published := version_naming(path)) is not None:
-            raise LakeError(f"{path} belongs to version {published} and never changes; take the next number")
+        key = f"manifests/{number}-{name}.parquet"
+        if (published := version_naming(lake, key)) is not None:
+            raise LakeError(
+                f"{lake.store.address(key)} belongs to version {published} and never changes; take the next number"
+            )
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
         data = buffer.getvalue()
-        write_atomic(path, data)
-        manifest[name] = {
-            "path": f"{lake.manifests.name}/{path.name}",
-            "sha256": bytes_digest(data),
-            "rows": table.num_rows,
-        }
+        lake.store.write(key, data)
+        manifest[name] = {"path": key, "sha256": bytes_digest(data), "rows": table.num_rows}
     return manifest
 
 
@@ -189,7 +190,7 @@ def read_manifest(lake: Lake, version: Version, table: str = "clips") -> Any:
     A table or a column that the version's program did not know is empty or unknown, see storage.schema.completed.
 
     Raises:
-        LakeError: the file is missing or altered; the message says the mend.
+        LakeError: the file is missing or altered; the message says the remedy.
         ValueError: no such table, or a newer format.
     """
     import pyarrow as pa
@@ -200,9 +201,9 @@ def read_manifest(lake: Lake, version: Version, table: str = "clips") -> Any:
     if table not in version.manifest and table not in ("clips", "films"):
         return TABLES[table].empty_table()
     entry = version.manifest[table]
-    data = _checked_bytes(lake, entry)
+    data = checked_bytes(lake, entry)
     found = pq.ParquetFile(pa.BufferReader(data)).read()
-    check_format(found.schema, table, lake.root / entry["path"])
+    check_format(found.schema, table, lake.store.address(entry["path"]))
     return completed(found, TABLES[table])
 
 
@@ -218,15 +219,15 @@ def write_empty_text(lake: Lake, text_id: str, embedding: np.ndarray[Any, Any]) 
     """
     if embedding.ndim != 2 or embedding.dtype != np.float16:
         raise ValueError(f"the empty caption's embedding: {embedding.dtype} {embedding.shape}, not float16 (length, D)")
-    path = _empty_text_path(lake, text_id)
-    if (number := version_naming(path)) is not None:
+    key = _empty_text_key(text_id)
+    if (number := version_naming(lake, key)) is not None:
         kept = load(lake, number)
         check_rounding(f"the empty caption's embedding by {text_id}", read_empty_text(lake, kept), embedding)
         return dict(kept.text["empty"])
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(embedding), version=(1, 0), allow_pickle=False)
-    write_atomic(path, buffer.getvalue())
-    return {"path": f"{lake.texts.name}/{path.name}", "sha256": bytes_digest(buffer.getvalue())}
+    lake.store.write(key, buffer.getvalue())
+    return {"path": key, "sha256": bytes_digest(buffer.getvalue())}
 
 
 def kept_empty_text(lake: Lake, text_id: str) -> np.ndarray[Any, Any] | None:
@@ -235,13 +236,13 @@ def kept_empty_text(lake: Lake, text_id: str) -> np.ndarray[Any, Any] | None:
     Raises:
         LakeError: the file is missing or altered.
     """
-    number = version_naming(_empty_text_path(lake, text_id))
+    number = version_naming(lake, _empty_text_key(text_id))
     return None if number is None else read_empty_text(lake, load(lake, number))
 
 
 def read_empty_text(lake: Lake, version: Version) -> np.ndarray[Any, Any]:
     """The empty caption's embedding, (length, D) float16. Raises LakeError where the file is missing or altered."""
-    data = _checked_bytes(lake, version.text["empty"])
+    data = checked_bytes(lake, version.text["empty"])
     embedding: np.ndarray[Any, Any] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     return embedding
 
@@ -262,75 +263,26 @@ def shards_root(lake: Lake, shards: Iterable[ShardInfo]) -> str:
     """
     samples: list[tuple[str, str]] = []
     for info in shards:
-        reader = ShardReader(lake.shards / info.name)
+        reader = ShardReader(lake, info.name)
         samples += zip(reader.keys, reader.digests, strict=True)
         reader.close()
     return samples_root(samples)
 
 
-def verify(lake: Lake, version: Version, arrays: bool = True) -> list[str]:
-    """Read everything the version names and compare it: the problems found, each naming the file and the mend.
+def checked_bytes(lake: Lake, entry: Mapping[str, Any]) -> bytes:
+    """The bytes of a file that a version names, `entry` its path and sha256, the checksum compared.
 
-    Checksums of tables, shards and samples; each index against its tar; the Merkle root; the table of clips against
-    the shards, row by row; and with `arrays`, the shards against the Zarr arrays (clip ids, coefficients, texts).
-
-    Args:
-        lake: where.
-        version: which.
-        arrays: False leaves out the arrays, where zarr and icechunk are not installed (the trainer's image).
+    Raises:
+        LakeError: the file is missing or altered.
     """
-    problems: list[str] = []
-    for entry in (*version.manifest.values(), *([version.text["empty"]] if "empty" in version.text else [])):
-        try:
-            _checked_bytes(lake, entry)
-        except LakeError as error:
-            problems.append(str(error))
-    readers: dict[str, ShardReader] = {}
-    for info in version.shards:
-        try:
-            reader = ShardReader(lake.shards / info.name)
-        except DamagedShard as error:
-            problems.append(str(error))
-            continue
-        readers[info.name] = reader
-        problems += reader.verify()
-        if reader.info != info:
-            problems.append(f"{reader.path} is not the shard that version {version.number} names; {_MEND}")
-    if len(readers) == len(version.shards):
-        root = samples_root(pair for r in readers.values() for pair in zip(r.keys, r.digests, strict=True))
-        if root != version.merkle_root:
-            problems.append(f"version {version.number}: the shards' samples do not give its Merkle root; {_MEND}")
+    path = lake.store.address(entry["path"])
     try:
-        rows = read_manifest(lake, version, "clips").to_pylist()
-    except (LakeError, ValueError):
-        return problems  # reported above
-    problems += _compare_table(version, rows, readers)
-    if arrays:
-        from storage.crosscheck import compare_with_shards
-
-        problems += compare_with_shards(lake, version.snapshot, version.group, rows, readers)
-    for reader in readers.values():
-        reader.close()
-    return problems
-
-
-def _compare_table(version: Version, rows: list[dict[str, Any]], readers: Mapping[str, ShardReader]) -> list[str]:
-    problems = []
-    path = version.manifest["clips"]["path"]
-    keys = {name: reader.keys for name, reader in readers.items()}
-    names = {info.name for info in version.shards}
-    for row in rows:
-        clip, shard, place = row["clip_id"], row["shard"], row["shard_row"]
-        if shard not in names:
-            problems.append(f"{path}: clip {clip} is in {shard}, which version {version.number} does not name; {_MEND}")
-        elif shard in keys and not (0 <= place < len(keys[shard]) and keys[shard][place] == clip):
-            problems.append(f"{path}: clip {clip} is not row {place} of {shard}; {_MEND}")
-    listed = {row["clip_id"] for row in rows}
-    if len(listed) != len(rows):
-        problems.append(f"{path}: a clip id occurs twice; {_MEND}")
-    for name in sorted(keys):
-        problems += [f"{path} lacks clip {key} of {name}; {_MEND}" for key in keys[name] if key not in listed]
-    return problems
+        data = lake.store.read(entry["path"])
+    except FileNotFoundError:
+        raise LakeError(f"{path} is missing; {REMEDY}") from None
+    if bytes_digest(data) != entry["sha256"]:
+        raise LakeError(f"{path}: wrong checksum; {REMEDY}")
+    return data
 
 
 def _named_files(version: Version) -> dict[str, str | int]:
@@ -342,20 +294,9 @@ def _named_files(version: Version) -> dict[str, str | int]:
     return files
 
 
-def _checked_bytes(lake: Lake, entry: Mapping[str, Any]) -> bytes:
-    path = lake.root / entry["path"]
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise LakeError(f"{path} is missing; {_MEND}") from None
-    if bytes_digest(data) != entry["sha256"]:
-        raise LakeError(f"{path}: wrong checksum; {_MEND}")
-    return data
+def _empty_text_key(text_id: str) -> str:
+    return f"texts/{re.sub(r'[^A-Za-z0-9_.-]+', '-', text_id).strip('.-')}-empty.npy"
 
 
-def _empty_text_path(lake: Lake, text_id: str) -> Path:
-    return lake.texts / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', text_id).strip('.-')}-empty.npy"
-
-
-def _path(lake: Lake, number: int) -> Path:
-    return lake.versions / f"{number}.json"
+def _version_key(number: int) -> str:
+    return f"versions/{number}.json"

@@ -85,7 +85,7 @@ class Clips(Dataset[Clip]):
     def reader(self, shard: int) -> ShardReader:
         """A shard, opened on first use in each process, because an open file does not travel to a worker."""
         if shard not in self._readers:
-            self._readers[shard] = ShardReader(self.lake.shards / self.version.shards[shard].name)
+            self._readers[shard] = ShardReader(self.lake, self.version.shards[shard].name)
         return self._readers[shard]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pipeline.stages.invert import GROUP_FRAMES, InvertStage, SharedCodec
 from pipeline.stages.project import ProjectStage
 from storage.fingerprint import fingerprint, short_id
 from storage.layout import Lake
-from storage.staging import read_block, read_block_meta, remove_block, write_block
+from storage.staging import read_block, read_block_meta, remove_block, staged_blocks, write_block
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,7 @@ class BlockWorker:
     """Makes blocks of clips of one recipe and stages them; lives in a Ray actor, or in the caller's process."""
 
     def __init__(self, lake: Lake, recipe: DataRecipe, recipe_fingerprint: str) -> None:
-        # A worker on another machine, or of a cluster started elsewhere, has another working folder.
-        self.lake, self.recipe, self.recipe_fingerprint = Lake(lake.root.absolute()), recipe, recipe_fingerprint
+        self.lake, self.recipe, self.recipe_fingerprint = lake, recipe, recipe_fingerprint
         self.codec = SharedCodec(recipe.codec)
         # While the codec has a group of clips in hand, the next one is decoded.
         self.ahead = max(2, -(-GROUP_FRAMES // recipe.frames_max))
@@ -188,17 +187,17 @@ def cut_blocks(
     by_id = {clip.clip_id: clip for clip in clips}
     blocks: list[Block] = []
     staged: dict[str, BlockResult] = {}
-    for path in sorted(lake.staging.glob("*.npz")):
-        if "-" in path.stem:
+    for block_id in staged_blocks(lake):
+        if "-" in block_id:
             continue  # a part of a block that did not come to its end
         try:
-            meta = read_block_meta(lake, path.stem)
-            result = BlockResult.from_json(path.stem, meta)
+            meta = read_block_meta(lake, block_id)
+            result = BlockResult.from_json(block_id, meta)
         except (ValueError, KeyError, TypeError, OSError):
             continue  # damaged: made again
         if meta["recipe"] == recipe_fingerprint and result.made and all(clip in by_id for clip in result.done):
-            blocks.append(Block(path.stem, tuple(by_id.pop(clip) for clip in result.done)))
-            staged[path.stem] = result
+            blocks.append(Block(block_id, tuple(by_id.pop(clip) for clip in result.done)))
+            staged[block_id] = result
     rest = list(by_id.values())
     for first in range(0, len(rest), size):
         part = tuple(rest[first : first + size])

@@ -22,7 +22,7 @@ from storage.errors import Kind, VlfmError
 from storage.fingerprint import fingerprint, short_id
 from storage.layout import LakeError
 from storage.shards import ShardInfo, ShardReader, write_shard
-from storage.staging import DamagedBlock, read_block, remove_block
+from storage.staging import DamagedBlock, read_block, remove_block, staged_blocks
 from storage.version import Version, publish, shards_root, write_empty_text, write_manifest
 
 
@@ -86,9 +86,9 @@ def pack(
         shape = list(staged.codec.latent_shape)
         codec = _same("codec", codec, staged.codec.to_version())
         clips, arrays = _inside(staged.made, arrays, rejected)
-        path = plan.lake.shards / f"{block.block_id}.tar"
-        shards.append(write_shard(path, _samples(clips, arrays, texts, plan.recipe.store_latents)))
-        placed = [{**clip.to_row(), "shard": path.name, "shard_row": row} for row, clip in enumerate(clips)]
+        shard = f"{block.block_id}.tar"
+        shards.append(write_shard(plan.lake, shard, _samples(clips, arrays, texts, plan.recipe.store_latents)))
+        placed = [{**clip.to_row(), "shard": shard, "shard_row": row} for row, clip in enumerate(clips)]
         waiting.append((list(placed), arrays))
         if sum(len(part) for part, _ in waiting) >= CLIPS_PER_SHARD or block is blocks[-1]:
             new, together = _joined(waiting)
@@ -155,8 +155,8 @@ def publish_version(
     if not publish(plan.lake, version):
         raise LakeError(f"version {number} was published by another run meanwhile; run the command again")
     for block in plan.blocks:
-        for path in plan.lake.staging.glob(f"{block.block_id}*.npz"):
-            remove_block(plan.lake, path.stem)
+        for staged in staged_blocks(plan.lake, block.block_id):
+            remove_block(plan.lake, staged)
     return version
 
 
@@ -223,11 +223,11 @@ def _copied(plan: IngestPlan, rows: Sequence[Row]) -> tuple[list[Row], ShardInfo
 
     def samples() -> Iterator[Row]:
         for row in rows:
-            reader = ShardReader(plan.lake.shards / row["shard"])
+            reader = ShardReader(plan.lake, row["shard"])
             yield reader[row["shard_row"]]
             reader.close()
 
-    info = write_shard(plan.lake.shards / name, samples())
+    info = write_shard(plan.lake, name, samples())
     return [{**row, "shard": name, "shard_row": number} for number, row in enumerate(rows)], info
 
 

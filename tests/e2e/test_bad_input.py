@@ -21,7 +21,8 @@ from pipeline.runner import Runner
 from pipeline.sources.folders import SourceError
 from storage.failures import read_failures
 from storage.layout import DiskFull, Lake
-from storage.version import latest, load, read_manifest, verify
+from storage.verify import verify
+from storage.version import latest, load, read_manifest
 
 RECIPE = dataclasses.replace(linear(), size=(16, 16), duration=1.0, rate=8.0, block_clips=2)
 

@@ -16,7 +16,8 @@ from model.video import ffmpeg_binary
 from pipeline.corpus import make_corpus
 from pipeline.runner import Runner
 from storage.layout import Lake
-from storage.version import list_versions, load, read_manifest, verify
+from storage.verify import verify
+from storage.version import list_versions, load, read_manifest
 
 TINY = [
     f"--set={pair}"

@@ -13,7 +13,8 @@ import pytest
 
 from pipeline.corpus import make_corpus
 from storage.layout import Lake
-from storage.version import latest, list_versions, read_manifest, verify
+from storage.verify import verify
+from storage.version import latest, list_versions, read_manifest
 
 
 @pytest.fixture(scope="module")

@@ -97,7 +97,7 @@ def make_lake(folder: Path, clips: int = 6, validation: int = 1, **looks: Any) -
     samples = [sample(n, "train" if n < clips else "validation", **looks) for n in range(clips + validation)]
     half = len(samples) // 2
     parts = [samples[:half], samples[half:]]
-    infos = [write_shard(lake.shards / f"block{i}.tar", part) for i, part in enumerate(parts)]
+    infos = [write_shard(lake, f"block{i}.tar", part) for i, part in enumerate(parts)]
     encoder, codec = builtin_text_encoder(), LinearCodec(LinearSettings(4, 12, 1.0))
     empty, length = encoder.encode([""])
     kept = version.write_empty_text(lake, encoder.id, empty[0, : int(length[0])].numpy().astype(np.float16))

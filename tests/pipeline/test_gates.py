@@ -17,7 +17,8 @@ from pipeline.items import Rejected
 from pipeline.recipes import DataRecipe, linear
 from storage.failures import read_failures
 from storage.layout import Lake
-from storage.version import load, read_manifest, verify
+from storage.verify import verify
+from storage.version import load, read_manifest
 from tests.pipeline.ingest.test_steps import RECIPE, InProcess, NoWork
 
 Film = Callable[..., Path]

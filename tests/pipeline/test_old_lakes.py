@@ -14,7 +14,8 @@ from pipeline.ingest import ingest
 from pipeline.recipes import DataRecipe, linear
 from storage.layout import Lake
 from storage.schema import CERTIFICATE, CLIP_SCHEMA
-from storage.version import load, read_manifest, verify
+from storage.verify import verify
+from storage.version import load, read_manifest
 from tests.pipeline.ingest.test_steps import InProcess, NoWork
 
 Film = Callable[..., Path]

@@ -21,7 +21,8 @@ from storage.arrays import read_clips, read_texts
 from storage.layout import Lake, LakeError
 from storage.rounding import ROUNDING, check_rounding, relative_difference
 from storage.shards import ShardReader
-from storage.version import list_versions, load, read_empty_text, read_manifest, verify
+from storage.verify import verify
+from storage.version import list_versions, load, read_empty_text, read_manifest
 from tests.perturb.hook import neighbours
 from tests.pipeline.ingest.test_steps import RECIPE, InProcess
 from tests.pipeline.test_old_lakes import RECIPE as OLD_RECIPE
@@ -89,7 +90,7 @@ def contents(lake: Lake, number: int) -> dict[str, dict[str, Any]]:
     found = {}
     texts = read_texts(lake, version.snapshot, version.group)
     for row in read_manifest(lake, version).to_pylist():
-        sample = ShardReader(lake.shards / row["shard"])[row["shard_row"]]
+        sample = ShardReader(lake, row["shard"])[row["shard_row"]]
         stored = read_clips(lake, version.snapshot, version.group, [row["array_row"]])
         text = {"array text": texts.embeddings[row["text_row"], : texts.lengths[row["text_row"]]]}
         found[row["clip_id"]] = {**sample, **{f"array {name}": value for name, value in stored.items()}, **text}

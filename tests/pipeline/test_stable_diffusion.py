@@ -18,7 +18,8 @@ from pipeline.recipes import stable_diffusion
 from pipeline.sources.folders import discover
 from storage.layout import Lake
 from storage.shards import ShardReader
-from storage.version import load, verify
+from storage.verify import verify
+from storage.version import load
 from tests.model.tiny_diffusion import tiny_diffusion
 
 Film = Callable[..., Path]
@@ -45,7 +46,7 @@ def test_films_become_inverted_latents(scene: Film, tmp_path: Path, depth: int) 
     assert (version.codec["channels"], version.codec["factor"]) == (4, 4)
     rebuilt = codec_from_spec(version.codec["spec"])
     assert isinstance(rebuilt, DiffusersCodec)
-    sample = ShardReader(lake.shards / version.shards[0].name)[0]
+    sample = ShardReader(lake, version.shards[0].name)[0]
     assert sample["latents.npy"].shape == (8, 4, 4, 4)
     frames = torch.from_numpy(sample["preview.npy"].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
     expected = rebuilt.encode(frames, text="a picture").latents.numpy()

@@ -44,9 +44,9 @@ def through_webdataset(path: Path) -> int:
     return count
 
 
-def through_index(path: Path, order: np.ndarray) -> int:
+def through_index(lake: Lake, name: str, order: np.ndarray) -> int:
     """Read every sample in some order by the index; every byte of the coefficients is touched."""
-    reader = ShardReader(path)
+    reader = ShardReader(lake, name)
     for row in order:
         reader[row]["coefficients.npy"].copy()
     return len(order)
@@ -92,13 +92,13 @@ def main(clips: int) -> None:
             }
             for n in range(clips)
         ]
-        write = best(lambda: write_shard(path, samples))
+        write = best(lambda: write_shard(lake, path.name, samples))
         whole = best(lambda: through_webdataset(path))
-        indexed = best(lambda: through_index(path, np.arange(clips)))
-        mixed = best(lambda: through_index(path, shuffled))
+        indexed = best(lambda: through_index(lake, path.name, np.arange(clips)))
+        mixed = best(lambda: through_index(lake, path.name, shuffled))
         print(f"shard: write (forced to disk) {size / write:.0f} MB/s; samples/s: webdataset {clips / whole:.0f}, "
               f"index {clips / indexed:.0f}, index in random order {clips / mixed:.0f}")  # fmt: skip
-        untouched = best(lambda: [reader[n] for reader in [ShardReader(path)] for n in shuffled])
+        untouched = best(lambda: [reader[n] for reader in [ShardReader(lake, path.name)] for n in shuffled])
         print(f"shard: samples/s opened as views, not touched: {clips / untouched:.0f}")
 
 

@@ -31,6 +31,7 @@ import webdataset.writer  # noqa: F401
 import zarr  # noqa: F401
 
 from storage import arrays, version
+from storage import verify as verification
 from storage.layout import TEMPORARY_SUFFIX, Lake
 
 FIRST, SECOND = range(3), range(3, 6)
@@ -93,11 +94,11 @@ def recover(root: Path, before: dict[str, str], expected: list[str], report: Pat
     assert newest is not None
     report.write_text(str(newest.number))
     if newest.number == 1:
-        assert version.verify(lake, first) == []
+        assert verification.verify(lake, first) == []
         newest = sample_lake.publish_clips(lake, SECOND)
     assert newest.number == 2
     assert [info.sha256 for info in newest.shards] == expected
-    assert version.verify(lake, newest) == []
+    assert verification.verify(lake, newest) == []
     assert arrays.count_rows(lake, newest.snapshot, newest.group) == len(FIRST) + len(SECOND)
     assert digests(lake) == before
     left = lake.garbage()

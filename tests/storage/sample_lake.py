@@ -129,10 +129,10 @@ def publish_clips(lake: Lake, numbers: range) -> version.Version:
         for start in range(numbers.start, numbers.stop, BLOCK_CLIPS):
             block = [clip(i) for i in range(start, min(start + BLOCK_CLIPS, numbers.stop))]
             block_ids.append(identity("".join(entry["clip_id"] for entry in block)))
-            if not staging.has_block(lake, block_ids[-1]):
+            if block_ids[-1] not in staging.staged_blocks(lake):
                 kept = {"coefficients": np.stack([entry["coefficients"] for entry in block])}
                 staging.write_block(lake, block_ids[-1], kept, {"clips": len(block)})
-            info = shards.write_shard(lake.shards / f"{block_ids[-1]}.tar", (sample(entry) for entry in block))
+            info = shards.write_shard(lake, f"{block_ids[-1]}.tar", (sample(entry) for entry in block))
             infos.append(info)
             places |= {entry["clip_id"]: (info.name, row) for row, entry in enumerate(block)}
         entries = [clip(i) for i in numbers]

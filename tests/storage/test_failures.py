@@ -16,7 +16,7 @@ ROW = {
 def test_rows_come_back_in_order(lake: Lake) -> None:
     rows = [ROW, {**ROW, "clip_id": "0" * 16, "clip_start": 2.0, "status": "filtered", "reason": "still"}]
     path = write_failures(lake, "run-1", rows)
-    assert path == lake.failures / "run-1.parquet"
+    assert path == "failures/run-1.parquet"
     found = read_failures(lake, "run-1")
     assert math.isnan(found[0].pop("clip_start"))
     assert found == [{key: value for key, value in ROW.items() if key != "clip_start"}, rows[1]]
@@ -44,7 +44,7 @@ def test_rows_that_do_not_fit_are_refused(lake: Lake, change: dict[str, object],
 
 
 def test_a_damaged_table_is_named(lake: Lake) -> None:
-    path = write_failures(lake, "run-1", [ROW])
+    path = lake.root / write_failures(lake, "run-1", [ROW])
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ValueError, match=r"run-1\.parquet is no Parquet file"):
         read_failures(lake, "run-1")

@@ -14,7 +14,7 @@ import pytest
 
 from storage.fingerprint import file_digest
 from storage.layout import DiskFull, Lake, LakeError
-from storage.shards import DamagedShard, ShardInfo, ShardReader, index_path, rebuild_index, write_shard
+from storage.shards import DamagedShard, ShardInfo, ShardReader, rebuild_index, write_shard
 
 
 @pytest.fixture
@@ -23,9 +23,21 @@ def samples(sample_lake: ModuleType) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def shard(tmp_path: Path, samples: list[dict[str, Any]]) -> Path:
-    write_shard(tmp_path / "block.tar", samples)
-    return tmp_path / "block.tar"
+def shard(lake: Lake, samples: list[dict[str, Any]]) -> Path:
+    write_shard(lake, "block.tar", samples)
+    return lake.shards / "block.tar"
+
+
+def opened(shard: Path) -> ShardReader:
+    return ShardReader(Lake.open(shard.parent.parent), shard.name)
+
+
+def rebuild(shard: Path) -> ShardInfo:
+    return rebuild_index(Lake.open(shard.parent.parent), shard.name)
+
+
+def index_path(shard: Path) -> Path:
+    return shard.with_suffix(".index.json")
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -38,7 +50,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 def test_samples_come_back(shard: Path, samples: list[dict[str, Any]]) -> None:
-    reader = ShardReader(shard)
+    reader = opened(shard)
     assert len(reader) == 3
     assert reader.keys == [sample["__key__"] for sample in samples]
     for found, sample in zip(reader, samples, strict=True):
@@ -53,7 +65,7 @@ def test_samples_come_back(shard: Path, samples: list[dict[str, Any]]) -> None:
 
 
 def test_arrays_are_views_of_the_file_and_outlive_the_reader(shard: Path, samples: list[dict[str, Any]]) -> None:
-    reader = ShardReader(shard)
+    reader = opened(shard)
     array = reader[0]["coefficients.npy"]
     assert not array.flags.owndata
     assert not array.flags.writeable
@@ -62,7 +74,7 @@ def test_arrays_are_views_of_the_file_and_outlive_the_reader(shard: Path, sample
     np.testing.assert_array_equal(array, samples[0]["coefficients.npy"])
 
 
-def test_every_shape_and_order(tmp_path: Path) -> None:
+def test_every_shape_and_order(lake: Lake) -> None:
     arrays = {
         "scalar.npy": np.float64(3.5),
         "empty.npy": np.zeros((0, 4), np.float16),
@@ -70,8 +82,8 @@ def test_every_shape_and_order(tmp_path: Path) -> None:
         "strided.npy": np.arange(10)[::2],
         "big_endian.npy": np.arange(3, dtype=">f4"),
     }
-    write_shard(tmp_path / "a.tar", [{"__key__": "x", **arrays}])
-    found = ShardReader(tmp_path / "a.tar")[0]
+    write_shard(lake, "a.tar", [{"__key__": "x", **arrays}])
+    found = ShardReader(lake, "a.tar")[0]
     for name, array in arrays.items():
         np.testing.assert_array_equal(found[name], array)
         assert found[name].dtype == array.dtype
@@ -83,28 +95,28 @@ def test_the_same_samples_give_the_same_bytes(
 ) -> None:
     monkeypatch.setattr("time.time", lambda: 1e9)  # another time, another order of members
     turned = [dict(reversed(sample.items())) for sample in samples]
-    (tmp_path / "again").mkdir()
-    info = write_shard(tmp_path / "again" / "block.tar", turned)
-    assert (tmp_path / "again" / "block.tar").read_bytes() == shard.read_bytes()
-    assert index_path(tmp_path / "again" / "block.tar").read_bytes() == index_path(shard).read_bytes()
-    assert info == ShardReader(shard).info == ShardInfo("block.tar", shard.stat().st_size, file_digest(shard), 3)
+    again = Lake.create(tmp_path / "again")
+    info = write_shard(again, "block.tar", turned)
+    assert (again.shards / "block.tar").read_bytes() == shard.read_bytes()
+    assert index_path(again.shards / "block.tar").read_bytes() == index_path(shard).read_bytes()
+    assert info == opened(shard).info == ShardInfo("block.tar", shard.stat().st_size, file_digest(shard), 3)
     with tarfile.open(shard) as tar:
         heads = {(member.mtime, member.uid, member.gid, member.uname, member.mode) for member in tar}
     assert heads == {(0, 0, 0, "vlfm", 0o444)}
 
 
-def test_a_name_too_long_for_a_plain_tar_header(tmp_path: Path) -> None:
+def test_a_name_too_long_for_a_plain_tar_header(lake: Lake) -> None:
     samples = [{"__key__": letter * 150, "a.npy": np.arange(3) + n} for n, letter in enumerate("xy")]
-    write_shard(tmp_path / "a.tar", samples)
-    reader = ShardReader(tmp_path / "a.tar")
+    write_shard(lake, "a.tar", samples)
+    reader = ShardReader(lake, "a.tar")
     assert reader.verify() == []
     assert reader[1]["a.npy"].tolist() == [1, 2, 3]
 
 
-def test_a_golden_digest(tmp_path: Path) -> None:
+def test_a_golden_digest(lake: Lake) -> None:
     """Bytes must not depend on versions of Python, numpy or webdataset either: shards are named by them."""
     sample = {"__key__": "0123456789abcdef", "a.npy": np.arange(4, dtype="<f2"), "clip.json": {"b": 1.5, "a": "é"}}
-    info = write_shard(tmp_path / "a.tar", [sample])
+    info = write_shard(lake, "a.tar", [sample])
     assert (info.bytes, info.sha256) == (GOLDEN_BYTES, GOLDEN)
 
 
@@ -136,8 +148,8 @@ def test_webdataset_reads_the_same_tar(shard: Path, samples: list[dict[str, Any]
 
 def test_a_reader_goes_to_another_process(shard: Path) -> None:
     # torch's DataLoader hands its dataset to its workers.
-    copy = pickle.loads(pickle.dumps(ShardReader(shard)))  # noqa: S301
-    np.testing.assert_array_equal(copy[1]["text.npy"], ShardReader(shard)[1]["text.npy"])
+    copy = pickle.loads(pickle.dumps(opened(shard)))  # noqa: S301
+    np.testing.assert_array_equal(copy[1]["text.npy"], opened(shard)[1]["text.npy"])
 
 
 @pytest.mark.parametrize(
@@ -153,38 +165,36 @@ def test_a_reader_goes_to_another_process(shard: Path) -> None:
         ({"__key__": "first", "a.npy": np.zeros(1)}, "two samples have the key 'first'"),
     ],
 )
-def test_what_cannot_be_stored_is_refused_and_leaves_nothing(
-    tmp_path: Path, sample: dict[str, Any], message: str
-) -> None:
+def test_what_cannot_be_stored_is_refused_and_leaves_nothing(lake: Lake, sample: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        write_shard(tmp_path / "a.tar", [{"__key__": "first", "a.npy": np.zeros(9000)}, sample])
+        write_shard(lake, "a.tar", [{"__key__": "first", "a.npy": np.zeros(9000)}, sample])
     with pytest.raises(ValueError, match="at least one sample"):
-        write_shard(tmp_path / "a.tar", [])
+        write_shard(lake, "a.tar", [])
     with pytest.raises(ValueError, match="shard name"):
-        write_shard(tmp_path / "a.zip", [{"__key__": "x", "a.npy": np.zeros(1)}])
-    assert os.listdir(tmp_path) == []
+        write_shard(lake, "a.zip", [{"__key__": "x", "a.npy": np.zeros(1)}])
+    assert os.listdir(lake.shards) == []
 
 
-def test_a_pickle_in_a_tar_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.tar"
+def test_a_pickle_in_a_tar_is_refused(lake: Lake) -> None:
+    path = lake.shards / "a.tar"
     buffer = io.BytesIO()
     np.save(buffer, np.array([{"run": "anything"}], dtype=object), allow_pickle=True)
     with tarfile.open(path, "w") as tar:
         member = tarfile.TarInfo("x.coefficients.npy")
         member.size = len(buffer.getvalue())
         tar.addfile(member, io.BytesIO(buffer.getvalue()))
-    rebuild_index(path)
+    rebuild(path)
     with pytest.raises(
         DamagedShard, match=r"clip x, coefficients\.npy: .*needs pickle, which can run any code: refused"
     ):
-        ShardReader(path)[0]
+        opened(path)[0]
 
 
-def test_a_shard_with_foreign_members_is_refused(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+def test_a_shard_with_foreign_members_is_refused(lake: Lake) -> None:
+    with tarfile.open(lake.shards / "a.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("x.pyd"), io.BytesIO(b""))
     with pytest.raises(DamagedShard, match=r"holds 'x\.pyd', which we do not write"):
-        rebuild_index(tmp_path / "a.tar")
+        rebuild_index(lake, "a.tar")
 
 
 def test_missing_files_are_named(shard: Path) -> None:
@@ -192,26 +202,26 @@ def test_missing_files_are_named(shard: Path) -> None:
     text = index.read_bytes()
     index.unlink()
     with pytest.raises(DamagedShard, match=r"block\.index\.json is missing; make it anew: python -c"):
-        ShardReader(shard)
+        opened(shard)
     index.write_bytes(text)
     shard.unlink()
     with pytest.raises(DamagedShard, match=r"block\.tar is missing; restore it from a copy"):
-        ShardReader(shard)
+        opened(shard)
     index.unlink()
     with pytest.raises(DamagedShard, match=r"block\.tar is missing, and its index too"):
-        ShardReader(shard)
+        opened(shard)
 
 
 def test_a_truncated_shard_is_named(shard: Path) -> None:
     size = shard.stat().st_size
     os.truncate(shard, size - 1024)
     with pytest.raises(DamagedShard, match=rf"block\.tar is truncated \({size - 1024} of {size} bytes\); restore it"):
-        ShardReader(shard)
+        opened(shard)
     os.truncate(shard, 0)
     with pytest.raises(DamagedShard, match=r"truncated \(0 of"):
-        ShardReader(shard)
+        opened(shard)
     with pytest.raises(DamagedShard, match="is no whole tar"):
-        rebuild_index(shard)
+        rebuild(shard)
 
 
 def test_a_flipped_byte_names_the_clip(shard: Path, samples: list[dict[str, Any]]) -> None:
@@ -219,7 +229,7 @@ def test_a_flipped_byte_names_the_clip(shard: Path, samples: list[dict[str, Any]
     data = bytearray(shard.read_bytes())
     data[offset + 150] ^= 1
     shard.write_bytes(data)
-    problems = ShardReader(shard).verify()
+    problems = opened(shard).verify()
     assert len(problems) == 2
     assert f"block.tar: clips {samples[1]['__key__']} are damaged (wrong checksum); restore it" in problems[0]
     assert "block.tar: wrong checksum" in problems[1]
@@ -229,7 +239,7 @@ def test_a_damaged_header_inside_the_tar(shard: Path) -> None:
     data = bytearray(shard.read_bytes())
     data[10] ^= 1
     shard.write_bytes(data)
-    problems = ShardReader(shard).verify()
+    problems = opened(shard).verify()
     assert len(problems) == 2
     assert "wrong checksum" in problems[0]
     assert "is no whole tar" in problems[1]
@@ -243,8 +253,8 @@ def test_a_damaged_index_is_named_and_made_anew(shard: Path, text: bytes) -> Non
     before = index.read_bytes()
     index.write_bytes(text)
     with pytest.raises(DamagedShard, match=r"block\.index\.json is .*; make it anew: python -c"):
-        ShardReader(shard)
-    rebuild_index(shard)
+        opened(shard)
+    rebuild(shard)
     assert index.read_bytes() == before
 
 
@@ -253,29 +263,30 @@ def test_an_index_that_points_elsewhere_is_found(shard: Path) -> None:
     members = index["samples"][0]["members"]
     members["coefficients.npy"][0], members["text.npy"][0] = members["text.npy"][0], 10**9
     index_path(shard).write_text(json.dumps(index))
-    reader = ShardReader(shard)
+    reader = opened(shard)
     assert any("block.index.json does not match the tar; make it anew" in problem for problem in reader.verify())
     with pytest.raises(DamagedShard, match=r"block\.tar, clip"):
         reader[0]
 
 
 def test_a_published_shard_never_changes(published: Lake, sample_lake: ModuleType) -> None:
-    reader = ShardReader(next(published.shards.glob("*.tar")))
+    reader = opened(next(published.shards.glob("*.tar")))
     same = list(reader)
     before = reader.path.read_bytes()
-    assert write_shard(reader.path, same) == reader.info
+    assert write_shard(published, reader.name, same) == reader.info
     with pytest.raises(LakeError, match="belongs to version 1 and never changes"):
-        write_shard(reader.path, [sample_lake.sample(sample_lake.clip(99))])
+        write_shard(published, reader.name, [sample_lake.sample(sample_lake.clip(99))])
     assert reader.path.read_bytes() == before
     assert reader.verify() == []
     assert published.garbage() == []
 
 
 def test_a_full_disk(small_disk: Path) -> None:
+    lake = Lake.create(small_disk / "lake")
     with pytest.raises(DiskFull, match="bytes free") as caught:
-        write_shard(small_disk / "a.tar", [{"__key__": "x", "a.npy": np.zeros(4 << 20, np.uint8)}])
-    assert caught.value.filename == str(small_disk / "a.tar")
-    assert os.listdir(small_disk) == []
+        write_shard(lake, "a.tar", [{"__key__": "x", "a.npy": np.zeros(4 << 20, np.uint8)}])
+    assert caught.value.filename == str(lake.shards / "a.tar")
+    assert os.listdir(lake.shards) == []
 
 
 def test_names_of_shards_stay_in_their_folder() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from storage.layout import DiskFull, Lake
-from storage.staging import block_path, has_block, read_block, remove_block, write_block
+from storage.staging import read_block, remove_block, staged_blocks, write_block
 
 ARRAYS = {
     "coefficients": np.arange(24, dtype=np.float16).reshape(2, 3, 4),
@@ -29,40 +29,42 @@ def test_a_block_comes_back_as_it_was(lake: Lake) -> None:
 
 
 def test_the_same_block_has_the_same_bytes_and_numpy_reads_it(lake: Lake) -> None:
-    first = write_block(lake, "block", ARRAYS, {}).read_bytes()
-    path = write_block(lake, "block", ARRAYS, {})
+    path = lake.root / write_block(lake, "block", ARRAYS, {})
+    first = path.read_bytes()
+    write_block(lake, "block", ARRAYS, {})
     assert path.read_bytes() == first
     with np.load(path, allow_pickle=False) as loaded:
         np.testing.assert_array_equal(loaded["coefficients"], ARRAYS["coefficients"])
 
 
 def test_absent_until_written_and_after_removal(lake: Lake) -> None:
-    assert not has_block(lake, "block")
-    with pytest.raises(FileNotFoundError, match="no staged block block"):
+    assert staged_blocks(lake) == []
+    with pytest.raises(FileNotFoundError, match=r"no staged block block in .*staging; run the ingest again"):
         read_block(lake, "block")
-    write_block(lake, "block", ARRAYS, {})
-    assert has_block(lake, "block")
+    for block in ("block", "block-1", "another"):
+        write_block(lake, block, ARRAYS, {})
+    (lake.staging / ".block-2.npz.abc.tmp").write_bytes(b"left by a crash")
+    assert staged_blocks(lake) == ["another", "block", "block-1"]
+    assert staged_blocks(lake, "block") == ["block", "block-1"]
     remove_block(lake, "block")
     remove_block(lake, "block")
-    assert not has_block(lake, "block")
+    assert staged_blocks(lake, "block") == ["block-1"]
 
 
-def test_any_damage_makes_it_absent(lake: Lake) -> None:
-    path = write_block(lake, "block", ARRAYS, {"a": 1})
+def test_any_damage_is_named(lake: Lake) -> None:
+    path = lake.root / write_block(lake, "block", ARRAYS, {"a": 1})
     whole = path.read_bytes()
     place = whole.index(ARRAYS["coefficients"].tobytes())
     for damaged in (whole[:-10], whole[: len(whole) // 2], b"", whole[: place + 5] + b"\xff" + whole[place + 6 :]):
         path.write_bytes(damaged)
-        assert not has_block(lake, "block")
         with pytest.raises(ValueError, match=r"block\.npz is damaged .*; delete it and run the ingest again"):
             read_block(lake, "block")
     path.write_bytes(whole)
-    assert has_block(lake, "block")
+    assert read_block(lake, "block")[1] == {"a": 1}
 
 
 def test_a_block_under_another_name_does_not_count(lake: Lake) -> None:
-    write_block(lake, "block", ARRAYS, {}).rename(block_path(lake, "other"))
-    assert not has_block(lake, "other")
+    (lake.root / write_block(lake, "block", ARRAYS, {})).rename(lake.staging / "other.npz")
     with pytest.raises(ValueError, match="holds block 'block'"):
         read_block(lake, "other")
 
@@ -70,7 +72,7 @@ def test_a_block_under_another_name_does_not_count(lake: Lake) -> None:
 def test_no_pickle_goes_in_or_out(lake: Lake) -> None:
     with pytest.raises(ValueError, match="'x' holds Python objects"):
         write_block(lake, "block", {"x": np.array([{}], dtype=object)}, {})
-    path = block_path(lake, "block")
+    path = lake.staging / "block.npz"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("meta.json", json.dumps({"block_id": "block", "meta": {}}))
         with archive.open("x.npy", "w") as member:
@@ -89,6 +91,5 @@ def test_a_full_disk(small_disk: Path) -> None:
     lake = Lake.create(small_disk / "lake")
     with pytest.raises(DiskFull, match="bytes free") as caught:
         write_block(lake, "block", {"x": np.zeros(4 << 20, np.uint8)}, {})
-    assert caught.value.filename == str(block_path(lake, "block"))
+    assert caught.value.filename == str(lake.staging / "block.npz")
     assert list(lake.staging.iterdir()) == []
-    assert not has_block(lake, "block")

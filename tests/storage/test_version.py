@@ -17,6 +17,7 @@ import pytest
 from storage.fingerprint import bytes_digest, canonical_json, fingerprint
 from storage.layout import DiskFull, Lake, LakeError
 from storage.shards import ShardReader, rebuild_index, write_shard
+from storage.verify import verify
 from storage.version import (
     Version,
     latest,
@@ -27,7 +28,6 @@ from storage.version import (
     read_manifest,
     samples_root,
     shards_root,
-    verify,
     write_empty_text,
     write_manifest,
 )
@@ -148,7 +148,7 @@ def test_the_root_depends_on_samples_not_on_packing(published: Lake) -> None:
     pairs = [
         pair
         for info in version.shards
-        for reader in [ShardReader(published.shards / info.name)]
+        for reader in [ShardReader(published, info.name)]
         for pair in zip(reader.keys, reader.digests, strict=True)
     ]
     assert samples_root(pairs) == samples_root(reversed(pairs)) == version.merkle_root
@@ -201,12 +201,12 @@ def test_verify_names_the_damaged_file_and_the_mend(published: Lake, kind: str) 
 
 def test_another_shard_under_the_same_name_is_found(published: Lake, sample_lake: ModuleType) -> None:
     version, shard = load(published), shard_of(published)
-    shard.unlink()
     entries = [sample_lake.clip(number) for number in range(20, 24)]
-    other = write_shard(published.root / shard.name, (sample_lake.sample(entry) for entry in entries))
-    (published.root / shard.name).rename(shard)
-    rebuild_index(shard)
-    assert ShardReader(shard).info == other
+    elsewhere = Lake.create(published.root / "elsewhere")
+    other = write_shard(elsewhere, shard.name, (sample_lake.sample(entry) for entry in entries))
+    (elsewhere.shards / shard.name).replace(shard)
+    rebuild_index(published, shard.name)
+    assert ShardReader(published, shard.name).info == other
     problems = verify(published, version, arrays=False)
     for expected in ("is not the shard that version 1 names", "Merkle root", "is not row 0 of", "lacks clip"):
         assert any(expected in problem for problem in problems), problems
@@ -270,11 +270,12 @@ for name in ("zarr", "icechunk", "ray", "prefect", "webdataset", "torch"):
 import storage.failures, storage.staging
 from storage.layout import Lake
 from storage.shards import ShardReader
-from storage.version import load, read_empty_text, read_manifest, verify
+from storage.verify import verify
+from storage.version import load, read_empty_text, read_manifest
 lake = Lake.open(sys.argv[1])
 version = load(lake)
 assert verify(lake, version, arrays=False) == []
-assert ShardReader(lake.shards / version.shards[0].name)[0]["coefficients.npy"].shape == (8, 3, 4, 4)
+assert ShardReader(lake, version.shards[0].name)[0]["coefficients.npy"].shape == (8, 3, 4, 4)
 """
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(

@@ -22,7 +22,8 @@ from pipeline.runner import Runner, RunnerError
 from pipeline.sources.folders import discover
 from storage.layout import Lake
 from storage.staging import read_block, write_block
-from storage.version import list_versions, load, read_manifest, verify
+from storage.verify import verify
+from storage.version import list_versions, load, read_manifest
 from tests.pipeline.ingest.test_steps import InProcess, NoWork
 
 Film = Callable[..., Path]

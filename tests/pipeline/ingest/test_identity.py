@@ -19,7 +19,8 @@ from pipeline.ingest import IngestReport, ingest
 from pipeline.recipes import DataRecipe, linear
 from storage.failures import read_failures
 from storage.layout import Lake
-from storage.version import load, verify
+from storage.verify import verify
+from storage.version import load
 from tests.pipeline.ingest.test_steps import InProcess, NoWork, rows
 
 Film = Callable[..., Path]

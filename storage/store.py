@@ -1,0 +1,162 @@
+"""The store protocol: the few operations that a lake needs of what holds it, a folder today, a bucket tomorrow.
+
+A store maps keys to bytes. A key is a relative path of plain names, such as `versions/1.json`; what is stored under one
+appears whole or not at all, and is replaced whole. A lake builds on three promises: `create_exclusive` has one winner
+(the commit point), `write` and `open_write` are never seen half done, and one process at a time holds a lease. Every
+implementation passes tests/storage/store_contract.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from storage.errors import Kind, VlfmError
+
+
+class LakeError(VlfmError):
+    """A folder is no lake, or a lake cannot be used as asked. The message says the remedy."""
+
+
+class LakeBusy(LakeError):
+    """Another run is writing to the lake."""
+
+    kind = Kind.CONFLICT
+
+
+class DiskFull(VlfmError, OSError):
+    """The disk (or the quota) was used up while a file was written. `filename` is the file, `free` the bytes left."""
+
+    kind = Kind.ENVIRONMENT
+
+    def __init__(self, path: str | Path, free: int) -> None:
+        self.message = f"the disk is full ({free} bytes free)"
+        self.remedy = "make room and run the same command again, what is done is kept"
+        OSError.__init__(self, errno.ENOSPC, f"{self.message}; {self.remedy}", str(path))
+        self.free = free
+
+    def __reduce__(self) -> tuple[type[DiskFull], tuple[str, int]]:
+        # Errors of workers travel between processes.
+        return DiskFull, (self.filename, self.free)
+
+
+class Store(Protocol):
+    """Bytes by key. A store can be pickled and means the same place in another process.
+
+    Every method with a key raises ValueError where `check_key` does. No key is another one's folder: where `a/b` is
+    stored, `a` is not.
+    """
+
+    def address(self, key: str = "") -> str:
+        """Where people and other programs find a key (or the whole store): a path, or a URL."""
+        ...
+
+    def size(self, key: str) -> int | None:
+        """Bytes stored under a key, None where nothing is."""
+        ...
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
+        """The bytes from `start` up to and without `stop`, by default all.
+
+        Raises:
+            FileNotFoundError: nothing is stored under the key; `filename` is its address.
+            ValueError: not 0 <= start <= stop <= size.
+        """
+        ...
+
+    def open_read(self, key: str) -> BinaryIO:
+        """A file to read and seek in, whose bytes stay as they were when the key is replaced meanwhile; close it.
+
+        Raises:
+            FileNotFoundError: nothing is stored under the key; `filename` is its address.
+        """
+        ...
+
+    def write(self, key: str, data: bytes) -> None:
+        """Store `data`, replacing what is there.
+
+        Raises:
+            DiskFull: no room; nothing stays behind, and what was there is there still.
+        """
+        ...
+
+    def open_write(self, key: str) -> AbstractContextManager[BinaryIO]:
+        """A file to write into, which is stored when the block ends well; on any error nothing has changed.
+
+        Raises:
+            DiskFull: as `write`.
+        """
+        ...
+
+    def create_exclusive(self, key: str, data: bytes) -> bool:
+        """Store `data` where nothing is: False, and nothing changed, where something is. Of many writers one wins.
+
+        Raises:
+            DiskFull: no room; nothing stays behind.
+            LakeError: the store cannot promise it.
+        """
+        ...
+
+    def list_keys(self, prefix: str = "") -> list[str]:
+        """The keys that start with `prefix` (any start of a key), ordered by their code points.
+
+        What an unfinished write left behind is no key. A key that was stored before the call is in the list.
+        """
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove a key. Nothing happens where nothing is stored under it."""
+        ...
+
+    def lease(self, name: str, wait: bool = False) -> AbstractContextManager[None]:
+        """Hold the lease `name` (letters, digits, '-' and '_') within the block; only one process can.
+
+        It ends with the block. When its process dies, it ends by itself: at once in a folder, after a time in a bucket.
+
+        Raises:
+            LakeBusy: another process holds it, and `wait` is False. With `wait`, it is waited for.
+        """
+        ...
+
+    def local_path(self, key: str = "") -> Path:
+        """Where the key is (or will be) on a local disk: the only way around the protocol.
+
+        It is for what needs a file of its own: shards are mapped into memory, and Icechunk keeps its own repository.
+
+        Raises:
+            LakeError: the store is on no local disk.
+        """
+        ...
+
+
+def check_key(key: str) -> str:
+    """`key`, once it is sure to stay inside its store.
+
+    Raises:
+        ValueError: a key is one or more names joined by '/', none of which is empty, starts with a dot (these are the
+            store's own), or holds a backslash or a control character.
+    """
+    if not key or not all(_is_name(name) for name in key.split("/")):
+        raise ValueError(f"key {key!r}: use names joined by '/', without leading dots, backslashes or empty names")
+    return key
+
+
+def check_prefix(prefix: str) -> str:
+    """`prefix`, once it is sure to be the start of a key, or empty. Raises ValueError as `check_key` does."""
+    if prefix:
+        check_key(prefix + "x" if prefix.endswith("/") else prefix)
+    return prefix
+
+
+def check_lease(name: str) -> str:
+    """`name`, once it can be a lease's. Raises ValueError otherwise."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"lease {name!r}: use letters, digits, '-' and '_' only")
+    return name
+
+
+def _is_name(name: str) -> bool:
+    return bool(name) and not name.startswith(".") and "\\" not in name and name.isprintable()
