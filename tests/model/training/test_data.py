@@ -36,9 +36,9 @@ def test_splits_are_known_without_opening_a_shard(lake: Lake, monkeypatch: pytes
     """A start reads one table, whatever the clips; a shard is opened when a clip of it is read."""
     opened, reader = [], data.ShardReader
 
-    def counted(path: Path) -> data.ShardReader:
-        opened.append(path.name)
-        return reader(path)
+    def counted(lake: Lake, name: str) -> data.ShardReader:
+        opened.append(name)
+        return reader(lake, name)
 
     monkeypatch.setattr(data, "ShardReader", counted)
     clips = Clips(lake, version.load(lake), "train")
