@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from model.evaluation.figures import GOALS, ClipResult, Shown, headline, measure, show, summarise
+from model.evaluation.figures import GOALS, METRICS, ClipResult, Shown, headline, measure, show, summarise
 from model.evaluation.report import certificates, write_report
 from model.methods.base import SampleSettings
 from model.program import run_program
@@ -24,7 +24,7 @@ from storage.fingerprint import fingerprint, finite_json
 from storage.layout import write_atomic
 from storage.version import read_manifest
 
-FORMAT = 3
+FORMAT = 4
 """Raise when figures or page change, so that reports of an older program are made anew."""
 
 
@@ -55,7 +55,7 @@ def evaluate(
 
     Raises:
         ValueError: no clip is asked for, the lake is another one, or no clip kept its frames and latents; the message
-            says the mend.
+            says the remedy.
     """
     if most < 1 or shown < 0:
         raise ValueError(f"{most} clips, {shown} of them shown, cannot be; --clips must be at least 1, --shown 0")
@@ -100,7 +100,7 @@ def evaluate(
             results.append(result)
             if clip.clip_id in pictures:
                 views.append(show(clip, sample, index, sampler, result))
-            progress.advance(note=f"{result.sample_all:.1f} dB")
+            progress.advance(note=f"{result.figures['sample_all']:.1f} dB")
         calls = sample.network_calls
     side = sampler.clip["frame_shape"][0]
     measured = {
@@ -114,7 +114,8 @@ def evaluate(
         "summary": summarise([r for r in results if r.split == "train"], side),
         "unseen": summarise([r for r in results if r.split != "train"], side),
         "goals": GOALS,
-        "clips": [asdict(result) for result in results],
+        "metrics": {name: asdict(metric) for name, metric in METRICS.items()},
+        "clips": [result.to_json() for result in results],
     }
     metrics: dict[str, Any] = finite_json(measured)
     out.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ class DataRecipe:
     codec: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {"kind": "linear", "factor": 4, "channels": 12, "scale": 1.0}
     )
-    """Spec of the codec, as in model.codecs.base.codec_from_spec."""
+    """Spec of the codec, as in model.codecs.factory.codec_from_spec."""
     text: dict[str, Any] = dataclasses.field(default_factory=lambda: {"kind": "builtin"})
     """Spec of the text encoder, as in model.text.encoder.text_encoder_from_spec."""
     store_latents: bool = True

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model import legs
 from model.methods.base import Sample
+from model.metrics.base import Metric
 from model.metrics.pictures import decibels, psnr, psnr_paper
 from model.sample import Sampler
 from model.training.data import Clip
@@ -22,54 +23,64 @@ from model.video import Frames, from_frames, to_frames
 
 RATES = (8.0, 12.0, 16.0)
 """Frame rates that the report shows side by side."""
+CLIP_METRICS = (
+    Metric("sample_observed", " dB", True, "sample against reconstruction, mean of observed frames", "observed"),
+    Metric("sample_observed_worst", " dB", True, "the same, worst observed frame", "worst"),
+    Metric("sample_held_out", " dB", True, "the same, mean of the frames the coefficients never saw", "held out"),
+    Metric("sample_all", " dB", True, "the same, mean of all kept frames"),
+    Metric("sample_median", " dB", True, "the same, median of all kept frames"),
+    Metric("sample_worst", " dB", True, "the same, worst of all kept frames"),
+    Metric("mean_frame", " dB", True, "the clip's own mean frame, held, against the reconstruction"),
+    Metric("first_frame", " dB", True, "the first frame, held, over all kept frames together", "first frame held"),
+    Metric("real_ceiling_observed", " dB", True, "the codec alone against the film, observed frames", "ceiling"),
+    Metric("real_ceiling_held_out", " dB", True, "the same, held-out frames"),
+    Metric("real_projection_observed", " dB", True, "projected latents, decoded, against the film, observed frames"),
+    Metric("real_projection_held_out", " dB", True, "the same, held-out frames"),
+    Metric("real_linear_held_out", " dB", True, "observed latents, interpolated linearly, decoded, held-out frames"),
+    Metric("real_sample_observed", " dB", True, "sample against the film, observed frames"),
+    Metric("real_sample_held_out", " dB", True, "the same, held-out frames"),
+    Metric("above_mean_frame", " dB", True, "sample_all less mean_frame", "over mean frame"),
+    Metric("below_median", " dB", False, "sample_median less sample_worst"),
+    Metric("held_out_gap", " dB", False, "sample_observed less sample_held_out"),
+)
+"""Figures of a clip."""
+SET_METRICS = (
+    Metric("median_observed", " dB", True, "median over the clips of sample_observed", per_set=True),
+    Metric("worst_observed_frame", " dB", True, "worst sample_observed_worst", per_set=True),
+    Metric("mean_above_mean_frame", " dB", True, "mean over the clips of above_mean_frame", per_set=True),
+    Metric("least_above_mean_frame", " dB", True, "worst above_mean_frame", per_set=True),
+    Metric("most_below_median", " dB", False, "worst below_median", per_set=True),
+    Metric("most_held_out_gap", " dB", False, "worst held_out_gap", per_set=True),
+    Metric("psnr_paper", " dB", True, "mean of sample_observed by the formula of arXiv 2502.00500", per_set=True),
+)
+"""Figures of a set of clips, beside the means of those of each."""
+METRICS = {metric.name: metric for metric in (*CLIP_METRICS, *SET_METRICS)}
 GOALS = {"observed_worst_frame": 24.0, "above_mean_frame": 3.0, "below_median": 3.0, "held_out_gap": 1.0}
 """What samples of training pairs are held to, in dB."""
+GOAL_METRICS = {**{name: name for name in GOALS}, "observed_worst_frame": "sample_observed_worst"}
+"""The clip's metric that a goal bounds."""
 
 
 @dataclass(frozen=True)
 class ClipResult:
-    """A clip's figures, all in dB. `sample_*` compare with the codec's reconstruction, `real_*` with the film."""
+    """A clip and its figures."""
 
     clip_id: str
     film: str
     caption: str
     clip_start: float
     split: str
-    sample_observed: float
-    """Mean over the observed frames."""
-    sample_observed_worst: float
-    """The worst observed frame."""
-    sample_held_out: float
-    """Mean over the frames the coefficients never saw."""
-    sample_all: float
-    """Mean over all kept frames."""
-    sample_median: float
-    """Median over all kept frames."""
-    sample_worst: float
-    """The worst of all kept frames."""
-    mean_frame: float
-    """The clip's own mean frame, held: mean over all kept frames."""
-    first_frame: float
-    """The first frame, held: over all kept frames together."""
-    real_ceiling_observed: float
-    """The codec alone, observed frames."""
-    real_ceiling_held_out: float
-    real_projection_observed: float
-    """The projection of the latents, decoded: model-free."""
-    real_projection_held_out: float
-    real_linear_held_out: float
-    """Linear interpolation between the observed latents, decoded."""
-    real_sample_observed: float
-    real_sample_held_out: float
+    figures: Mapping[str, float]
+    """By the names of CLIP_METRICS; NaN where there is none."""
 
     def goals(self) -> dict[str, bool]:
         """Which of the goals this clip meets."""
-        return {
-            "observed_worst_frame": self.sample_observed_worst >= GOALS["observed_worst_frame"],
-            "above_mean_frame": self.sample_all - self.mean_frame >= GOALS["above_mean_frame"],
-            "below_median": self.sample_median - self.sample_worst <= GOALS["below_median"],
-            "held_out_gap": not self.sample_observed - self.sample_held_out > GOALS["held_out_gap"],
-        }
+        return {goal: METRICS[name].meets(self.figures[name], GOALS[goal]) for goal, name in GOAL_METRICS.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """As in metrics.json: the figures beside the rest."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "figures"}
+        return {**values, **self.figures}
 
 
 @dataclass(frozen=True)
@@ -98,36 +109,30 @@ def measure(clip: Clip, sample: Sample, index: int, sampler: Sampler) -> ClipRes
 
     against_codec = psnr(made, reconstruction)
     held = reconstruction.mean(dim=0, keepdim=True).expand_as(reconstruction)
-    mean_frame = psnr(held, reconstruction)
-    still = 10 * math.log10(4 / max((reconstruction - reconstruction[:1]).square().mean().item(), 1e-12))
+    first = reconstruction[:1].expand_as(reconstruction)
 
-    def parts(pictures: Tensor) -> tuple[float, float]:
+    def parts(name: str, pictures: Tensor) -> dict[str, float]:
         value = psnr(pictures, real)
-        return _mean(value[seen]), _mean(value[~seen])
+        return {f"{name}_observed": _mean(value[seen]), f"{name}_held_out": _mean(value[~seen])}
 
-    ceiling, projected, sampled = parts(reconstruction), parts(projection), parts(made)
-    return ClipResult(
-        clip_id=clip.clip_id,
-        film=about["film"],
-        caption=caption,
-        clip_start=about["clip_start"],
-        split=about["split"],
-        sample_observed=_mean(against_codec[seen]),
-        sample_observed_worst=float(against_codec[seen].min()),
-        sample_held_out=_mean(against_codec[~seen]),
-        sample_all=_mean(against_codec),
-        sample_median=float(against_codec.median()),
-        sample_worst=float(against_codec.min()),
-        mean_frame=_mean(mean_frame),
-        first_frame=still,
-        real_ceiling_observed=ceiling[0],
-        real_ceiling_held_out=ceiling[1],
-        real_projection_observed=projected[0],
-        real_projection_held_out=projected[1],
-        real_linear_held_out=parts(linear)[1],
-        real_sample_observed=sampled[0],
-        real_sample_held_out=sampled[1],
-    )
+    figures = {
+        "sample_observed": _mean(against_codec[seen]),
+        "sample_observed_worst": float(against_codec[seen].min()),
+        "sample_held_out": _mean(against_codec[~seen]),
+        "sample_all": _mean(against_codec),
+        "sample_median": float(against_codec.median()),
+        "sample_worst": float(against_codec.min()),
+        "mean_frame": _mean(psnr(held, reconstruction)),
+        "first_frame": float(psnr(first, reconstruction, together=True, floor=1e-12)),
+        **parts("real_ceiling", reconstruction),
+        **parts("real_projection", projection),
+        "real_linear_held_out": parts("real_linear", linear)["real_linear_held_out"],
+        **parts("real_sample", made),
+    }
+    figures["above_mean_frame"] = figures["sample_all"] - figures["mean_frame"]
+    figures["below_median"] = figures["sample_median"] - figures["sample_worst"]
+    figures["held_out_gap"] = figures["sample_observed"] - figures["sample_held_out"]
+    return ClipResult(clip.clip_id, about["film"], caption, about["clip_start"], about["split"], figures)
 
 
 def show(clip: Clip, sample: Sample, index: int, sampler: Sampler, result: ClipResult) -> Shown:
@@ -151,20 +156,19 @@ def summarise(results: Sequence[ClipResult], side: int) -> dict[str, Any]:
     """Figures over clips, whose frames are `side` pixels high: means, the worst, and how many clips meet each goal."""
     if not results:
         return {"clips": 0}
-    numbers = [key for key, value in asdict(results[0]).items() if isinstance(value, float) and key != "clip_start"]
-    means = {key: _fmean([getattr(r, key) for r in results]) for key in numbers}
+    values = {metric.name: [result.figures[metric.name] for result in results] for metric in CLIP_METRICS}
+    means = {name: _fmean(of_clips) for name, of_clips in values.items()}
+    worst = {name: METRICS[name].worst(values[name]) for name in GOAL_METRICS.values()}
     return {
         "clips": len(results),
         "mean": means,
-        "median_observed": statistics.median(r.sample_observed for r in results),
-        "worst_observed_frame": min(r.sample_observed_worst for r in results),
-        "mean_above_mean_frame": _fmean([r.sample_all - r.mean_frame for r in results]),
-        "least_above_mean_frame": min(r.sample_all - r.mean_frame for r in results),
-        "most_below_median": max(r.sample_median - r.sample_worst for r in results),
-        "most_held_out_gap": max(
-            (r.sample_observed - r.sample_held_out for r in results if math.isfinite(r.sample_held_out)), default=0.0
-        ),
-        "clips_meeting": {goal: sum(r.goals()[goal] for r in results) for goal in GOALS},
+        "median_observed": statistics.median(values["sample_observed"]),
+        "worst_observed_frame": worst["sample_observed_worst"],
+        "mean_above_mean_frame": means["above_mean_frame"],
+        "least_above_mean_frame": worst["above_mean_frame"],
+        "most_below_median": worst["below_median"],
+        "most_held_out_gap": worst["held_out_gap"],
+        "clips_meeting": {goal: sum(result.goals()[goal] for result in results) for goal in GOALS},
         "psnr_paper": psnr_paper(means["sample_observed"], side),
     }
 

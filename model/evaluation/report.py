@@ -11,12 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from model.evaluation.figures import ClipResult, Shown
+from model.evaluation.figures import METRICS, ClipResult, Shown
 from model.metrics.pictures import decibels
 from model.video import Frames, picture_bytes
 from storage.layout import write_atomic
 from storage.schema import CERTIFICATE, certificate_spread
 
+OF_EACH_CLIP = (
+    "sample_observed",
+    "sample_observed_worst",
+    "sample_held_out",
+    "above_mean_frame",
+    "first_frame",
+    "real_ceiling_observed",
+)
+"""The metrics in the table of every clip."""
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --muted: #59636e; --good: #1a7f37; --bad: #b35900; }
 svg { --a: #0969da; --b: #1a7f37; --c: #bf5b00; --d: #8250df; }
@@ -178,24 +187,21 @@ def _against_film(metrics: Mapping[str, Any]) -> str:
 
 
 def _clips(results: Sequence[ClipResult]) -> str:
-    head = ["film", "from", "observed", "worst", "held out", "over<br>mean frame", "first frame<br>held", "ceiling"]
+    shown = [METRICS[name] for name in OF_EACH_CLIP]
+    head = ["film", "from", *(f"<span title='{_text(metric.doc)}'>{metric.title}</span>" for metric in shown)]
     rows: list[list[str | float | None]] = [
         [
             _text(r.film) + ("" if r.split == "train" else " (unseen)"),
             f"{r.clip_start:g} s",
-            r.sample_observed,
-            r.sample_observed_worst,
-            r.sample_held_out,
-            r.sample_all - r.mean_frame,
-            r.first_frame,
-            r.real_ceiling_observed,
+            *(r.figures[metric.name] for metric in shown),
             _text(r.caption),
         ]
         for r in results
     ]
     note = (
-        "<p class=note>dB against the codec's reconstruction: the sample, and the clip's first frame held; the ceiling "
-        "is the codec against the film.</p>"
+        f"<p class=note>All in{shown[0].unit}. "
+        + "; ".join(f"{metric.title}: {_text(metric.doc)}" for metric in shown)
+        + ".</p>"
     )
     table = _table([*head, "caption"], rows, "words")
     return f"<details open><summary>{len(rows)} clips</summary>{note}<div class=scroll>{table}</div></details>"
@@ -228,7 +234,7 @@ def _counts(metrics: Mapping[str, Any]) -> str:
 
 
 def _films(view: Shown, stills: int = 6) -> str:
-    result = view.result
+    result, figures = view.result, view.result.figures
     rates = sorted(view.real)
     rows = []
     for name, frames in (("film", view.real), ("reconstruction", view.projected), ("sample", view.sampled)):
@@ -240,9 +246,9 @@ def _films(view: Shown, stills: int = 6) -> str:
     heads = "".join(f"<th>{rate:g} fps</th>" for rate in rates)
     return (
         f"<h3>{_text(result.caption)}</h3><p class=note>{_text(result.film)} from {result.clip_start:g} s, "
-        f"{_text(result.split)} split: {decibels(result.sample_observed)} dB at observed times, "
-        f"{decibels(result.sample_held_out)} at held-out ones, worst frame {decibels(result.sample_worst)}; mean frame "
-        f"{decibels(result.mean_frame)} dB.</p><div class=scroll><table class=films>"
+        f"{_text(result.split)} split: {decibels(figures['sample_observed'])} dB at observed times, "
+        f"{decibels(figures['sample_held_out'])} at held-out ones, worst frame {decibels(figures['sample_worst'])}; "
+        f"mean frame {decibels(figures['mean_frame'])} dB.</p><div class=scroll><table class=films>"
         f"<tr><th></th>{heads}<th class=gap colspan={stills}>first frame to last</th></tr>{''.join(rows)}</table></div>"
     )
 

@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 """Side and standard deviation of SSIM's Gaussian window, pixels."""
 
 
-def psnr(pictures: Tensor, reference: Tensor, peak: float = 2.0) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each picture: 10 log10(peak^2 / mean squared error).
+Pictures = Tensor | NDArray[Any]
+
+
+def psnr(
+    pictures: Pictures, reference: Pictures, peak: float = 2.0, together: bool = False, floor: float = 0.0
+) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each picture: 10 log10(peak^2 / mean squared error), in float64.
 
     Args:
-        pictures: (..., C, H, W).
+        pictures: (..., C, H, W) tensor or numpy array of any type.
         reference: the same shape.
-        peak: largest difference of two values; 2 for pictures in [-1, 1].
+        peak: largest difference of two values; 2 for pictures in [-1, 1], 255 for bytes.
+        together: one figure from the mean squared error of all pictures, instead of one of each.
+        floor: the mean squared error that counts for all below it; 0 gives infinity where the two are equal.
 
     Returns:
-        (...): dB; infinite where the two are equal.
+        (...), or a scalar where they are taken together: dB.
     """
+    pictures, reference = torch.as_tensor(pictures), torch.as_tensor(reference)
     if pictures.shape != reference.shape:
         raise ValueError(
             f"pictures have the shape {tuple(pictures.shape)}, the reference {tuple(reference.shape)}; "
             "they must be equal"
         )
-    error = (pictures.double() - reference.double()).square().mean(dim=(-3, -2, -1))
-    return 10 * torch.log10(peak**2 / error)
+    error = (pictures.double() - reference.double()).square()
+    error = error.mean() if together else error.mean(dim=(-3, -2, -1))
+    return 10 * torch.log10(peak**2 / error.clamp_min(floor))
 
 
 def pooled_psnr(pictures: Tensor, reference: Tensor, peak: float = 2.0) -> float:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.metrics.base import Metric
 from model.metrics.pictures import decibels, psnr, psnr_paper, ssim
 
 
@@ -90,3 +91,25 @@ def test_figures_as_text() -> None:
     assert decibels(24.04) == "24.0"
     assert decibels(24.04, 2) == "24.04"
     assert decibels(None) == decibels(math.nan) == decibels(math.inf) == "–"
+
+
+def test_psnr_of_bytes_and_of_all_pictures_together() -> None:
+    random = np.random.default_rng(0)
+    frames = random.integers(0, 256, (3, 3, 8, 8), dtype=np.uint8)
+    other = frames.copy()
+    other[1] = 255 - other[1]
+    error = np.square(frames.astype(float) - other)
+    assert psnr(frames, other, peak=255).isinf().tolist() == [True, False, True]
+    assert psnr(frames, other, peak=255)[1].item() == pytest.approx(10 * math.log10(255**2 / error[1].mean()))
+    together = psnr(frames, other, peak=255, together=True)
+    assert together.item() == pytest.approx(10 * math.log10(255**2 / error.mean()))
+    assert psnr(frames, frames, together=True, floor=4e-10).item() == pytest.approx(100)
+
+
+def test_a_metric_knows_which_way_is_better() -> None:
+    up, down = Metric("gain", " dB", True, "x"), Metric("end_ratio", "", False, "x", "end")
+    assert (up.worst([3.0, math.nan, 1.0]), down.worst([3.0, math.nan, 1.0])) == (1.0, 3.0)
+    assert math.isnan(up.worst([math.nan]))
+    assert (up.meets(1.0, 1.0), up.meets(0.9, 1.0), down.meets(1.0, 1.0), down.meets(1.1, 1.0)) == (1, 0, 1, 0)
+    assert up.meets(math.nan, 1.0)
+    assert (up.title, down.title, Metric("a_b", "", True, "x").title) == ("gain", "end", "a b")
