@@ -14,9 +14,7 @@ FORMAT = 1
 """Number of the tables' format. A reader refuses a higher one; columns are only ever added, and one that an older table
 lacks is read as unknown (`completed`)."""
 
-FILM_STATUSES = ("done", "unchanged", "filtered", "failed")
 FAILURE_STATUSES = ("failed", "filtered")
-SPLITS = ("train", "validation")
 
 
 def _schema(table: str, fields: Sequence[tuple[str, pa.DataType, str]]) -> pa.Schema:
@@ -177,12 +175,6 @@ def completed(table: pa.Table, schema: pa.Schema) -> pa.Table:
             values = pa.array([_unknown(field.type)] * table.num_rows, type=field.type)
             table = table.append_column(field, values)
     return table
-
-
-def completed_row(row: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
-    """A row, with NaN, 0, False or empty text in columns that it lacks, and where its value is None."""
-    missing = {field.name: _unknown(field.type) for field in schema if row.get(field.name) is None}
-    return {**row, **missing}
 
 
 def _unknown(kind: pa.DataType) -> float | int | bool | str:
