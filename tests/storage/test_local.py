@@ -53,6 +53,14 @@ def test_files_have_the_modes_that_others_expect(tmp_path: Path) -> None:
     assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a/b", "a/c", "a")] == [0o640, 0o640, 0o750]
 
 
+def test_a_relative_folder_is_the_same_one_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker on another machine, or of a cluster started elsewhere, has another working folder."""
+    monkeypatch.chdir(tmp_path)
+    store = LocalStore(Path("store"))
+    assert store.address("a") == "store/a", "as it was given, in messages"
+    assert pickle.loads(pickle.dumps(store)) == LocalStore(tmp_path / "store")  # noqa: S301
+
+
 def test_every_change_is_brought_to_the_disk_before_it_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
