@@ -35,7 +35,7 @@ FILM_SCHEMA = _schema(
         ("sha256", pa.string(), "of the file's content, empty where it was not read"),
         ("status", pa.string(), "done, unchanged, filtered or failed"),
         ("reason", pa.string(), "a fixed word for filtered and failed, else empty"),
-        ("detail", pa.string(), "one line for people, says the mend"),
+        ("detail", pa.string(), "one line for people, says the remedy"),
         ("clips", pa.int32(), "clips made from this film"),
         ("seconds", pa.float64(), "length of its video, NaN where unknown"),
         ("codec", pa.string(), "of its video, empty where unknown"),
@@ -123,7 +123,7 @@ FAILURE_SCHEMA = _schema(
         ("stage", pa.string(), "where it happened"),
         ("status", pa.string(), "failed or filtered"),
         ("reason", pa.string(), "a fixed snake_case word"),
-        ("detail", pa.string(), "one clear line, says the mend"),
+        ("detail", pa.string(), "one clear line, says the remedy"),
     ],
 )
 

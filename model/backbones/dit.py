@@ -262,16 +262,16 @@ class SinusoidalEmbedding(nn.Module):
         super().__init__()
         count = width // 4
         steps = torch.arange(count, dtype=torch.float64) / max(count - 1, 1)
-        waves = torch.exp(math.log(longest) + steps * (math.log(shortest) - math.log(longest)))
-        self.register_buffer("wavelengths", waves.float(), persistent=False)
+        wavelengths = torch.exp(math.log(longest) + steps * (math.log(shortest) - math.log(longest)))
+        self.register_buffer("wavelengths", wavelengths.float(), persistent=False)
         self.first = nn.Linear(2 * count, width)
         self.second = nn.Linear(width, width)
 
     def forward(self, value: Tensor) -> Tensor:
         """(...) to (..., width)."""
         angle = 2 * math.pi * value.float()[..., None] / self.wavelengths
-        waves = torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.first.weight.dtype)
-        return self.second(functional.silu(self.first(waves)))
+        sinusoids = torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.first.weight.dtype)
+        return self.second(functional.silu(self.first(sinusoids)))
 
 
 def position_embedding(config: BackboneConfig) -> Tensor:

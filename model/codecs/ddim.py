@@ -149,7 +149,7 @@ def invert(
 ) -> Inversion:
     """The noisy latents from which `regenerate` comes back to `latents`.
 
-    inversion_depth: levels to climb; 0 gives the latents back, None climbs all.
+    inversion_depth: steps to invert; 0 gives the latents back, None inverts all.
     refinements: fixed-point iterations a level, >= 0; 0 is plain inversion. Eps is called `1 + refinements` times
         a level.
     damping: first weight of an iteration, in (0, 1]; a sample's weight is halved where its residual does not fall by a
@@ -167,15 +167,17 @@ def invert(
     for level in range(schedule.depth(inversion_depth)):
         below, ddim_step = result, ddim_steps[level]
 
-        def climb(guess: Tensor, below: Tensor = below, ddim_step: Tensor = ddim_step, level: int = level) -> Tensor:
+        def invert_step(
+            guess: Tensor, below: Tensor = below, ddim_step: Tensor = ddim_step, level: int = level
+        ) -> Tensor:
             return inverse_step(below, predict_noise(guess, ddim_step).to(below.dtype), schedule, level)
 
-        best = guess = climb(below)
+        best = guess = invert_step(below)
         direction = torch.zeros_like(guess)
         least = latents.new_full((count,), math.inf)
         weight = latents.new_full((count,), damping)
         for _ in range(refinements):
-            correction = climb(guess) - guess
+            correction = invert_step(guess) - guess
             residual = correction.square().flatten(1).mean(1).sqrt()
             weight = torch.where(residual < 0.9 * least, weight, weight / 2)
             improved = residual < least

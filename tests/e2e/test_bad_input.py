@@ -106,7 +106,7 @@ def test_a_bad_film_is_one_row(messy: tuple[Path, IngestReport], film: str) -> N
     detail = rows[0]["detail"]
     assert "\n" not in detail
     assert "Traceback" not in detail
-    assert ";" in detail, "the line says the mend"
+    assert ";" in detail, "the line says the remedy"
     if FAULTS[film][0] == "failed":
         assert [line for line in report.lines() if line.strip().startswith(f"{film}: {FAULTS[film][1]}: ")]
 

@@ -131,9 +131,9 @@ def test_unpatchify_inverts_patchify() -> None:
 
 
 def test_places_differ(awake: Backbone) -> None:
-    waves = position_embedding(dataclasses.replace(CONFIG, height=16, width_latent=16))
-    assert waves.shape == (64, 32)
-    distances = torch.cdist(waves, waves) + 100 * torch.eye(64)
+    embedding = position_embedding(dataclasses.replace(CONFIG, height=16, width_latent=16))
+    assert embedding.shape == (64, 32)
+    distances = torch.cdist(embedding, embedding) + 100 * torch.eye(64)
     assert distances.min() > 0.3
 
 

@@ -1,4 +1,4 @@
-"""Every way to name films and captions, and a line that says the mend for every mistake."""
+"""Every way to name films and captions, and a line that says the remedy for every mistake."""
 
 from __future__ import annotations
 
