@@ -190,6 +190,8 @@ class Runner:
                             failed(task, "worker_died", detail)
                         start_actor()
                         continue
+                    except ray.exceptions.RayTaskError as error:  # the answer itself cannot travel
+                        answer = _Answer((), problem=one_line(error.cause or error))
                     self._warn(answer.warnings)
                     if task is None:
                         deaths_unanswered = 0
@@ -265,7 +267,8 @@ class _Heard(logging.Handler):
         self.lines: dict[str, None] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.add(record.getMessage())
+        if not record.name.startswith("ray"):  # Ray tells the driver itself
+            self.add(record.getMessage())
 
     def showwarning(self, message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         """Takes the place of warnings.showwarning."""

@@ -1,4 +1,4 @@
-"""The contract of a stage, and what flows through it: one clip at a time, with its failure where it has one.
+"""The contract of a stage, and how clips flow through stages, failures and all.
 
 A stage states what it needs, sets up once, and turns a stream of clips into a stream of clips. It keeps nothing between
 clips that changes a result, so a block can be run again at any time. A clip that fails flows on with its failure; the

@@ -20,7 +20,18 @@ from tests.storage.sample_lake import publish_clips
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = {
-    "ingest": ["SOURCE", "--lake", "--captions", "--recipe", "--set", "--limit", "--plan", "--ray-address", "--json"],
+    "ingest": [
+        "SOURCE",
+        "--lake",
+        "--captions",
+        "--recipe",
+        "--set",
+        "--limit",
+        "--plan",
+        "--ray-address",
+        "--json",
+        "--column",
+    ],
     "train": ["--lake", "--run", "--recipe", "--version", "--set", "--processes", "75"],
     "sample": ["--run", "--prompt", "--start", "--image", "--fps", "--duration", "--out", "--seed", "--guidance"],
     "interpolate": ["FILM", "--fps", "--out", "--start", "--duration", "--size", "--codec", "--method", "--json"],
@@ -311,6 +322,21 @@ def test_experiments_are_listed_and_run(vlfm: Say, films: Path) -> None:
     with pytest.raises(SystemExit) as end:
         vlfm("experiment", "projection", "--help")
     assert end.value.code == 0
+
+
+def test_columns_of_a_table_may_have_other_names(vlfm: Say, films: Path, tmp_path: Path) -> None:
+    table = films / "words.csv"
+    table.write_text(f"path,words\n{next(films.glob('*.mp4')).name},a thing moves\n")
+    plan = ["ingest", table, "--lake", "lake", "--plan"]
+    status, _, told = vlfm(*plan)
+    assert status == 1
+    assert "column" in told
+    status, out, _ = vlfm(*plan, "--json", "--column", "file=path", "--column", "caption=words")
+    assert (status, json.loads(out)["films"]) == (0, 1)
+    status, _, told = vlfm(*plan, "--column", "film=path")
+    assert status == 1
+    assert told.startswith("error: --column takes NAME=OWN with NAME one of file, caption, start, end; it was given ")
+    table.unlink()
 
 
 def test_a_plan_makes_nothing(vlfm: Say, films: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,22 @@ def test_a_lake_that_another_run_writes_to_is_left_alone(server: None, films: Pa
     assert report["exit_status"] == 1
     assert str(tmp_path / "lake") in report["error"]
     assert list_versions(Lake.open(tmp_path / "lake")) == []
+
+
+def test_what_the_pipeline_warns_of_is_in_the_log_and_on_the_terminal(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    from flows.dataset import _warnings_to
+
+    run_log, worker_log = logging.getLogger("a run"), logging.getLogger("pipeline.runner")
+    for aloud, printed in ((True, "warning: compiling failed\n"), (False, "")):
+        caplog.clear()
+        with _warnings_to(run_log, aloud):
+            worker_log.warning("compiling %s", "failed")
+            worker_log.info("all is well")
+        worker_log.warning("after the run")
+        assert [record.getMessage() for record in caplog.records if record.name == "a run"] == ["compiling failed"]
+        assert capsys.readouterr().err == printed
 
 
 def test_many_blocks_are_shared_out_to_a_dozen_tasks() -> None:

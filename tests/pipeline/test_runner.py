@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,7 @@ class Squares:
         return [item**2 if isinstance(item, int) else -1 for item in items]
 
     def teardown(self) -> None:
-        pass
+        (self.notes / f"ended {os.getpid()}").touch()
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +128,53 @@ def test_a_hanging_worker_is_ended(runner: Runner, tmp_path: Path) -> None:
     results, lost = run(impatient, Sleeper(tmp_path), [("a", [3]), ("b", ["sleep"]), ("c", [4])])
     assert results == {3: 9, 4: 16}
     assert [(item, reason) for item, reason, _ in lost] == [("sleep", "worker_died")]
+
+
+def test_a_worker_frees_what_it_holds_when_there_is_no_more_work(runner: Runner, tmp_path: Path) -> None:
+    """Once in each process that worked; a process that is lost has nothing left to free."""
+    results, _ = run(runner, Squares(tmp_path), [(f"t{number}", [number]) for number in range(6)])
+    assert len(results) == 6
+    ended = list(tmp_path.glob("ended *"))
+    assert 1 <= len(ended) <= 2
+    assert os.getpid() not in {int(path.name.split()[1]) for path in ended}
+
+    class Clumsy(Squares):
+        def teardown(self) -> None:
+            raise OSError("its cache cannot be removed")
+
+    results, _ = run(runner, Clumsy(tmp_path), [("a", [3])])
+    assert results == {3: 9}, "the work is done all the same"
+
+
+class Loud(Squares):
+    """Says things that the person who runs it has to know."""
+
+    def setup(self) -> None:
+        logging.getLogger("codec").warning("compiling failed, it runs as it is;\n  install a compiler")
+
+    def process(self, task_id: str, items: Sequence[Any]) -> list[int]:
+        logging.getLogger("codec").info("all is well")
+        warnings.warn("this GPU is slow", RuntimeWarning, stacklevel=2)
+        if "raiser" in items:
+            logging.getLogger("codec").error("about to fail")
+        return super().process(task_id, items)
+
+    def teardown(self) -> None:
+        raise OSError("its cache cannot be removed")
+
+
+def test_what_workers_warn_of_reaches_the_log_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "pipeline.runner"), Runner(attempts=1) as fresh:
+        tasks: list[tuple[str, list[Any]]] = [(f"t{number}", [number]) for number in range(6)]
+        run(fresh, Loud(tmp_path), [*tasks, ("bad", ["raiser"])])
+        run(fresh, Loud(tmp_path), tasks)
+    assert sorted(record.getMessage() for record in caplog.records if record.name == "pipeline.runner") == [
+        "RuntimeWarning: this GPU is slow",
+        "a worker did not end cleanly: OSError: its cache cannot be removed",
+        "about to fail",
+        "compiling failed, it runs as it is; install a compiler",
+    ]
+    assert {record.levelname for record in caplog.records if record.name == "pipeline.runner"} == {"WARNING"}
 
 
 def test_no_work_starts_nothing(tmp_path: Path) -> None:

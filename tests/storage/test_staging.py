@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from storage.layout import DiskFull, Lake
-from storage.staging import read_block, remove_block, staged_blocks, write_block
+from storage.staging import DamagedBlock, read_block, read_block_meta, remove_block, staged_blocks, write_block
 
 ARRAYS = {
     "coefficients": np.arange(24, dtype=np.float16).reshape(2, 3, 4),
@@ -93,3 +93,23 @@ def test_a_full_disk(small_disk: Path) -> None:
         write_block(lake, "block", {"x": np.zeros(4 << 20, np.uint8)}, {})
     assert caught.value.filename == str(lake.staging / "block.npz")
     assert list(lake.staging.iterdir()) == []
+
+
+def test_the_meta_alone(lake: Lake) -> None:
+    """A fault in an array does not show, one in the meta does; the arrays are not read."""
+    write_block(lake, "block", {"x": np.arange(1 << 16)}, {"a": 1})
+    path = lake.staging / "block.npz"
+    assert read_block_meta(lake, "block") == {"a": 1}
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(np.arange(99, 103).tobytes(), np.arange(4).tobytes()))
+    assert path.read_bytes() != whole
+    assert read_block_meta(lake, "block") == {"a": 1}
+    with pytest.raises(DamagedBlock, match="delete it and run the ingest again"):
+        read_block(lake, "block")
+    path.write_bytes(whole.replace(b'"a":1', b'"a":2'))
+    for broken in (path.read_bytes(), whole[:-40]):
+        path.write_bytes(broken)
+        with pytest.raises(DamagedBlock, match="is damaged"):
+            read_block_meta(lake, "block")
+    with pytest.raises(FileNotFoundError, match="no staged block other"):
+        read_block_meta(lake, "other")

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 import pipeline.ingest.plan
+import pipeline.sources.folders
 from pipeline.ingest import commit, embed_captions, ingest, plan_ingest, run_blocks
+from pipeline.ingest.pack import PackError
 from pipeline.ingest.report import Account, AccountError, IngestReport
 from pipeline.recipes import DataRecipe, linear
 from pipeline.runner import Runner, Task
@@ -24,6 +26,7 @@ from storage.arrays import read_clips
 from storage.failures import read_failures
 from storage.layout import DiskFull, Lake
 from storage.shards import ShardReader
+from storage.staging import read_block, write_block
 from storage.verify import verify
 from storage.version import load, read_manifest
 
@@ -321,6 +324,82 @@ def test_the_stages_by_hand(films: Path, tmp_path: Path) -> None:
     report = commit(plan, texts, results)
     assert report.version == 1
     assert set(report.to_json()["seconds"]) == {"plan", "embed", "decode", "invert", "project", "commit"}
+
+
+def test_planning_reads_no_array_of_a_staged_block(
+    films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lake = tmp_path / "lake"
+    with pytest.raises(KeyboardInterrupt):
+        make(films, lake, runner=InProcess(KeyboardInterrupt(), after=2))
+
+    def refuse(*values: object, **more: object) -> None:
+        raise AssertionError(f"read {values}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np.lib.format, "read_array", refuse)
+        plan = plan_ingest(Lake.open(lake), discover(films), RECIPE)
+    assert len(plan.staged) == 2
+    assert sorted(clip for block in plan.staged.values() for clip in block.done) == sorted(
+        clip.clip_id for block in plan.blocks if block.block_id in plan.staged for clip in block.clips
+    )
+
+
+def test_a_staged_block_that_is_damaged_is_named_and_made_again(films: Path, tmp_path: Path) -> None:
+    """Its facts are good, an array is not: the run says so before anything is published, the next one makes it anew."""
+    lake = tmp_path / "lake"
+    with pytest.raises(KeyboardInterrupt):
+        make(films, lake, runner=InProcess(KeyboardInterrupt(), after=2))
+    damaged, whole = sorted((lake / "staging").iterdir())
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 255
+    damaged.write_bytes(data)
+    with pytest.raises(PackError, match=rf"^staged block {damaged.stem} is damaged .* and was removed; run the same"):
+        make(films, lake)
+    assert not damaged.exists()
+    assert whole.exists(), "what is finished is kept"
+    assert not list((lake / "versions").iterdir())
+    runner = InProcess()
+    assert make(films, lake, runner=runner).clips.done == 9
+    assert runner.tasks == [damaged.stem]
+    sound(lake)
+
+
+def test_blocks_that_older_programs_staged_are_taken(films: Path, tmp_path: Path) -> None:
+    """Their rows lack figures, and have others that this program does not know."""
+    lake = tmp_path / "lake"
+    with pytest.raises(KeyboardInterrupt):
+        make(films, lake, runner=InProcess(KeyboardInterrupt(), after=2))
+    opened = Lake.open(lake)
+    for path in opened.staging.iterdir():
+        arrays, meta = read_block(opened, path.stem)
+        for row in meta["clips"]:
+            del row["ssim_vae"], row["frames_certified"]
+            row["sharpness"] = 3.0
+        write_block(opened, path.stem, arrays, {**meta, "failures": [{"clip_id": "gone"}]})
+    runner = InProcess()
+    report = make(films, lake, runner=runner)
+    assert (report.clips.done, len(runner.tasks)) == (9, 1)
+    table = rows(lake)
+    assert sorted(row["frames_certified"] for row in table)[:6] == [0] * 6
+    assert sum(np.isnan(row["ssim_vae"]) for row in table) == 6
+    sound(lake)
+
+
+def test_the_sources_are_looked_at_once(films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[object] = []
+    real = pipeline.sources.folders._scan
+
+    def watched(folder: Path) -> Any:
+        looked.append(folder)
+        return real(folder)
+
+    monkeypatch.setattr(pipeline.sources.folders, "_scan", watched)
+    make(films, tmp_path / "lake")
+    assert looked == [films]
+    found = discover(films)
+    assert make(films, tmp_path / "lake", runner=NoWork(), found=found).clips.unchanged == 9
+    assert looked == [films] * 2
 
 
 def test_accounts_add_up_or_stop() -> None:
