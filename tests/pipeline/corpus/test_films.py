@@ -158,7 +158,7 @@ def test_a_film_that_cannot_be_made_says_why(tmp_path: Path, monkeypatch: pytest
     def broken(ffmpeg: Ffmpeg, plan: FilmPlan, target: Path) -> list[str]:
         return [*film_command(ffmpeg, plan, target)[:-1], "-frames:v", "nonsense", str(target)]
 
-    monkeypatch.setattr("pipeline.corpus.film_command", broken)
+    monkeypatch.setattr("pipeline.corpus.films.film_command", broken)
     with pytest.raises(OSError, match=r"could not draw 01-translation\.mp4"):
         make_corpus(tmp_path, films=1)
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".mp4"]
