@@ -36,7 +36,7 @@ class Sampler:
         step: checkpoint, the newest by default.
 
     Raises:
-        FileNotFoundError: no run, or no checkpoint in it; the message says the mend.
+        FileNotFoundError: no run, or no checkpoint in it; the message says the remedy.
         ValueError: the run was made by a program whose settings were others.
     """
 

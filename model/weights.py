@@ -112,8 +112,10 @@ def load_part(
     place = f"{weights.name}/{part}" if part else weights.name
     if not any(any(folder.glob(pattern)) for pattern in files):
         why = " (other formats can run code and are not read)" if "*.safetensors" in files else ""
-        mend = missing(weights.name, weights.revision) if weights.revision else "fetch it whole or pass another folder"
-        raise CodecUnavailable(f"{place} has no {' or '.join(files)}{why}; {mend}")
+        remedy = (
+            missing(weights.name, weights.revision) if weights.revision else "fetch it whole or pass another folder"
+        )
+        raise CodecUnavailable(f"{place} has no {' or '.join(files)}{why}; {remedy}")
     safe = {"use_safetensors": True} if "*.safetensors" in files else {}
     expected = getattr(getattr(load, "__self__", None), "__name__", "")
     if (folder / "config.json").is_file() and expected:

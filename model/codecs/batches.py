@@ -177,7 +177,7 @@ def in_batches(
     """`compute(items[i:j], text[i:j])` over all items, `batch` at once; where memory runs out the batch is halved.
 
     halved: told the new batch each time.
-    Raises RuntimeError with the mend where one item alone is too much; other errors pass.
+    Raises RuntimeError with the remedy where one item alone is too much; other errors pass.
     """
     results, first = [], 0
     while first < len(items):

@@ -39,7 +39,7 @@ def footage(lakes: Sequence[str | Path], hold_out: Sequence[str] = ()) -> list[l
         hold_out: film names without suffix and folder; none of their frames is returned.
 
     Raises:
-        ValueError: a lake has nothing left to train on; the message names it and the mend.
+        ValueError: a lake has nothing left to train on; the message names it and the remedy.
     """
     found: dict[str, list[Footage]] = {}
     for lake in dict.fromkeys(map(str, lakes)):  # one that is named twice, for a double share, is read once

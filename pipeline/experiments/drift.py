@@ -176,7 +176,7 @@ def experiment(lake: str | Path, out: str | Path, recipe: TrainRecipe) -> list[R
 
     Raises:
         ValueError: no training clip kept its latents; the message says the mend.
-        KeyboardInterrupt: a training was asked to stop; the same call goes on from there.
+        model.stop.Stopped: a training was asked to stop; the same call goes on from there.
     """
     out = Path(out)
     opened, version = lake_and_version(lake, None)
