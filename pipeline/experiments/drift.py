@@ -175,8 +175,8 @@ def experiment(lake: str | Path, out: str | Path, recipe: TrainRecipe) -> list[R
         The table's rows.
 
     Raises:
-        ValueError: no training clip kept its latents; the message says the remedy.
-        Stopped: a training was asked to stop; the same call goes on from there.
+        ValueError: no training clip kept its latents; the message says the mend.
+        model.stop.Stopped: a training was asked to stop; the same call goes on from there.
     """
     out = Path(out)
     opened, version = lake_and_version(lake, None)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import torch
 
 from model.backbones.conditioning import Conditioning
 from model.flow.path import WarmupPath
-from model.recipes import TrainRecipe
-from model.stop import STOPPED, Stopped
+from model.stop import STOPPED
+from model.training.objective import Objective
 from pipeline.experiments import drift
 from pipeline.experiments.drift import READINGS, VARIANTS, main
 from pipeline.experiments.looks import LOOKS, Looks
@@ -134,18 +135,21 @@ def test_other_settings_are_other_networks(made: Path, lake: Lake, monkeypatch: 
 
 def test_a_training_that_was_stopped_is_no_result(lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM ends a training with a checkpoint; the table must not be made of it, and the next run goes on."""
-    real = drift.train
+    inner, before = Objective.losses, signal.getsignal(signal.SIGTERM)
+    interrupts = signal.getsignal(signal.SIGINT)
 
-    def stopped(lake: Path, run: Path, recipe: TrainRecipe, *rest: Any) -> Path:
-        real(lake, run, dataclasses.replace(recipe, steps=1), *rest)
-        raise Stopped(1)
+    def stopping(*given: Any) -> dict[str, torch.Tensor]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return inner(*given)
 
     monkeypatch.setattr(drift, "VARIANTS", VARIANTS[:1])
-    monkeypatch.setattr(drift, "train", stopped)
-    assert run(lake.root, tmp_path) == STOPPED
+    monkeypatch.setattr(Objective, "losses", stopping)
+    try:
+        assert run(lake.root, tmp_path) == STOPPED
+    finally:  # after a stop the handlers stay
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupts)
     assert not (tmp_path / "drift.md").exists()
-    monkeypatch.setattr(drift, "train", real)
-    assert run(lake.root, tmp_path) == 0
 
 
 @pytest.mark.parametrize(
