@@ -175,7 +175,7 @@ def experiment(lake: str | Path, out: str | Path, recipe: TrainRecipe) -> list[R
         The table's rows.
 
     Raises:
-        ValueError: no training clip kept its latents; the message says the mend.
+        ValueError: no training clip kept its latents; the message says the remedy.
         model.stop.Stopped: a training was asked to stop; the same call goes on from there.
     """
     out = Path(out)
