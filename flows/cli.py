@@ -290,29 +290,26 @@ def experiment(sub: argparse.ArgumentParser) -> Run:
     return run_experiment
 
 
+EXPERIMENTS = {
+    "codec": "what a codec is worth: reconstruction, inversion, noise prediction and captions",
+    "drift": "what keeps a sample from drifting off its clip, measured on a lake's own clips",
+    "interpolation": "what `vlfm interpolate` makes of frames it has not seen",
+    "projection": "which order and which method of projection, on films with frames held out",
+}
+"""Modules of pipeline/experiments with a `main`, and what they answer."""
+
+
 def run_experiment(options: argparse.Namespace) -> int:
     """Run an experiment of pipeline/experiments with its own options, or list them all."""
     import importlib
 
-    about = experiments()
+    about = EXPERIMENTS
     if options.name is None:
         print("\n".join(f"{name:<14} {line}" for name, line in about.items()))
         return 0
     if options.name not in about:
         raise ValueError(f"experiment {options.name!r} is unknown; the experiments are: {', '.join(about)}")
     return int(importlib.import_module(f"pipeline.experiments.{options.name}").main(options.options))
-
-
-def experiments() -> dict[str, str]:
-    """The modules of pipeline/experiments that have a `main`, with the first lines of their texts; none is imported."""
-    import ast
-
-    found = {}
-    for path in sorted((Path(__file__).parent.parent / "pipeline" / "experiments").glob("*.py")):
-        module = ast.parse(path.read_text(encoding="utf-8"))
-        if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in module.body):
-            found[path.stem] = (ast.get_docstring(module) or "").partition("\n")[0]
-    return found
 
 
 def demo(sub: argparse.ArgumentParser) -> Run:
