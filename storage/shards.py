@@ -28,7 +28,6 @@ from storage.layout import Lake, LakeError, version_naming
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 Sample: TypeAlias = Mapping[str, Any]
 """`__key__`: the clip's id; `<name>.npy`: an array; `<name>.json`: a JSON mapping."""
-
 INDEX_FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.tar")
 _REMEDY = "restore it from a copy, or ingest the films into a new lake"
