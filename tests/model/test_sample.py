@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,6 +138,23 @@ def test_an_image_starts_the_clip(sampler: Sampler, tmp_path: Path) -> None:
     start = sampler.sample(CAPTIONS[:1], [0.0], [3], QUICK, latents)
     assert float(start.grid[0]) == 0
     torch.testing.assert_close(start.states[0], latents + sampler.method.path.sigma_end * noise(sampler, 3))
+
+
+def test_every_prompt_has_its_own_inversion_of_an_image(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A codec that inverts with the caption decodes with the same one."""
+    sampler = Sampler(run, device="cpu")
+    told: dict[str, list[object]] = {"encode": [], "decode": []}
+    for name, calls in told.items():
+        inner = getattr(sampler.codec, name)
+
+        def noted(values: torch.Tensor, text: object = None, inner: Any = inner, calls: list[object] = calls) -> Any:
+            calls.append(text)
+            return inner(values, text)
+
+        monkeypatch.setattr(sampler.codec, name, noted)
+    made = sampler.videos(CAPTIONS, 4, DURATION, QUICK, image=torch.zeros(3, SIDE, SIDE))
+    assert len(made) == 2
+    assert told == {"encode": CAPTIONS, "decode": CAPTIONS}
 
 
 def test_images_are_cropped_at_the_centre_and_turned_upright(tmp_path: Path) -> None:
