@@ -38,7 +38,7 @@ def test_films_become_inverted_latents(scene: Film, tmp_path: Path, depth: int) 
         texts = embed_captions(plan)
         worker = BlockWorker(lake, recipe, plan.recipe_fingerprint)
         worker.setup()
-        results = [{"block_id": b.block_id, **worker.process(b.block_id, b.clips)} for b in plan.blocks]
+        results = [worker.process(block.block_id, block.clips) for block in plan.blocks]
         report = commit(plan, texts, results)
     assert report.exit_status == 0
     version = load(lake)
