@@ -143,14 +143,7 @@ class FrameSample:
 
         def predict(latents: Tensor, flow_time: float) -> tuple[Tensor, Tensor]:
             self.network_calls += 1
-            mean, slope = stills.predict(self.backbone, latents, flow_time, told)
-            if settings.guidance != 1.0:
-                free, free_slope = stills.predict(self.backbone, latents, flow_time, untold)
-                mean, slope = (
-                    free + settings.guidance * (mean - free),
-                    free_slope + settings.guidance * (slope - free_slope),
-                )
-            return mean * stills.mean_scale, slope * stills.derivative_scale
+            return stills.predict(self.backbone, latents, flow_time, told, untold, settings.guidance)
 
         noise = torch.cat([self.noise] * count)
         read: Tensor = solve(stills.path, predict, noise, grid, method=settings.solver).read([0.0], source)[0]

@@ -206,12 +206,7 @@ class VLFM:
             grid = torch.cat([before, grid])
 
         def predict(latents: Tensor, flow_time: float) -> tuple[Tensor, Tensor]:
-            mean, slope = self.predict(backbone, latents, flow_time, told)
-            if guidance != 1.0 and flow_time < 0:
-                assert untold is not None
-                free, free_slope = self.predict(backbone, latents, flow_time, untold)
-                mean, slope = free + guidance * (mean - free), free_slope + guidance * (slope - free_slope)
-            return mean * self.mean_scale, slope * self.derivative_scale
+            return self.predict(backbone, latents, flow_time, told, untold, guidance if flow_time < 0 else 1.0)
 
         trajectory = solve(
             self.path,
@@ -226,12 +221,30 @@ class VLFM:
         return dataclasses.replace(trajectory, source="state" if self.options.path == "paper" else "mean")
 
     def predict(
-        self, backbone: nn.Module, latents: Tensor, flow_time: float, given: Conditioning
+        self,
+        backbone: nn.Module,
+        latents: Tensor,
+        flow_time: float,
+        told: Conditioning,
+        untold: Conditioning | None = None,
+        guidance: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """What the heads say, unscaled, of latents (B, C, h, w) that all have one flow time: m and m', float32."""
+        """m and m' (B, C, h, w), float32, of latents that all have one flow time, in the units of the data.
+
+        Guidance other than 1 asks for `untold`, the empty caption's conditioning, too.
+        """
         time = torch.full((latents.shape[0], 1), flow_time, device=latents.device)
-        found = backbone(latents[:, None], time, given)
-        return found["mean"][:, 0].float(), found["derivative"][:, 0].float()
+
+        def heads(given: Conditioning) -> tuple[Tensor, Tensor]:
+            found = backbone(latents[:, None], time, given)
+            return found["mean"][:, 0].float(), found["derivative"][:, 0].float()
+
+        mean, slope = heads(told)
+        if guidance != 1.0:
+            assert untold is not None
+            free, free_slope = heads(untold)
+            mean, slope = free + guidance * (mean - free), free_slope + guidance * (slope - free_slope)
+        return mean * self.mean_scale, slope * self.derivative_scale
 
 
 def with_first_frame(given: Conditioning, first_frame: Tensor | None) -> Conditioning:

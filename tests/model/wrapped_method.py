@@ -1,4 +1,4 @@
-"""The method `vlfm` behind a wrapper, for tests of the programs that run it."""
+"""Stand-ins for tests of what runs a method or a network: `vlfm` behind a wrapper, and a network that notes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
+from model.backbones.conditioning import Conditioning
 from model.methods.registry import METHODS
 from model.methods.vlfm import VLFM
 
@@ -34,3 +37,21 @@ def vlfm_wrapped(wrap: Callable[[Any], Any]) -> Iterator[None]:
         yield
     finally:
         METHODS["vlfm"] = VLFM
+
+
+class Told(torch.nn.Module):
+    """Notes what it is asked and told; answers with its mean."""
+
+    def __init__(self, answer: float) -> None:
+        super().__init__()
+        self.answer = torch.tensor(answer)
+        self.states: list[torch.Tensor] = []
+        self.given: list[Conditioning] = []
+        self.times: list[torch.Tensor] = []
+
+    def forward(self, latents: torch.Tensor, time: torch.Tensor, given: Conditioning) -> dict[str, torch.Tensor]:
+        self.states.append(latents)
+        self.given.append(given)
+        self.times.append(time)
+        mean = self.answer.expand_as(latents) + 0.0 * latents
+        return {"mean": mean, "derivative": torch.zeros_like(mean)}

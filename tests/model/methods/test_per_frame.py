@@ -25,26 +25,9 @@ from model.training.record import RunRecord
 from storage import version
 from storage.layout import Lake
 from tests.model.tiny_lake import DURATION, ORDER, SIDE, make_lake
+from tests.model.wrapped_method import Told
 
 FIGURES = {"mean_scale": 2.0, "derivative_scale": 1.0}
-
-
-class Told(torch.nn.Module):
-    """Notes what it is asked and told; answers with its mean."""
-
-    def __init__(self, answer: float) -> None:
-        super().__init__()
-        self.answer = torch.tensor(answer)
-        self.states: list[torch.Tensor] = []
-        self.given: list[Conditioning] = []
-        self.times: list[torch.Tensor] = []
-
-    def forward(self, latents: torch.Tensor, time: torch.Tensor, given: Conditioning) -> dict[str, torch.Tensor]:
-        self.states.append(latents)
-        self.given.append(given)
-        self.times.append(time)
-        mean = self.answer.expand_as(latents) + 0.0 * latents
-        return {"mean": mean, "derivative": torch.zeros_like(mean)}
 
 
 @pytest.fixture(scope="module")

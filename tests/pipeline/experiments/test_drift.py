@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from model.backbones.conditioning import Conditioning
 from model.flow.path import WarmupPath
 from model.stop import STOPPED
 from model.training.objective import Objective
@@ -21,6 +20,7 @@ from pipeline.experiments.drift import READINGS, VARIANTS, main
 from pipeline.experiments.looks import LOOKS, Looks
 from storage.layout import Lake
 from tests.model.tiny_lake import KEPT, make_lake
+from tests.model.wrapped_method import Told
 
 TINY = ["width=32", "depth=1", "heads=2", "batch=4", "log_every=1", "learning_rate_warmup=1", "ema_decay=0.5"]
 KINDS = ("sigma 0.1", "sigma 0.3, no jitter", "per frame", "paper path")
@@ -175,29 +175,11 @@ def test_a_folder_that_is_no_lake(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert str(tmp_path / "none") in capsys.readouterr().err
 
 
-class Told(torch.nn.Module):
-    """Notes the states and times that it is asked about, and what it is told of the duration; answers with its mean."""
-
-    def __init__(self, answer: torch.Tensor) -> None:
-        super().__init__()
-        self.answer = answer
-        self.states: list[torch.Tensor] = []
-        self.given: list[Conditioning] = []
-        self.times: list[torch.Tensor] = []
-
-    def forward(self, latents: torch.Tensor, time: torch.Tensor, given: Conditioning) -> dict[str, torch.Tensor]:
-        self.states.append(latents)
-        self.given.append(given)
-        self.times.append(time)
-        mean = self.answer.expand_as(latents) + 0.0 * latents
-        return {"mean": mean, "derivative": torch.zeros_like(mean)}
-
-
 @pytest.mark.parametrize("look", LOOKS)
 def test_what_the_network_is_shown(look: str) -> None:
     draw = torch.Generator().manual_seed(0)
     noise, truth = torch.randn(2, 3, 4, 4, generator=draw), torch.randn(2, 1, 3, 4, 4, generator=draw)
-    network, state = Told(torch.tensor(0.5)), torch.ones(2, 1, 3, 4, 4)
+    network, state = Told(0.5), torch.ones(2, 1, 3, 4, 4)
     looks = Looks(network, look, WarmupPath(sigma_end=0.2), 2.0, noise, truth)
     none: Any = None
     for now in (-0.1, 0.0, 0.5):
@@ -217,4 +199,4 @@ def test_what_the_network_is_shown(look: str) -> None:
 
 def test_an_unknown_look_is_refused() -> None:
     with pytest.raises(ValueError, match="look is 'away'; it must be one of solver, twice, first, truth"):
-        Looks(Told(torch.zeros(())), "away", WarmupPath(), 1.0, torch.zeros(()), torch.zeros(()))
+        Looks(Told(0.0), "away", WarmupPath(), 1.0, torch.zeros(()), torch.zeros(()))
