@@ -32,7 +32,7 @@ from model.training.launch import launch
 from model.training.loop import Schedule, Training, run_training
 from model.training.objective import Objective
 from model.training.optimizers import learning_rate_factor, make_optimizers
-from model.training.processes import Processes, given_rank, join_processes
+from model.training.processes import Processes, end_program, given_rank, join_processes
 from model.training.record import DatasetVersion, RunRecord
 from model.training.state import TrainingState
 from storage.layout import Lake
@@ -206,4 +206,4 @@ def main(arguments_given: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_program(main())

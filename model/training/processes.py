@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -74,3 +77,18 @@ def join_processes() -> Processes:
         end_with_parent(int(launcher) if launcher else None)
         dist.init_process_group("nccl" if gpu else "gloo")
     return Processes(rank, world, device)
+
+
+def end_program(status: int) -> NoReturn:
+    """End this process with an exit status; one of several ends without taking the interpreter down.
+
+    A thread of gloo may still hold the tensor of the last exchange. Freed while Python is taken down, that tensor
+    aborts the process (SIGABRT, "terminate called without an active exception"; pytorch/pytorch#179291), also where
+    the process group was destroyed: an exception on its way out holds the network that holds the group.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(status)
+    atexit._run_exitfuncs()  # as at a usual end: what multiprocessing and logging still have to close
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
