@@ -72,9 +72,17 @@ class Sampler:
         """Duration in seconds of the clips that the backbone learned."""
         return float(self.clip["duration"])
 
-    def conditioning(self, prompts: Sequence[str], starts: Sequence[float], named: bool = True) -> Conditioning:
-        """What the backbone is told of clips: prompts, and the clips' starts in seconds unless they are not `named`."""
+    def conditioning(
+        self, prompts: Sequence[str], starts: Sequence[float] | None, start_given: bool = True
+    ) -> Conditioning:
+        """What the backbone is told of clips: prompts, and the clips' starts in seconds where they are given.
+
+        A run that always saw clip_start is told 0 where there is none; one that never did is not told it.
+        """
         count = len(prompts)
+        rate = self.method.clip_start_dropout
+        told = start_given and rate < 1 and (starts is not None or rate == 0)
+        starts = [0.0] * count if starts is None else starts
         text, length = self.encoder.encode(list(prompts))
         rows = int(length.max())
         values = Conditioning(
@@ -82,7 +90,7 @@ class Sampler:
             text=text[:, :rows].half().float(),
             text_length=length,
             clip_start=torch.tensor(list(starts), dtype=torch.float32),
-            named=torch.full((count,), float(named)),
+            start_given=torch.full((count,), float(told)),
             log_duration=torch.full((count,), math.log(self.window)),
             context=torch.zeros((count, 1, *self.clip["latent_shape"])),
             context_given=torch.zeros((count, 1), dtype=torch.bool),
@@ -92,18 +100,19 @@ class Sampler:
     def sample(
         self,
         prompts: Sequence[str],
-        starts: Sequence[float],
+        starts: Sequence[float] | None,
         seeds: Sequence[int],
         settings: SampleSettings,
         first_frames: Tensor | None = None,
     ) -> Sample:
         """One window of latents for each prompt, readable at any time.
 
+        starts: seconds into their films that the clips are to be from; None leaves it open.
         first_frames: (B, C, h, w) latents, for the image-to-video task.
         """
         empty = None
         if settings.guidance != 1.0:
-            empty = self.conditioning([""] * len(prompts), [0.0] * len(prompts), named=False)
+            empty = self.conditioning([""] * len(prompts), None, start_given=False)
         request = Request(
             conditioning=self.conditioning(prompts, starts),
             seeds=tuple(seeds),
@@ -126,7 +135,7 @@ class Sampler:
         rate: float,
         duration: float,
         settings: SampleSettings | None = None,
-        start: float = 0.0,
+        start: float | None = None,
         image: Tensor | None = None,
     ) -> list[Frames]:
         """A video for each prompt, `duration` seconds at `rate` frames per second, at least one frame.
@@ -138,7 +147,7 @@ class Sampler:
             rate: frames per second, any.
             duration: seconds, any above 0.
             settings: how to integrate.
-            start: seconds into the film that the clip is to be from.
+            start: seconds into the film that the clip is to be from; None leaves it open.
             image: (3, H, W) in [-1, 1], a first frame to start from.
 
         Raises:
@@ -149,7 +158,7 @@ class Sampler:
             raise ValueError(f"fps is {rate}; it must be a number above 0")
         if not (duration > 0 and math.isfinite(duration)):
             raise ValueError(f"duration is {duration}; it must be a number of seconds above 0")
-        if not math.isfinite(start):
+        if start is not None and not math.isfinite(start):
             raise ValueError(f"start is {start}; it must be a number of seconds")
         times = np.arange(max(1, math.floor(duration * rate + 1e-6))) / rate
         first = None
@@ -161,7 +170,7 @@ class Sampler:
         windows = math.floor(times[-1] / self.window + 1e-9) + 1
         for number in range(windows):
             seeds = [settings.seed + index for index in range(len(prompts))]
-            starts = [start + number * self.window] * len(prompts)
+            starts = None if start is None else [start + number * self.window] * len(prompts)
             sample = self.sample(prompts, starts, seeds, settings, first)
             inside = np.floor(times / self.window + 1e-9).astype(int) == number
             flow_times = torch.from_numpy((times[inside] / self.window - number).clip(0, 1))
@@ -208,7 +217,10 @@ def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
         "--prompt", required=True, action="append", metavar="TEXT", help="what to show; may be given several times"
     )
     parser.add_argument(
-        "--start", type=float, default=0.0, metavar="S", help="seconds into the film the clip is from (default 0)"
+        "--start",
+        type=float,
+        metavar="S",
+        help="seconds into its film that the clip is to be from (default: left open)",
     )
     parser.add_argument("--image", metavar="FILE", help="start from this picture instead of noise")
     parser.add_argument("--fps", type=float, default=16.0, metavar="F", help="frames per second, any (default 16)")
@@ -218,7 +230,9 @@ def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
     parser.add_argument("--out", required=True, metavar="FILE", help=".mp4, .gif, .webp, or .png for a strip of frames")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of the noise (default 0)")
     parser.add_argument("--steps", type=int, default=defaults.steps, help="solver steps on a window (default 32)")
-    parser.add_argument("--solver", default=defaults.solver, help="euler (default), midpoint, heun, rk4 or adaptive")
+    parser.add_argument(
+        "--solver", default=defaults.solver, help="ddim (default), euler, midpoint, heun, rk4 or adaptive"
+    )
     parser.add_argument(
         "--guidance", type=float, default=defaults.guidance, help="classifier-free guidance; 1 (default) is none"
     )
@@ -233,6 +247,8 @@ def run_arguments(options: argparse.Namespace) -> int:
     sampler = Sampler(options.run, options.step)
     height, width = sampler.clip["frame_shape"][:2]
     image = None if options.image is None else read_image(options.image, (height, width))
+    if options.start is not None and sampler.method.clip_start_dropout == 1:
+        print("note: the run was trained without clip_start; --start is ignored", file=sys.stderr)
     duration = sampler.window if options.duration is None else options.duration
     for prompt in options.prompt:
         if sampler.encoder.truncated(prompt):

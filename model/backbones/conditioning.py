@@ -19,9 +19,9 @@ class Conditioning:
     text_length: Tensor
     """(B or B/K,): valid rows of `text`, at least 1; the last valid row is the pooled embedding."""
     clip_start: Tensor
-    """(B,): seconds from the film's start to the clip's; ignored where `named` is 0."""
-    named: Tensor
-    """(B,): 1 where caption and clip_start are given, 0 where they are dropped (the text is then the empty one)."""
+    """(B,): seconds from the film's start to the clip's; ignored where `start_given` is 0."""
+    start_given: Tensor
+    """(B,): 1 where clip_start is given, 0 where it is not."""
     log_duration: Tensor
     """(B,): logarithm of the clip's duration in seconds."""
     context: Tensor

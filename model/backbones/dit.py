@@ -164,7 +164,7 @@ class Backbone(nn.Module):
 
         pooled = self.pooled_text(last_rows(given.text, given.text_length))
         clip = self.duration(given.log_duration) + pooled.repeat_interleave(batch // len(pooled), 0)
-        clip = clip + self.clip_start(given.clip_start) * given.named[:, None]  # (B, W)
+        clip = clip + self.clip_start(given.clip_start) * given.start_given[:, None]  # (B, W)
         frame = clip[:, None] + self.context_flag * shown[:, :, None]  # (B, L or 1, W)
         if self.frame_time is not None:
             assert frame_time is not None

@@ -86,6 +86,21 @@ class WarmupPath:
             x, self.evaluate(flow_time, mean), self.derivative(flow_time, mean, mean_derivative, left=left)
         )
 
+    def warmup_times(self, place: Tensor, least: float) -> Tensor:
+        """Flow times in [start, 0], of the shape of `place` in [0, 1]: even in the logarithm of signal to noise.
+
+        place: 0 is pure noise, 1 is r = 0.
+        least: about the ratio of signal to noise, per value of the latents, from which on they are told apart. A
+            picture of d values shows itself in noise from about 1/sqrt(d) on (the more values, the earlier; Hoogeboom
+            et al. 2023, arXiv 2301.11093): a sampler that steps over it never chooses, and takes the average.
+        """
+        most, even = 1 / self.sigma_end, place.double()
+        ratio = least * torch.expm1(even * math.log1p(most / least))
+        rise = (ratio / (1 + (1 - self.sigma_end) * ratio)).clamp(0, 1)
+        fraction = 0.5 - torch.sin(torch.asin(1 - 2 * rise) / 3)  # the inverse of _smoothstep
+        times = torch.where(even >= 1, 0.0, (self.warmup * (fraction - 1)).clamp(self.start, 0))
+        return times.to(place.dtype)
+
 
 @dataclass(frozen=True)
 class PaperPath:

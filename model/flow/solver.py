@@ -6,6 +6,7 @@ of what it predicted at the grid points.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ Predict = Callable[[Tensor, float], tuple[Tensor, Tensor]]
 """The network: latents (B, ...) at a flow time r to (m, m') at max(r, 0), each (B, ...), m' per unit of r."""
 Field = Callable[[Tensor, float], Tensor]
 """A velocity: state and flow time to the state's derivative."""
-METHODS = ("euler", "midpoint", "heun", "rk4", "adaptive")
+METHODS = ("ddim", "euler", "midpoint", "heun", "rk4", "adaptive")
 
 
 class Path(Protocol):
@@ -90,6 +91,17 @@ class Trajectory:
             raise ValueError(f"source is {source!r}; it must be 'mean' or 'state'")
         return hermite(grid, values, slopes, times)
 
+    def after(self, before: Trajectory) -> Trajectory:
+        """This one behind another that ends where it begins; at the point they share, this one's answers stand."""
+        return dataclasses.replace(
+            self,
+            grid=torch.cat([before.grid[:-1], self.grid]),
+            means=torch.cat([before.means[:-1], self.means]),
+            derivatives=torch.cat([before.derivatives[:-1], self.derivatives]),
+            states=torch.cat([before.states[:-1], self.states]),
+            network_calls=before.network_calls + self.network_calls,
+        )
+
     def _less_noise(self, first: int) -> tuple[Tensor, Tensor]:
         values, slopes = [], []
         for k in range(first, len(self.grid)):
@@ -110,6 +122,7 @@ def solve(
     *,
     reanchor: bool = True,
     start_mean: Tensor | None = None,
+    start_state: Tensor | None = None,
     tolerance: float = 1e-5,
 ) -> Trajectory:
     """Integrate the flow from noise along `grid`.
@@ -121,17 +134,20 @@ def solve(
         path: the flow's path; its breakpoints (0 for the warm-up) must be grid points.
         predict: the network; every call counts.
         noise: (B, ...) standard normal latents z.
-        grid: (K,) flow times, strictly increasing, K >= 2, from `path.start`; or from a later time with `start_mean`.
-        method: one of METHODS; 1, 2, 2, 4 calls a step and one at the end, as many as it takes for `adaptive`
-            (torchdiffeq's dopri5, from grid point to grid point).
+        grid: (K,) flow times, strictly increasing, K >= 2, from `path.start`; or from a later time with `start_mean` or
+            `start_state`.
+        method: one of METHODS; 1, 1, 2, 2, 4 calls a step and one at the end, as many as it takes for `adaptive`
+            (torchdiffeq's dopri5, from grid point to grid point). `ddim` is Euler's but for the warm-up, where it is
+            exact while the predicted mean stays.
         reanchor: whether the state is re-anchored on the predicted mean at the clip's grid points.
         start_mean: (B, ...) m at the grid's first point, where the flow starts from a known frame: x = mean + sigma z.
+        start_state: (B, ...) x at the grid's first point, where the flow goes on.
         tolerance: relative and absolute error allowed to `adaptive`, per step.
 
     Raises:
         ValueError: a grid that does not fit the path, an unknown method, or predictions of another shape.
     """
-    times = _checked_grid(path, grid, start_mean)
+    times = _checked_grid(path, grid, start_mean is not None or start_state is not None)
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; it must be one of {', '.join(METHODS)}")
     calls = 0
@@ -147,7 +163,7 @@ def solve(
             )
         return mean, slope
 
-    x = noise
+    x = noise if start_state is None else start_state
     if start_mean is not None:
         centre, sigma = path.evaluate(times[0], start_mean)
         x = centre + sigma * noise
@@ -167,6 +183,9 @@ def solve(
         def field(at: Tensor, when: float, left: bool = left) -> Tensor:
             return path.velocity(at, when, *ask(at, when), left=left)
 
+        if left and method == "ddim":
+            x = _warmup_step(path, x, time, times[k + 1], mean)
+            continue
         first = path.velocity(x, time, mean, slope, left=left)
         x = _step(method, field, x, time, times[k + 1], first, tolerance)
     return Trajectory(
@@ -219,7 +238,7 @@ def _step(method: str, field: Field, x: Tensor, r: float, end: float, first: Ten
     """The state at `end`; `first` is the velocity at (x, r), already known."""
     h = end - r
     match method:
-        case "euler":
+        case "euler" | "ddim":
             return x + h * first
         case "midpoint":
             return x + h * field(x + h / 2 * first, r + h / 2)
@@ -232,6 +251,17 @@ def _step(method: str, field: Field, x: Tensor, r: float, end: float, first: Ten
             return x + h / 6 * (first + 2 * second + 2 * third + fourth)
         case _:
             return _adaptive(field, x, r, end, tolerance)
+
+
+def _warmup_step(path: Path, x: Tensor, r: float, end: float, mean: Tensor) -> Tensor:
+    """The state at `end` on the warm-up: exact where the predicted mean stays what it is at r.
+
+    It is DDIM's step (Song et al. 2021, arXiv 2010.02502, eq. 12 with eta 0): the noise that x holds beside the mean is
+    kept and mixed anew. Euler's first step would lead nowhere, since the path begins with a slope of 0.
+    """
+    centre, sigma = path.evaluate(r, mean)
+    centre_then, sigma_then = path.evaluate(end, mean)
+    return centre_then + sigma_then / sigma * (x - centre)
 
 
 def _adaptive(field: Field, x: Tensor, r: float, end: float, tolerance: float) -> Tensor:
@@ -255,12 +285,12 @@ def _increasing(grid: Sequence[float] | Tensor) -> list[float]:
     return times
 
 
-def _checked_grid(path: Path, grid: Sequence[float] | Tensor, start_mean: Tensor | None) -> list[float]:
+def _checked_grid(path: Path, grid: Sequence[float] | Tensor, started: bool) -> list[float]:
     times = _increasing(grid)
     first, last = times[0], times[-1]
     if first < path.start - 1e-9 or last > path.end + 1e-9 or not math.isfinite(last):
         raise ValueError(f"grid runs from {first} to {last}; the path runs from {path.start} to {path.end}")
-    if start_mean is None and abs(first - path.start) > 1e-9:
+    if not started and abs(first - path.start) > 1e-9:
         raise ValueError(
             f"grid starts at {first}, the noise is at {path.start}; to start later give start_mean, the mean there"
         )

@@ -70,7 +70,7 @@ class SampleSettings:
     """Solver steps on a window of the clip; the frame rate does not change it."""
     warmup_steps: int = 8
     """Solver steps from noise to the first frame."""
-    solver: str = "euler"
+    solver: str = "ddim"
     """A method of model/flow/solver.py."""
     guidance: float = 1.0
     """Classifier-free guidance; 1 is none."""
@@ -173,11 +173,17 @@ class Method(Protocol):
     takes_first_frame: ClassVar[bool]
     """Whether a first frame can be given: windows of a long video then go on from each other, else they stand alone."""
     Options: ClassVar[type[Any]]
-    """A frozen dataclass with a default for every field: what a training recipe chooses."""
+    """A frozen dataclass with a default for every field: what a training recipe chooses. Where a field came later than
+    its first runs, the class variable BEFORE has its value of then."""
 
     @property
     def states_per_clip(self) -> int:
         """States of a clip in one step, for the throughput in the log."""
+        ...
+
+    @property
+    def clip_start_dropout(self) -> float:
+        """Rate at which a clip's start in its film was hidden in training: 0, it must be given; 1, it is unknown."""
         ...
 
     @classmethod

@@ -32,12 +32,17 @@ class PerFrameOptions:
     """Standard deviation of the path at the frame."""
     times_per_clip: int = 4
     """Frames drawn of each clip of a step."""
-    warmup_focus: float = 2.0
-    """Draws the flow times towards the noise; 1 is uniform."""
-    error_focus: float = 1.0
+    warmup_focus: float = 0.0
+    """How the flow times are drawn: 0 spreads them evenly over the logarithm of signal to noise."""
+    error_focus: float = 0.0
     """Exponent that weighs a state by its error relative to the others'; 0 weighs all alike."""
     caption_dropout: float = 0.1
     """Rate of the empty caption."""
+    clip_start_dropout: float = 0.9
+    """Rate at which clip_start alone is dropped."""
+
+    BEFORE: ClassVar[Mapping[str, Any]] = {"clip_start_dropout": 0.0}
+    """Fields that older runs lack, as they were then."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,11 @@ class PerFrame:
         """Frames drawn of each clip."""
         return self.options.times_per_clip
 
+    @property
+    def clip_start_dropout(self) -> float:
+        """Rate at which clip_start was hidden in training."""
+        return self.options.clip_start_dropout
+
     @classmethod
     def prepare(cls, clips: Sequence[Clip], clip_format: Mapping[str, Any]) -> dict[str, float]:
         """As VLFM's."""
@@ -75,7 +85,7 @@ class PerFrame:
         """The method on a version's clips. Raises ValueError for values a path cannot have."""
         # All times fall on the warm-up (a share of 1 would divide by zero), and the first frame is never given away.
         chosen = {**dataclasses.asdict(options), "times_per_clip": 1}
-        still = VLFMOptions(**chosen, warmup_share=1 - 1e-6, context_dropout=1.0, state_jitter=0.0)
+        still = VLFMOptions(**chosen, warmup_share=1 - 1e-6, context_dropout=1.0, anchor="none", state_jitter=0.0)
         return cls(options, VLFM.build(still, figures, clip_format))
 
     def loss(self, backbone: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
@@ -129,7 +139,7 @@ class FrameSample:
         count, clips = len(times), len(self.noise)
         settings, stills = self.request.settings, self.method.stills
         assert isinstance(stills.path, WarmupPath)
-        grid = torch.linspace(stills.path.start, 0, settings.warmup_steps + 1, dtype=torch.float64)
+        grid = stills.warmup_grid(settings.warmup_steps)
         place = (PLACE_WAVES * times.float()).to(self.noise.device).repeat_interleave(clips)
 
         def at_place(name: str) -> Any:

@@ -8,6 +8,7 @@ model/flow/path.py. The network predicts m(max(r, 0)) and m'(max(r, 0)), and the
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -25,6 +26,13 @@ from model.methods.base import Batch, Clip, Request, drop_captions
 END_SHARE, END_FROM = 0.06, 0.9
 """Share of the clip's training times that fall on its end, from END_FROM on, beside the even spread: the end has
 neighbours on one side only. The beginning needs none, the warm-up trains it."""
+LEAST_SIGNAL = 0.1
+"""Norm of the signal over the noise's along it from which on the warm-up's times are spread evenly: at 1 two frames can
+just be told apart."""
+
+
+ANCHORS = ("none", "first")
+"""What a state can be shown of its clip."""
 
 
 @dataclass(frozen=True)
@@ -37,24 +45,46 @@ class VLFMOptions:
     """Length of the noise-to-first-frame part, in units of the clip's duration."""
     sigma_end: float = 0.1
     """Standard deviation of the path at every time of the clip, in latents of unit variance."""
+    anchor: str = "first"
+    """What the network is shown of its own clip all along it: `first`, the clip's first frame, generated on the warm-up
+    or given; `none` leaves it to the state, which does not say where it is going (docs/method.md)."""
+    anchor_noise: float = 0.1
+    """Standard deviation of the noise on the anchor in training, in latents of unit variance: a predicted one is not
+    exact."""
+    anchor_dropout: float = 0.1
+    """Rate at which a state of the clip is shown no anchor in training."""
     times_per_clip: int = 4
     """Flow times drawn for each clip of a step: one read of the clip serves them all."""
     warmup_share: float = 0.3
     """Share of the training times that fall on the warm-up, in (0, 1)."""
-    warmup_focus: float = 2.0
-    """Draws the warm-up's times towards the noise, where the caption alone must tell the frame; 1 is uniform."""
+    warmup_focus: float = 0.0
+    """How the warm-up's times are drawn: 0 spreads them evenly over the logarithm of signal to noise, as the sampler's
+    steps are; a number above 0 is the power that draws even times towards the noise."""
     state_jitter: float = 0.3
     """How far along the clip (standard deviation, in flow time) a state may be from its time in training. Without it
     the network reads the time off the state, and a sample that once lags stays behind (docs/experiments.md)."""
-    error_focus: float = 1.0
-    """Exponent that weighs a state by its error relative to the others', so that no time of a clip is left behind; 0
-    weighs all alike."""
+    error_focus: float = 0.0
+    """Exponent that weighs a state by its error relative to the others'. Above 0 it moves the minimiser: a mode of 10 %
+    is sampled 21 % with 1 (docs/experiments.md)."""
     derivative_weight: float = 0.1
     """Weight of the derivative's loss beside the mean's; each is in units of its own mean square over the data."""
     caption_dropout: float = 0.1
-    """Rate at which caption and clip_start are replaced by the empty caption, for guidance."""
+    """Rate at which the caption is replaced by the empty one, and clip_start dropped with it, for guidance."""
+    clip_start_dropout: float = 0.9
+    """Rate at which clip_start alone is dropped. Where it is always given it is a clip's name, and the network a
+    look-up table; 1 leaves it out, where captions tell clips apart."""
     context_dropout: float = 0.75
-    """Rate at which the first frame is hidden; high, because most videos start from a prompt alone."""
+    """With `anchor=none`, the rate at which the first frame is hidden all along; high, because most videos start from a
+    prompt alone."""
+
+    BEFORE: ClassVar[Mapping[str, Any]] = {"anchor": "none", "clip_start_dropout": 0.0}
+    """Fields that older runs lack, as they were then."""
+
+    def __post_init__(self) -> None:
+        if self.anchor not in ANCHORS:
+            raise ValueError(f"anchor is {self.anchor!r}; it must be one of {', '.join(ANCHORS)}")
+        if self.path == "paper" and self.anchor != "none":
+            raise ValueError("the printed path has no warm-up that could generate an anchor: --set anchor=none")
 
 
 @dataclass(frozen=True)
@@ -85,11 +115,23 @@ class VLFM:
     """Root mean square of m over the data and over r in [0, 1]."""
     derivative_scale: float
     """The same of m', per unit of flow time."""
+    values: int = 1
+    """Values d of a frame's latents."""
+
+    @property
+    def least_signal(self) -> float:
+        """Ratio of signal to noise from which on the warm-up's times are spread (WarmupPath.warmup_times)."""
+        return LEAST_SIGNAL / (self.mean_scale * math.sqrt(self.values))
 
     @property
     def states_per_clip(self) -> int:
         """Flow times drawn for each clip."""
         return self.options.times_per_clip
+
+    @property
+    def clip_start_dropout(self) -> float:
+        """Rate at which clip_start was hidden in training."""
+        return self.options.clip_start_dropout
 
     @classmethod
     def prepare(cls, clips: Sequence[Clip], clip_format: Mapping[str, Any]) -> dict[str, float]:
@@ -105,7 +147,8 @@ class VLFM:
         path: WarmupPath | PaperPath = WarmupPath(options.warmup, options.sigma_end)
         if options.path == "paper":
             path = PaperPath(frames=clip_format["frames_observed_max"], duration=clip_format["duration"])
-        return cls(options, path, figures["mean_scale"], figures["derivative_scale"])
+        values = math.prod(clip_format["latent_shape"])
+        return cls(options, path, figures["mean_scale"], figures["derivative_scale"], values)
 
     def loss(self, backbone: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """The flow-matching loss of a batch: `loss`, and its parts `mean`, `derivative` and `velocity`.
@@ -127,10 +170,7 @@ class VLFM:
         centre, sigma = self.path.evaluate(wide, shown)
         latents = centre + sigma * noise
 
-        given = self.conditioning(batch, generator)
-        # The caption is told once for all times of a clip; the backbone reads it once then.
-        told = {name: value.repeat_interleave(times, 0) for name, value in vars(given).items()}
-        given = Conditioning(**{**told, "text": given.text, "text_length": given.text_length})
+        given = self.conditioning(batch, flow_time, generator)
         found = backbone(latents.flatten(0, 1)[:, None], flow_time.reshape(-1, 1), given)
         predicted = found["mean"][:, 0].unflatten(0, (count, times)).float() * self.mean_scale
         slope = found["derivative"][:, 0].unflatten(0, (count, times)).float() * self.derivative_scale
@@ -155,33 +195,60 @@ class VLFM:
         order = torch.randperm(total, generator=generator, device=device)
         even = (order + torch.rand(total, generator=generator, device=device)) / total
         share = self.options.warmup_share if self.path.start < 0 else 0.0
-        early = self.path.start * (1 - (even / max(share, 1e-9)).clamp(max=1) ** self.options.warmup_focus)
+        early = self.early((even / max(share, 1e-9)).clamp(max=1))
         place = ((even - share) / (1 - share)).clamp(0, 1)
         spread, at_end = place / (1 - END_SHARE), 1 - (1 - END_FROM) * (1 - place) / END_SHARE
         late = torch.where(spread < 1, spread, at_end)
         return torch.where(even < share, early, late).reshape(count, self.options.times_per_clip)
 
-    def conditioning(self, batch: Batch, generator: torch.Generator) -> Conditioning:
-        """What the network is told of each clip in training, with captions and first frames dropped at their rates."""
-        coefficients = batch.part("coefficients")
-        device, count = coefficients.device, coefficients.shape[0]
-        dropped = torch.rand(count, generator=generator, device=device) < self.options.caption_dropout
-        hidden = torch.rand(count, generator=generator, device=device) < self.options.context_dropout
+    def early(self, place: Tensor) -> Tensor:
+        """Flow times of the warm-up, of the shape of `place` in [0, 1], from pure noise (0) to r = 0 (1)."""
+        focus = self.options.warmup_focus
+        if focus or not isinstance(self.path, WarmupPath):
+            return self.path.start * (1 - place**focus)
+        return self.path.warmup_times(place, self.least_signal)
+
+    def warmup_grid(self, steps: int) -> Tensor:
+        """(steps + 1,) float64 flow times from pure noise to r = 0, spread as in training."""
+        place = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+        # Runs of before spread them evenly over flow time, whatever the training's focus was.
+        return self.path.start * (1 - place) if self.options.warmup_focus else self.early(place)
+
+    def conditioning(self, batch: Batch, flow_time: Tensor, generator: torch.Generator) -> Conditioning:
+        """What the network is told of each state (B * K) in training, with captions and first frames dropped.
+
+        flow_time: (B, K). A state of the clip is shown its first frame, with some noise; the warm-up, which makes that
+        frame, is not. Captions stand once for the K states of a clip; the backbone reads them once then.
+        """
+        options, coefficients = self.options, batch.part("coefficients")
+        device, (count, times) = coefficients.device, flow_time.shape
+
+        def draw(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=generator, device=device)
+
+        dropped = draw(count) < options.caption_dropout
+        start_dropped = dropped | (draw(count) < options.clip_start_dropout)
+        first, _ = curve(coefficients, torch.zeros(count, 1, device=device))  # (B, 1, C, h, w)
+        if options.anchor == "none":
+            shown = (draw(count) >= options.context_dropout)[:, None].expand(count, times)
+        else:
+            shown = (flow_time > 0) & (draw(count, times) >= options.anchor_dropout)
+            noise = torch.randn((count, times, *first.shape[2:]), generator=generator, device=device)
+            first = first + options.anchor_noise * noise
         if batch.given is not None:
             if bool(batch.given[:, 1:].any()):
                 raise ValueError("the batch gives other frames than the first; vlfm can be given the first frame alone")
-            hidden = ~batch.given[:, 0]
+            shown = batch.given[:, :1].expand(count, times)
         text, length = drop_captions(batch, dropped)
-        context, _ = curve(coefficients, torch.zeros(count, 1, device=device))  # (B, 1, C, h, w)
-        shown = ~hidden[:, None]  # (B, 1)
+        context = first * shown[:, :, None, None, None]  # (B, K, C, h, w)
         return Conditioning(
             text=text,
             text_length=length,
-            clip_start=batch.clip_start.float(),
-            named=(~dropped).float(),
-            log_duration=batch.duration.log().float(),
-            context=context * shown[:, :, None, None, None],
-            context_given=shown,
+            clip_start=batch.clip_start.float().repeat_interleave(times),
+            start_given=(~start_dropped).float().repeat_interleave(times),
+            log_duration=batch.duration.log().float().repeat_interleave(times),
+            context=context.flatten(0, 1)[:, None],
+            context_given=shown.reshape(-1, 1),
         )
 
     @torch.no_grad()
@@ -198,25 +265,39 @@ class VLFM:
         guidance, unconditional = settings.guidance, request.unconditional
         if guidance != 1.0 and unconditional is None:
             raise ValueError(f"guidance is {guidance}, so the empty caption's conditioning must be given")
-        told = with_first_frame(request.conditioning, first_frame)
-        untold = None if unconditional is None else with_first_frame(unconditional, first_frame)
-        grid = torch.linspace(0, 1, settings.steps + 1, dtype=torch.float64)
-        if first_frame is None and self.path.start < 0:
-            before = torch.linspace(self.path.start, 0, settings.warmup_steps + 1, dtype=torch.float64)[:-1]
-            grid = torch.cat([before, grid])
+        told, untold = request.conditioning, unconditional
 
-        def predict(latents: Tensor, flow_time: float) -> tuple[Tensor, Tensor]:
-            return self.predict(backbone, latents, flow_time, told, untold, guidance if flow_time < 0 else 1.0)
+        def integrate(
+            grid: Tensor, shown: Tensor | None, mean: Tensor | None = None, state: Tensor | None = None
+        ) -> Trajectory:
+            """Along `grid` from m or x at its first point, with `shown` as the first frame that the network sees."""
+            named = with_first_frame(told, shown)
+            free = None if untold is None else with_first_frame(untold, shown)
 
-        trajectory = solve(
-            self.path,
-            predict,
-            noise,
-            grid,
-            method=settings.solver,
-            reanchor=settings.reanchor,
-            start_mean=first_frame,
-        )
+            def predict(latents: Tensor, flow_time: float) -> tuple[Tensor, Tensor]:
+                return self.predict(backbone, latents, flow_time, named, free, guidance if flow_time < 0 else 1.0)
+
+            return solve(
+                self.path,
+                predict,
+                noise,
+                grid,
+                method=settings.solver,
+                reanchor=settings.reanchor,
+                start_mean=mean,
+                start_state=state,
+            )
+
+        on_clip = torch.linspace(0, 1, settings.steps + 1, dtype=torch.float64)
+        if first_frame is not None or self.path.start == 0:
+            trajectory = integrate(on_clip, first_frame, mean=first_frame)
+        else:
+            warmup = self.warmup_grid(settings.warmup_steps)
+            if self.options.anchor == "none":
+                trajectory = integrate(torch.cat([warmup[:-1], on_clip]), None)
+            else:
+                before = integrate(warmup, None)
+                trajectory = integrate(on_clip, before.means[-1], state=before.states[-1]).after(before)
         # The printed path's network learns no clean mean at its noisy times; it is read as the paper does.
         return dataclasses.replace(trajectory, source="state" if self.options.path == "paper" else "mean")
 
@@ -260,10 +341,11 @@ def curve(coefficients: Tensor, flow_time: Tensor) -> tuple[Tensor, Tensor]:
     order = coefficients.shape[1]
     flat = coefficients.flatten(2)
     shape = (*flow_time.shape, *coefficients.shape[2:])
-    return (
-        torch.bmm(basis_torch(flow_time, order).to(flat.dtype), flat).view(shape),
-        torch.bmm(derivative_torch(flow_time, order).to(flat.dtype), flat).view(shape),
-    )
+    with torch.autocast(flat.device.type, enabled=False):  # high orders cancel; 8 bits do not carry them
+        return (
+            torch.bmm(basis_torch(flow_time, order).to(flat.dtype), flat).view(shape),
+            torch.bmm(derivative_torch(flow_time, order).to(flat.dtype), flat).view(shape),
+        )
 
 
 def curve_scales(clips: Sequence[Clip], order: int, most: int = 4096) -> tuple[float, float]:

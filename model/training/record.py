@@ -86,7 +86,8 @@ class RunRecord:
                 raise ValueError(f"its format is {number}")
             given = _of_format_1(values) if number == 1 else {k: v for k, v in values.items() if k != "format"}
             recipe = dict(given["recipe"])
-            options = method_named(recipe["method"]).Options(**recipe["options"])
+            kind = method_named(recipe["method"]).Options
+            options = kind(**{**getattr(kind, "BEFORE", {}), **recipe["options"]})
             return cls(
                 **{
                     **given,
@@ -116,11 +117,13 @@ class RunRecord:
         Raises:
             ValueError: what differs, with both values and the remedy.
         """
-        for name, before, now in self.differences(wanted.recipe):
-            raise ValueError(
-                f"the run {run.root} was started with {name}={before!r}, not {now!r}; "
-                "give another --run, or the same setting"
-            )
+        different = self.differences(wanted.recipe)
+        if different and different[0][0] == "method":
+            different = different[:1]  # the rest follows from it
+        if different:
+            told = ", ".join(f"{name}={before!r}, not {now!r}" for name, before, now in different)
+            remedy = " ".join(f"--set {name}={before}" for name, before, _ in different)
+            raise ValueError(f"the run {run.root} was started with {told}; give another --run, or the same: {remedy}")
         if self.version.merkle_root != wanted.version.merkle_root:
             raise ValueError(
                 f"the run {run.root} trains on version {self.version.number} of its lake, "

@@ -104,8 +104,8 @@ def test_past_the_window_the_last_frame_starts_the_next(sampler: Sampler) -> Non
     film, long = videos(sampler, 8, DURATION), videos(sampler, 8, 2.5 * DURATION)
     assert len(long) == 40
     assert np.abs(long[:16].astype(int) - film).max() <= 1
-    first = sampler.sample(CAPTIONS[:1], [0.0], [0], QUICK)
-    second = sampler.sample(CAPTIONS[:1], [DURATION], [0], QUICK, first.read([1.0])[0])
+    first = sampler.sample(CAPTIONS[:1], None, [0], QUICK)
+    second = sampler.sample(CAPTIONS[:1], None, [0], QUICK, first.read([1.0])[0])
     expected = sampler.codec.decode(second.read(torch.arange(16) / 16)[:, 0])
     assert np.abs((from_frames(long[16:32]) - expected).numpy()).max() < 2 / 255
 
@@ -184,7 +184,7 @@ def test_guidance_leads_away_from_the_empty_caption(sampler: Sampler) -> None:
     plain = sampler.sample(CAPTIONS[:1], [2.0], [0], QUICK).means[0]
     strong = SampleSettings(steps=4, warmup_steps=2, guidance=101.0)
     guided = sampler.sample(CAPTIONS[:1], [2.0], [0], strong).means[0]
-    empty = sampler.conditioning([""], [0.0], named=False)
+    empty = sampler.conditioning([""], [0.0], start_given=False)
     with torch.no_grad():
         time = torch.full((1, 1), sampler.method.path.start)
         free = sampler.backbone(noise(sampler, 0)[:, None], time, empty)["mean"][:, 0] * sampler.method.mean_scale
@@ -231,7 +231,7 @@ def test_a_long_prompt_is_noted(run: Path, tmp_path: Path, capsys: pytest.Captur
         (["--start", "nan"], "start is nan; it must be a number of seconds"),
         (["--steps", "0"], "steps is 0; it must be at least 1"),
         (["--steps", "-2"], "steps is -2; it must be at least 1"),
-        (["--solver", "magic"], "solver is 'magic'; it must be one of euler, midpoint, heun, rk4, adaptive"),
+        (["--solver", "magic"], "solver is 'magic'; it must be one of ddim, euler, midpoint, heun, rk4, adaptive"),
         (["--guidance", "inf"], "guidance is inf; it must be a number"),
         (["--seed", "-1"], "seed is -1; it must lie between 0 and 2^62"),
         (["--step", "7"], "no checkpoint of step 7, only of [20, 30]"),

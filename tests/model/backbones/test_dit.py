@@ -19,14 +19,14 @@ BATCH, WORDS = 2, 5
 
 
 def given(**changes: torch.Tensor) -> Conditioning:
-    """Two clips: one named with its first frame, one with neither."""
+    """Two clips: one with its start and its first frame, one with neither."""
     draw = torch.Generator().manual_seed(1)
     return Conditioning(
         **{
             "text": torch.randn(BATCH, WORDS, 10, generator=draw),
             "text_length": torch.tensor([5, 3]),
             "clip_start": torch.tensor([1.0, 6.5]),
-            "named": torch.tensor([1.0, 0.0]),
+            "start_given": torch.tensor([1.0, 0.0]),
             "log_duration": torch.tensor([0.7, 0.7]),
             "context": torch.randn(BATCH, 1, 3, 4, 6, generator=draw),
             "context_given": torch.tensor([[True], [False]]),
@@ -83,7 +83,7 @@ def test_more_padding_changes_nothing(awake: Backbone) -> None:
     assert differs(awake(x, r, given()), awake(x, r, given(text=padded)), 0) < 1e-5
 
 
-def test_clip_start_counts_only_where_the_clip_is_named(awake: Backbone) -> None:
+def test_clip_start_counts_only_where_it_is_given(awake: Backbone) -> None:
     x, r = latents()
     moved = awake(x, r, given(clip_start=torch.tensor([3.0, 3.0])))
     assert differs(awake(x, r, given()), moved, 0) > 1e-4

@@ -183,7 +183,7 @@ def test_float32_batches_of_latents() -> None:
         ({"grid": [-0.5, 0.0, 1.0]}, "grid runs from -0.5 to 1.0; the path runs from -0.25 to 1.0"),
         ({"grid": [-0.25, 0.0, 1.5]}, "grid runs from -0.25 to 1.5"),
         ({"grid": [0.0, 1.0]}, "grid starts at 0.0, the noise is at -0.25; to start later give start_mean"),
-        ({"method": "leapfrog"}, "method is 'leapfrog'; it must be one of euler"),
+        ({"method": "leapfrog"}, "method is 'leapfrog'; it must be one of ddim"),
         ({"predict": lambda x, r: (x[:1], x)}, r"predict returned shapes \(1, 3\) and \(2, 3\) for latents \(2, 3\)"),
     ],
 )

@@ -59,7 +59,7 @@ def test_single_frames_are_stills_at_the_times_they_are_told(lake: Lake) -> None
 def request(**changes: Any) -> Request:
     told = Conditioning(
         text=torch.zeros(2, 1, 4), text_length=torch.ones(2, dtype=torch.long), clip_start=torch.zeros(2),
-        named=torch.ones(2), log_duration=torch.zeros(2), context=torch.zeros(2, 1, 3, 4, 4),
+        start_given=torch.ones(2), log_duration=torch.zeros(2), context=torch.zeros(2, 1, 3, 4, 4),
         context_given=torch.zeros(2, 1, dtype=torch.bool),
     )  # fmt: skip
     values = {"conditioning": told, "seeds": (0, 7), "shape": (3, 4, 4), "settings": SampleSettings(warmup_steps=4)}
@@ -67,7 +67,7 @@ def request(**changes: Any) -> Request:
 
 
 def test_frames_are_sampled_from_one_noise_a_clip_and_at_any_time() -> None:
-    method = PerFrame.build(PerFrameOptions(), FIGURES, {})
+    method = PerFrame.build(PerFrameOptions(), FIGURES, {"latent_shape": [3, 4, 4]})
     network, asked = Told(0.25), request()
     made = method.sample(network, asked)
     times = [0.0, 0.5, 1.0]
@@ -82,7 +82,7 @@ def test_frames_are_sampled_from_one_noise_a_clip_and_at_any_time() -> None:
 
 
 def test_what_it_cannot_do_is_refused() -> None:
-    method = PerFrame.build(PerFrameOptions(), FIGURES, {})
+    method = PerFrame.build(PerFrameOptions(), FIGURES, {"latent_shape": [3, 4, 4]})
     given = {"frames": torch.zeros(2, 1, 3, 4, 4), "frame_time": torch.zeros(1), "given": torch.ones(2, 1).bool()}
     with pytest.raises(ValueError, match="takes no given frame"):
         method.sample(Told(0.0), request(**given))
@@ -94,14 +94,15 @@ def test_every_option_changes_the_loss_or_the_path(lake: Lake) -> None:
     clips = Clips(lake, version.load(lake), "train")
     batch = Collate(torch.ones(1, 64).half().numpy(), PerFrame.members)([clips[0], clips[1]])
     changes = {
-        "warmup": 0.5, "sigma_end": 0.3, "times_per_clip": 2, "warmup_focus": 1.0, "error_focus": 0.0,
-        "caption_dropout": 1.0,
+        "warmup": 0.5, "sigma_end": 0.3, "times_per_clip": 2, "warmup_focus": 1.0, "error_focus": 1.0,
+        "caption_dropout": 1.0, "clip_start_dropout": 0.0,
     }  # fmt: skip
     assert set(changes) == {field.name for field in dataclasses.fields(PerFrameOptions)}
 
     class Reader(torch.nn.Module):
         def forward(self, latents: torch.Tensor, time: torch.Tensor, given: Conditioning) -> dict[str, torch.Tensor]:
-            told = (given.named + time[:, 0])[:, None, None, None, None]
+            text = given.text.float().mean((1, 2))  # another one for the empty caption
+            told = (given.start_given + text + time[:, 0])[:, None, None, None, None]
             return {"mean": 0.3 * latents + told, "derivative": 0.1 * latents}
 
     def outcome(options: PerFrameOptions) -> list[float]:

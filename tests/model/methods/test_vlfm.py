@@ -43,7 +43,7 @@ class Oracle(torch.nn.Module):
     def forward(self, latents: torch.Tensor, time: torch.Tensor, given: Conditioning) -> dict[str, Any]:
         assert latents.shape == (2, 1, *SHAPE)
         assert time.shape == (2, 1)
-        named = bool(given.named.all())
+        named = bool(given.start_given.all())
         self.asked.append((float(time[0, 0]), named))
         self.seen.append(latents[:, 0])
         mean, slope = curve(clips(), time.double().clamp(min=0))
@@ -57,7 +57,7 @@ def given(named: float = 1.0) -> Conditioning:
     none = torch.zeros(2)
     return Conditioning(
         text=torch.zeros(2, 1, 4), text_length=torch.ones(2, dtype=torch.long), clip_start=none,
-        named=torch.full((2,), named), log_duration=none, context=torch.zeros(2, 1, *SHAPE),
+        start_given=torch.full((2,), named), log_duration=none, context=torch.zeros(2, 1, *SHAPE),
         context_given=torch.zeros(2, 1, dtype=torch.bool),
     )  # fmt: skip
 
@@ -112,18 +112,18 @@ def test_the_integrated_state_arrives_there_too() -> None:
 def test_calls_do_not_depend_on_the_rate_of_reading() -> None:
     oracle = Oracle()
     trajectory = sampled(oracle, steps=10, warmup_steps=4)
-    assert trajectory.network_calls == len(oracle.asked) == 15
+    assert trajectory.network_calls == len(oracle.asked) == 16, "at r = 0 before and with the anchor"
     for rate in (8, 12, 240):
         assert len(trajectory.read(torch.arange(rate) / rate)) == rate
-    assert len(oracle.asked) == 15
-    assert sampled(Oracle(), steps=10, warmup_steps=4, solver="heun").network_calls == 29
+    assert len(oracle.asked) == 16
+    assert sampled(Oracle(), steps=10, warmup_steps=4, solver="heun").network_calls == 30
 
 
 def test_guidance_acts_on_the_warmup_alone() -> None:
     oracle = Oracle(push=1.0)
     guided = sampled(oracle, steps=8, warmup_steps=4, guidance=3.0, unconditional=given(named=0.0))
     free = [time for time, named in oracle.asked if not named]
-    assert free == pytest.approx([-0.25, -0.1875, -0.125, -0.0625])
+    assert free == pytest.approx(METHOD.warmup_grid(4)[:-1].tolist())
     plain = sampled(Oracle(push=1.0), steps=8, warmup_steps=4)
     early = guided.grid < 0
     # free + 3 (named - free) = truth + 3 where the named answer alone is truth + 1.
@@ -136,7 +136,7 @@ def test_guidance_acts_on_the_warmup_alone() -> None:
 def test_guidance_of_one_asks_once() -> None:
     oracle = Oracle()
     sampled(oracle, steps=4, warmup_steps=2, unconditional=given(named=0.0))
-    assert len(oracle.asked) == 7
+    assert len(oracle.asked) == 8
     assert all(named for _, named in oracle.asked)
 
 
@@ -168,12 +168,17 @@ def test_a_first_frame_starts_the_flow_on_the_clip() -> None:
 
 
 def test_the_printed_path_can_be_asked_for_and_nothing_else() -> None:
-    clip, figures = {"frames_observed_max": 16, "duration": 2.0}, {"mean_scale": 1.0, "derivative_scale": 1.0}
+    clip = {"frames_observed_max": 16, "duration": 2.0, "latent_shape": SHAPE}
+    figures = {"mean_scale": 1.0, "derivative_scale": 1.0}
     assert isinstance(VLFM.build(VLFMOptions(), figures, clip).path, WarmupPath)
-    paper = VLFM.build(VLFMOptions(path="paper"), figures, clip)
+    paper = VLFM.build(VLFMOptions(path="paper", anchor="none"), figures, clip)
     assert paper.path == PaperPath(frames=16, duration=2.0)
     with pytest.raises(ValueError, match="path is 'straight'; it must be warmup or paper: --set path=warmup"):
         VLFM.build(VLFMOptions(path="straight"), figures, clip)
+    with pytest.raises(ValueError, match="no warm-up that could generate an anchor: --set anchor=none"):
+        VLFMOptions(path="paper")
+    with pytest.raises(ValueError, match="anchor is 'last'; it must be one of none, first"):
+        VLFMOptions(anchor="last")
 
 
 def test_tasks_that_it_cannot_do_are_refused() -> None:
@@ -197,12 +202,13 @@ def test_a_batch_may_say_which_clips_are_given_their_first_frame() -> None:
         empty_text=torch.zeros(1, 4), clip_start=torch.zeros(2), duration=torch.ones(2), coefficients=clips().float(),
         given=image_to_video(valid) & torch.tensor([[True], [False]]),
     )  # fmt: skip
-    told = METHOD.conditioning(batch, torch.Generator().manual_seed(0))
-    assert told.context_given.tolist() == [[True], [False]]
-    assert bool(told.context[0].any())
-    assert not told.context[1].any()
+    times = torch.tensor([[-0.1, 0.5], [-0.1, 0.5]])
+    told = METHOD.conditioning(batch, times, torch.Generator().manual_seed(0))
+    assert told.context_given.tolist() == [[True], [True], [False], [False]]
+    assert bool(told.context[:2].flatten(1).any(1).all())
+    assert not told.context[2:].any()
     with pytest.raises(ValueError, match="vlfm can be given the first frame alone"):
-        METHOD.conditioning(replace(batch, given=interpolation(valid)), torch.Generator().manual_seed(0))
+        METHOD.conditioning(replace(batch, given=interpolation(valid)), times, torch.Generator().manual_seed(0))
 
 
 def test_the_curve_and_its_slope_are_those_of_the_clip() -> None:
