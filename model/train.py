@@ -8,7 +8,6 @@ and the same command goes on (model.stop.STOPPED), 1 an error.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from model.backbones.dit import Backbone, BackboneConfig
-from model.methods.base import Batch
+from model.methods.base import Batch, Method
 from model.methods.registry import method_named
 from model.program import add_settings_option, parse_settings, run_program
 from model.recipes import TrainRecipe, train_recipe
@@ -112,7 +111,12 @@ def run_record(recipe: TrainRecipe, version: Version, clips: Clips, run: Run) ->
         ValueError: the run was started with other settings or on another version.
     """
     before = RunRecord.read(run) if run.file.is_file() else None
-    method = method_named(recipe.method)
+    reference = DatasetVersion(version.number, version.merkle_root, version.recipe_fingerprint)
+    if before is not None:
+        before.check_resumable(recipe, reference, run)
+    kind = method_named(recipe.method)
+    figures = kind.prepare(clips, version.clip) if before is None else before.figures
+    method: Method = kind.build(recipe.options, figures, version.clip)
     channels, height, width = version.clip["latent_shape"]
     backbone = BackboneConfig(
         channels=channels,
@@ -126,13 +130,7 @@ def run_record(recipe: TrainRecipe, version: Version, clips: Clips, run: Run) ->
         outputs=method.heads,
         temporal=method.temporal,
     )
-    reference = DatasetVersion(version.number, version.merkle_root, version.recipe_fingerprint)
-    figures = {} if before is None else before.figures
-    record = RunRecord(recipe, figures, backbone, version.clip, version.codec, version.text, reference)
-    if before is not None:
-        before.check_resumable(record, run)
-        return record
-    return dataclasses.replace(record, figures=method.prepare(clips, version.clip))
+    return RunRecord(recipe, figures, backbone, version.clip, version.codec, version.text, reference)
 
 
 def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:

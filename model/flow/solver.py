@@ -102,6 +102,16 @@ class Trajectory:
             network_calls=before.network_calls + self.network_calls,
         )
 
+    def of_frame(self, index: int) -> Trajectory:
+        """That of one frame, where states are (B, frames, ...)."""
+        return dataclasses.replace(
+            self,
+            means=self.means[:, :, index],
+            derivatives=self.derivatives[:, :, index],
+            states=self.states[:, :, index],
+            noise=self.noise[:, index],
+        )
+
     def _less_noise(self, first: int) -> tuple[Tensor, Tensor]:
         values, slopes = [], []
         for k in range(first, len(self.grid)):

@@ -115,7 +115,14 @@ class Request:
 
     def noise(self) -> Tensor:
         """(B, C, h, w) standard normal latents, each a function of its own seed, on the conditioning's device."""
-        drawn = [torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)) for seed in self.seeds]
+        return self.noises(1)[:, 0]
+
+    def noises(self, frames: int) -> Tensor:
+        """(B, frames, C, h, w), the first of them as `noise`."""
+        drawn = []
+        for seed in self.seeds:
+            generator = torch.Generator().manual_seed(seed)
+            drawn.append(torch.stack([torch.randn(self.shape, generator=generator) for _ in range(frames)]))
         return torch.stack(drawn).to(self.conditioning.text.device)
 
     def first_frame(self) -> Tensor | None:
@@ -168,8 +175,6 @@ class Method(Protocol):
     observed`."""
     heads: ClassVar[tuple[str, ...]]
     """Heads of the backbone that it trains."""
-    temporal: ClassVar[bool]
-    """Whether its backbone sees sequences of frames with their times."""
     takes_first_frame: ClassVar[bool]
     """Whether a first frame can be given: windows of a long video then go on from each other, else they stand alone."""
     Options: ClassVar[type[Any]]
@@ -179,6 +184,11 @@ class Method(Protocol):
     @property
     def states_per_clip(self) -> int:
         """States of a clip in one step, for the throughput in the log."""
+        ...
+
+    @property
+    def temporal(self) -> bool:
+        """Whether its backbone sees sequences of frames with their times."""
         ...
 
     @property

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from model.flow.path import WarmupPath
 from model.flow.solver import solve
 from model.methods.base import Batch, Clip, Request
-from model.methods.vlfm import VLFM, VLFMOptions, curve
+from model.methods.curves import curve
+from model.methods.vlfm import VLFM, VLFMOptions
 
 PLACE_WAVES = 8.0
 """What a frame's place r in its clip is multiplied with on its way into the embedding of the duration (PerFrame): its

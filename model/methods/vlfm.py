@@ -13,15 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from model.backbones.conditioning import Conditioning
 from model.flow.path import PaperPath, WarmupPath
 from model.flow.solver import Trajectory, solve
-from model.legs import basis_torch, derivative_torch
 from model.methods.base import Batch, Clip, Request, drop_captions
+from model.methods.curves import curve, curve_scales
 
 END_SHARE, END_FROM = 0.06, 0.9
 """Share of the clip's training times that fall on its end, from END_FROM on, beside the even spread: the end has
@@ -31,8 +30,11 @@ LEAST_SIGNAL = 0.1
 just be told apart."""
 
 
-ANCHORS = ("none", "first")
-"""What a state can be shown of its clip."""
+ANCHORS: Mapping[str, tuple[float, ...]] = {"none": (), "first": (0.0,), "ends": (0.0, 1.0)}
+"""What a state can be shown of its clip: flow times of frames."""
+FIRST_GIVEN = 0.25
+"""With several anchors, the share of the warm-up's states that are shown the first frame: for image to video the others
+are generated from it."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,9 @@ class VLFMOptions:
     sigma_end: float = 0.1
     """Standard deviation of the path at every time of the clip, in latents of unit variance."""
     anchor: str = "first"
-    """What the network is shown of its own clip all along it: `first`, the clip's first frame, generated on the warm-up
-    or given; `none` leaves it to the state, which does not say where it is going (docs/method.md)."""
+    """What the network is shown of its own clip all along it, generated on the warm-up or given: `first`, its first
+    frame; `ends`, its first and last, where the first leaves the motion open (twice the work); `none` leaves it to the
+    state, which does not say where it is going (docs/method.md)."""
     anchor_noise: float = 0.1
     """Standard deviation of the noise on the anchor in training, in latents of unit variance: a predicted one is not
     exact."""
@@ -103,7 +106,6 @@ class VLFM:
     name: ClassVar[str] = "vlfm"
     members: ClassVar[tuple[str, ...]] = ("coefficients",)
     heads: ClassVar[tuple[str, ...]] = ("mean", "derivative")
-    temporal: ClassVar[bool] = False
     takes_first_frame: ClassVar[bool] = True
     Options: ClassVar[type[VLFMOptions]] = VLFMOptions
 
@@ -127,6 +129,11 @@ class VLFM:
     def states_per_clip(self) -> int:
         """Flow times drawn for each clip."""
         return self.options.times_per_clip
+
+    @property
+    def temporal(self) -> bool:
+        """Whether a state has several frames."""
+        return len(ANCHORS[self.options.anchor]) > 1
 
     @property
     def clip_start_dropout(self) -> float:
@@ -160,22 +167,31 @@ class VLFM:
         device = coefficients.device
         count, times = coefficients.shape[0], options.times_per_clip
         flow_time = self.draw_times(count, generator, device)  # (B, K)
-        mean, derivative = curve(coefficients, flow_time.clamp(min=0))  # (B, K, C, h, w)
+        on_clip = (flow_time > 0)[:, :, None]  # (B, K, 1)
+        # Each of the A frames of a state: on the warm-up the anchors, on the clip the one frame at its time.
+        slots = self.slots(device)  # (A,) flow times
+        at = torch.where(on_clip, flow_time[:, :, None], slots)  # (B, K, A)
+        mean, derivative = self.frames(coefficients, at)  # (B, K, A, C, h, w)
         noise = torch.randn(mean.shape, generator=generator, device=device)
-        wide = flow_time[:, :, None, None, None]
+        noise = torch.where(on_clip[..., None, None, None], noise[:, :, :1], noise)
+        wide = flow_time[:, :, None, None, None, None]
         shown = mean
         if options.state_jitter > 0:
-            step = options.state_jitter * torch.randn(flow_time.shape, generator=generator, device=device)
-            shown, _ = curve(coefficients, torch.where(flow_time > 0, flow_time + step, 0.0).clamp(0, 1))
+            step = options.state_jitter * torch.randn(flow_time.shape, generator=generator, device=device)[:, :, None]
+            shown, _ = self.frames(coefficients, torch.where(on_clip, (at + step).clamp(0, 1), at))
         centre, sigma = self.path.evaluate(wide, shown)
         latents = centre + sigma * noise
 
         given = self.conditioning(batch, flow_time, generator)
-        found = backbone(latents.flatten(0, 1)[:, None], flow_time.reshape(-1, 1), given)
-        predicted = found["mean"][:, 0].unflatten(0, (count, times)).float() * self.mean_scale
-        slope = found["derivative"][:, 0].unflatten(0, (count, times)).float() * self.derivative_scale
+        frame_time = (slots * batch.duration[:, None]).repeat_interleave(times, 0) if self.temporal else None
+        states = flow_time.reshape(-1, 1).expand(-1, len(slots))
+        found = backbone(
+            latents.flatten(0, 1), states, given, **({} if frame_time is None else {"frame_time": frame_time})
+        )
+        predicted = found["mean"].unflatten(0, (count, times)).float() * self.mean_scale
+        slope = found["derivative"].unflatten(0, (count, times)).float() * self.derivative_scale
 
-        errors = (predicted - mean).square().mean(dim=(2, 3, 4)) / self.mean_scale**2  # (B, K)
+        errors = (predicted - mean).square().mean(dim=(2, 3, 4, 5)) / self.mean_scale**2  # (B, K)
         weights = (errors.detach() / errors.detach().mean().clamp(min=1e-12)) ** options.error_focus
         mean_loss = (errors * weights / weights.mean().clamp(min=1e-12)).mean()
         derivative_loss = (slope - derivative).square().mean() / self.derivative_scale**2
@@ -215,10 +231,10 @@ class VLFM:
         return self.path.start * (1 - place) if self.options.warmup_focus else self.early(place)
 
     def conditioning(self, batch: Batch, flow_time: Tensor, generator: torch.Generator) -> Conditioning:
-        """What the network is told of each state (B * K) in training, with captions and first frames dropped.
+        """What the network is told of each state (B * K) in training, with captions and anchors dropped.
 
-        flow_time: (B, K). A state of the clip is shown its first frame, with some noise; the warm-up, which makes that
-        frame, is not. Captions stand once for the K states of a clip; the backbone reads them once then.
+        flow_time: (B, K). A state of the clip is shown its anchors, with some noise; the warm-up, which makes them, is
+        not. Captions stand once for the K states of a clip; the backbone reads them once then.
         """
         options, coefficients = self.options, batch.part("coefficients")
         device, (count, times) = coefficients.device, flow_time.shape
@@ -228,27 +244,35 @@ class VLFM:
 
         dropped = draw(count) < options.caption_dropout
         start_dropped = dropped | (draw(count) < options.clip_start_dropout)
-        first, _ = curve(coefficients, torch.zeros(count, 1, device=device))  # (B, 1, C, h, w)
+        slots = self.slots(device)
+        frames, _ = self.frames(coefficients, slots.expand(count, times, -1))  # (B, K, A, C, h, w)
         if options.anchor == "none":
             shown = (draw(count) >= options.context_dropout)[:, None].expand(count, times)
         else:
             shown = (flow_time > 0) & (draw(count, times) >= options.anchor_dropout)
-            noise = torch.randn((count, times, *first.shape[2:]), generator=generator, device=device)
-            first = first + options.anchor_noise * noise
+            noise = torch.randn(frames.shape, generator=generator, device=device)
+            frames = frames + options.anchor_noise * noise
+        shown = shown[:, :, None].repeat(1, 1, len(slots))  # (B, K, A)
+        if len(slots) > 1:
+            shown[:, :, 0] |= (flow_time <= 0) & (draw(count, times) < FIRST_GIVEN)
         if batch.given is not None:
             if bool(batch.given[:, 1:].any()):
                 raise ValueError("the batch gives other frames than the first; vlfm can be given the first frame alone")
-            shown = batch.given[:, :1].expand(count, times)
+            if len(slots) > 1:
+                raise ValueError(
+                    "the batch gives the first frame; with anchor=ends the method draws itself what is given"
+                )
+            shown = batch.given[:, :1, None].expand(count, times, 1)
         text, length = drop_captions(batch, dropped)
-        context = first * shown[:, :, None, None, None]  # (B, K, C, h, w)
+        context = frames * shown[..., None, None, None]
         return Conditioning(
             text=text,
             text_length=length,
             clip_start=batch.clip_start.float().repeat_interleave(times),
             start_given=(~start_dropped).float().repeat_interleave(times),
             log_duration=batch.duration.log().float().repeat_interleave(times),
-            context=context.flatten(0, 1)[:, None],
-            context_given=shown.reshape(-1, 1),
+            context=context.flatten(0, 1),
+            context_given=shown.flatten(0, 1),
         )
 
     @torch.no_grad()
@@ -261,21 +285,20 @@ class VLFM:
         Raises:
             ValueError: guidance without the empty caption, or other frames given than the first.
         """
-        settings, first_frame, noise = request.settings, request.first_frame(), request.noise()
+        settings, first_frame = request.settings, request.first_frame()
         guidance, unconditional = settings.guidance, request.unconditional
         if guidance != 1.0 and unconditional is None:
             raise ValueError(f"guidance is {guidance}, so the empty caption's conditioning must be given")
-        told, untold = request.conditioning, unconditional
 
         def integrate(
-            grid: Tensor, shown: Tensor | None, mean: Tensor | None = None, state: Tensor | None = None
+            grid: Tensor, noise: Tensor, shown: Tensor | None, mean: Tensor | None = None, state: Tensor | None = None
         ) -> Trajectory:
-            """Along `grid` from m or x at its first point, with `shown` as the first frame that the network sees."""
-            named = with_first_frame(told, shown)
-            free = None if untold is None else with_first_frame(untold, shown)
+            """Along `grid` from noise, or from m or x at its first point, with anchors `shown` (B, up to A, ...)."""
+            told = self.shown(request.conditioning, shown)
+            untold = None if unconditional is None else self.shown(unconditional, shown)
 
             def predict(latents: Tensor, flow_time: float) -> tuple[Tensor, Tensor]:
-                return self.predict(backbone, latents, flow_time, named, free, guidance if flow_time < 0 else 1.0)
+                return self.predict(backbone, latents, flow_time, told, untold, guidance if flow_time < 0 else 1.0)
 
             return solve(
                 self.path,
@@ -288,16 +311,23 @@ class VLFM:
                 start_state=state,
             )
 
+        noise = request.noises(len(self.slots()))  # (B, A, C, h, w)
         on_clip = torch.linspace(0, 1, settings.steps + 1, dtype=torch.float64)
-        if first_frame is not None or self.path.start == 0:
-            trajectory = integrate(on_clip, first_frame, mean=first_frame)
+        warmup = self.warmup_grid(settings.warmup_steps)
+        given = None if first_frame is None else first_frame[:, None]
+        if self.path.start == 0 or (given is not None and len(self.slots()) == 1):
+            trajectory = integrate(on_clip, noise[:, 0], given, mean=first_frame)
+        elif self.options.anchor == "none":
+            trajectory = integrate(torch.cat([warmup[:-1], on_clip]), noise[:, 0], None)
         else:
-            warmup = self.warmup_grid(settings.warmup_steps)
-            if self.options.anchor == "none":
-                trajectory = integrate(torch.cat([warmup[:-1], on_clip]), None)
-            else:
-                before = integrate(warmup, None)
-                trajectory = integrate(on_clip, before.means[-1], state=before.states[-1]).after(before)
+            before = integrate(warmup, noise, given)
+            anchors, state = before.means[-1].clone(), before.states[-1][:, 0]
+            if first_frame is not None:
+                anchors[:, 0] = first_frame
+            after = integrate(on_clip, noise[:, 0], anchors, mean=first_frame, state=state)
+            trajectory = after.after(before.of_frame(0))
+        if first_frame is not None:  # what is given needs no prediction
+            trajectory.means[int(torch.searchsorted(trajectory.grid, 0.0))] = first_frame
         # The printed path's network learns no clean mean at its noisy times; it is read as the paper does.
         return dataclasses.replace(trajectory, source="state" if self.options.path == "paper" else "mean")
 
@@ -310,15 +340,21 @@ class VLFM:
         untold: Conditioning | None = None,
         guidance: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """m and m' (B, C, h, w), float32, of latents that all have one flow time, in the units of the data.
+        """m and m', float32, of latents that all have one flow time, in the units of the data.
 
-        Guidance other than 1 asks for `untold`, the empty caption's conditioning, too.
+        latents: (B, A, C, h, w) on the warm-up, or (B, C, h, w). Guidance other than 1 asks for `untold`, the empty
+        caption's conditioning, too.
         """
-        time = torch.full((latents.shape[0], 1), flow_time, device=latents.device)
+        slots = self.slots(latents.device)
+        single = latents.ndim == 4
+        states = latents[:, None].expand(-1, len(slots), -1, -1, -1) if single else latents
+        time = torch.full(states.shape[:2], flow_time, device=latents.device)
 
         def heads(given: Conditioning) -> tuple[Tensor, Tensor]:
-            found = backbone(latents[:, None], time, given)
-            return found["mean"][:, 0].float(), found["derivative"][:, 0].float()
+            placed = {"frame_time": slots * given.log_duration.exp()[:, None]} if self.temporal else {}
+            found = backbone(states, time, given, **placed)
+            mean, slope = found["mean"].float(), found["derivative"].float()
+            return (mean.mean(1), slope.mean(1)) if single else (mean, slope)
 
         mean, slope = heads(told)
         if guidance != 1.0:
@@ -327,43 +363,23 @@ class VLFM:
             mean, slope = free + guidance * (mean - free), free_slope + guidance * (slope - free_slope)
         return mean * self.mean_scale, slope * self.derivative_scale
 
+    def slots(self, device: torch.device | None = None) -> Tensor:
+        """(A,) flow times of the frames that a state has: the anchors, which the warm-up makes together, or r = 0."""
+        return torch.tensor(ANCHORS[self.options.anchor] or (0.0,), device=device)
 
-def with_first_frame(given: Conditioning, first_frame: Tensor | None) -> Conditioning:
-    """The conditioning with the first frame (B, C, h, w) as its context; unchanged where there is none."""
-    if first_frame is None:
-        return given
-    context = first_frame[:, None]
-    return dataclasses.replace(given, context=context, context_given=torch.ones_like(given.context_given))
+    @staticmethod
+    def frames(coefficients: Tensor, flow_time: Tensor) -> tuple[Tensor, Tensor]:
+        """m and m' (B, K, A, C, h, w) at times (B, K, A)."""
+        mean, derivative = curve(coefficients, flow_time.flatten(1))
+        return mean.unflatten(1, flow_time.shape[1:]), derivative.unflatten(1, flow_time.shape[1:])
 
-
-def curve(coefficients: Tensor, flow_time: Tensor) -> tuple[Tensor, Tensor]:
-    """m(r) and m'(r), per unit of r, of clips (B, order, C, h, w) at (B, K) times in [0, 1]: each (B, K, C, h, w)."""
-    order = coefficients.shape[1]
-    flat = coefficients.flatten(2)
-    shape = (*flow_time.shape, *coefficients.shape[2:])
-    with torch.autocast(flat.device.type, enabled=False):  # high orders cancel; 8 bits do not carry them
-        return (
-            torch.bmm(basis_torch(flow_time, order).to(flat.dtype), flat).view(shape),
-            torch.bmm(derivative_torch(flow_time, order).to(flat.dtype), flat).view(shape),
-        )
-
-
-def curve_scales(clips: Sequence[Clip], order: int, most: int = 4096) -> tuple[float, float]:
-    """Root mean squares of m(r) and m'(r) over r in [0, 1] and over the clips (`most` of them, evenly spread).
-
-    Exact for each clip: the basis is orthonormal, so the mean square of a curve is the sum of its squared coefficients,
-    and Gauss-Legendre quadrature of the derivative is exact for polynomials.
-    """
-    chosen = np.unique(np.linspace(0, len(clips) - 1, min(len(clips), most)).astype(int))
-    nodes, weights = np.polynomial.legendre.leggauss(order + 1)
-    at = torch.from_numpy((nodes + 1) / 2)
-    gram = torch.from_numpy(weights / 2)
-    slopes = derivative_torch(at, order)  # (nodes, order)
-    gram_matrix = (slopes.T * gram) @ slopes  # (order, order): integral of g'_n g'_m
-    values = torch.zeros(2, dtype=torch.float64)
-    for index in chosen:
-        flat = torch.from_numpy(clips[int(index)].members["coefficients"].astype(np.float64)).flatten(1)
-        energy = flat @ flat.T / flat.shape[1]
-        values += torch.stack([energy.trace(), (gram_matrix * energy).sum()])
-    mean, derivative = (values / len(chosen)).sqrt().tolist()
-    return max(mean, 1e-6), max(derivative, 1e-6)
+    def shown(self, given: Conditioning, frames: Tensor | None) -> Conditioning:
+        """The conditioning with the first anchors (B, up to A, C, h, w) as its context, where there are any."""
+        count = len(self.slots())
+        if frames is None and count == 1:
+            return given
+        context = given.context.new_zeros((len(given.context), count, *given.context.shape[2:]))
+        flags = torch.zeros(context.shape[:2], dtype=torch.bool, device=context.device)
+        if frames is not None:
+            context[:, : frames.shape[1]], flags[:, : frames.shape[1]] = frames, True
+        return dataclasses.replace(given, context=context, context_given=flags)

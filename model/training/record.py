@@ -111,23 +111,23 @@ class RunRecord:
         wanted = _settings(recipe).items()
         return [(k, before.get(k), now) for k, now in wanted if k not in RESUMABLE and before.get(k) != now]
 
-    def check_resumable(self, wanted: RunRecord, run: Run) -> None:
+    def check_resumable(self, recipe: TrainRecipe, version: DatasetVersion, run: Run) -> None:
         """Refuses to go on with this run under another method, other settings or on another version.
 
         Raises:
             ValueError: what differs, with both values and the remedy.
         """
-        different = self.differences(wanted.recipe)
+        different = self.differences(recipe)
         if different and different[0][0] == "method":
             different = different[:1]  # the rest follows from it
         if different:
             told = ", ".join(f"{name}={before!r}, not {now!r}" for name, before, now in different)
             remedy = " ".join(f"--set {name}={before}" for name, before, _ in different)
             raise ValueError(f"the run {run.root} was started with {told}; give another --run, or the same: {remedy}")
-        if self.version.merkle_root != wanted.version.merkle_root:
+        if self.version.merkle_root != version.merkle_root:
             raise ValueError(
                 f"the run {run.root} trains on version {self.version.number} of its lake, "
-                f"not on {wanted.version.number}; give another --run, or --version {self.version.number}"
+                f"not on {version.number}; give another --run, or --version {self.version.number}"
             )
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from model.backbones.conditioning import Conditioning
 from model.flow.solver import Path
-from model.methods.vlfm import curve
+from model.methods.curves import curve
 
 LOOKS = ("solver", "twice", "first", "truth")
 """`solver`: the solver's state. `twice`: also the state that the first answer makes, and the second answer counts.

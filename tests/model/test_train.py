@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from model.flow.path import WarmupPath
-from model.methods.vlfm import VLFM, VLFMOptions, curve, curve_scales
+from model.methods.curves import curve, curve_scales
+from model.methods.vlfm import VLFM, VLFMOptions
 from model.recipes import TrainRecipe, train_recipe
 from model.settings import override
 from model.stop import STOPPED

@@ -15,8 +15,8 @@ from PIL import Image
 from model import evaluate, sample
 from model.backbones.conditioning import Conditioning
 from model.methods.base import Request, SampleSettings
+from model.methods.curves import curve
 from model.methods.per_frame import PLACE_WAVES, PerFrame, PerFrameOptions
-from model.methods.vlfm import curve
 from model.sample import Sampler
 from model.train import main as train_main
 from model.training.checkpoint import Run

@@ -13,7 +13,8 @@ from model.backbones.conditioning import Conditioning
 from model.flow.path import PaperPath, WarmupPath
 from model.flow.solver import Trajectory
 from model.methods.base import Batch, Request, SampleSettings
-from model.methods.vlfm import VLFM, VLFMOptions, curve
+from model.methods.curves import curve
+from model.methods.vlfm import VLFM, VLFMOptions
 from model.tasks import image_to_video, interpolation
 
 ORDER, SHAPE = 8, (3, 4, 4)
@@ -68,8 +69,8 @@ METHOD = VLFM(VLFMOptions(), WarmupPath(), MEAN_SCALE, DERIVATIVE_SCALE)
 class Asked(Request):
     """A request with the noise of these tests, in float64."""
 
-    def noise(self) -> torch.Tensor:
-        return noise()
+    def noises(self, frames: int) -> torch.Tensor:
+        return noise()[:, None]
 
 
 def sampled(
