@@ -294,6 +294,7 @@ EXPERIMENTS = {
     "codec": "what a codec is worth: reconstruction, inversion, noise prediction and captions",
     "drift": "what keeps a sample from drifting off its clip, measured on a lake's own clips",
     "interpolation": "what `vlfm interpolate` makes of frames it has not seen",
+    "modes": "whether samples have the law of the data, on toys that are drawn",
     "projection": "which order and which method of projection, on films with frames held out",
 }
 """Modules of pipeline/experiments with a `main`, and what they answer."""

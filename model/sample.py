@@ -229,7 +229,7 @@ def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
     )
     parser.add_argument("--out", required=True, metavar="FILE", help=".mp4, .gif, .webp, or .png for a strip of frames")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of the noise (default 0)")
-    parser.add_argument("--steps", type=int, default=defaults.steps, help="solver steps on a window (default 32)")
+    parser.add_argument("--steps", type=int, default=defaults.steps, help="solver steps on a window (default 16)")
     parser.add_argument(
         "--solver", default=defaults.solver, help="ddim (default), euler, midpoint, heun, rk4 or adaptive"
     )

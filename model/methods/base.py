@@ -66,9 +66,9 @@ class Batch:
 class SampleSettings:
     """How to integrate; a method ignores what it has no use for."""
 
-    steps: int = 32
+    steps: int = 16
     """Solver steps on a window of the clip; the frame rate does not change it."""
-    warmup_steps: int = 8
+    warmup_steps: int = 16
     """Solver steps from noise to the first frame."""
     solver: str = "ddim"
     """A method of model/flow/solver.py."""
