@@ -1,15 +1,28 @@
-"""A corpus of captioned films drawn by ffmpeg alone."""
+"""Corpora of captioned films, drawn here, so that nothing need be downloaded.
 
-from pipeline.corpus.films import (
-    FilmPlan,
-    film_command,
-    make_corpus,
-    plan_films,
-)
+`make_corpus` draws 32 varied films; `make_combinations` draws films of attributes that combine, some combinations held
+out, whose attributes `read_attributes` reads back from frames.
+"""
+
+from pipeline.corpus.combinations import Film, make_combinations, plan_combinations, plan_film, read_combinations
+from pipeline.corpus.films import FilmPlan, film_command, make_corpus, plan_films
+from pipeline.corpus.grammar import Attributes, attributes_of, combinations
+from pipeline.corpus.probes import Reading, read_attributes, spread
 
 __all__ = [
+    "Attributes",
+    "Film",
     "FilmPlan",
+    "Reading",
+    "attributes_of",
+    "combinations",
     "film_command",
+    "make_combinations",
     "make_corpus",
+    "plan_combinations",
+    "plan_film",
     "plan_films",
+    "read_attributes",
+    "read_combinations",
+    "spread",
 ]

@@ -6,23 +6,15 @@ drawn with ffmpeg's `geq` filter on a small picture that is then enlarged, which
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import os
 import random
-import subprocess
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
-from model.ffmpeg import Ffmpeg, encoders, environment, find_ffmpeg, last_words
+from model.ffmpeg import Ffmpeg, encoders, find_ffmpeg
+from pipeline.corpus.folder import Drawing, Progress, make_films, run_ffmpeg
 from pipeline.corpus.scenes import BRIGHT, DARK, SCENES, Palette, Scene
-from storage.fingerprint import file_digest, fingerprint
-from storage.layout import write_atomic
-
-Progress = Callable[[int, int, str], None]
+from storage.fingerprint import fingerprint
 
 DRAWING = 1  # raise when the pictures change, so that folders made by an older drawing are made anew
 SHORT_SIDE = 60  # pixels of the small picture the formulas are evaluated on
@@ -139,61 +131,18 @@ def make_corpus(folder: Path, seed: int = 0, films: int = 32, progress: Progress
         NoFfmpeg: there is no ffmpeg that works.
         OSError: ffmpeg could not make a film (a full disk too); its message is in it.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     ffmpeg = find_ffmpeg()
     plans = plan_films(seed, films, encoders(ffmpeg.path))
-    keys = {plan.file: fingerprint({"drawing": DRAWING, "plan": asdict(plan)}) for plan in plans}
-    record = folder / ".corpus.json"
-    made = _made_before(record)
-    for file in made.keys() - keys.keys():  # of an earlier, other corpus; films without a caption would fail later
-        (folder / file).unlink(missing_ok=True)
-    made = {file: entry for file, entry in made.items() if file in keys}
-    missing = [plan for plan in plans if not _is_made(folder / plan.file, keys[plan.file], made)]
-    with ThreadPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
-        drawings = {pool.submit(_draw_film, ffmpeg, plan, folder): plan for plan in missing}
-        try:
-            for done, drawing in enumerate(as_completed(drawings), start=films - len(missing) + 1):
-                file = drawings[drawing].file
-                made[file] = {"plan": keys[file], "sha256": drawing.result()}
-                write_atomic(record, json.dumps(made, indent=1, sort_keys=True).encode())
-                if progress is not None:
-                    progress(done, films, file)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["file", "caption", "motion"])
-    writer.writerows([plan.file, plan.scene.caption, plan.scene.motion] for plan in plans)
-    captions = folder / "captions.csv"
-    if not captions.is_file() or captions.read_bytes() != table.getvalue().encode():
-        write_atomic(captions, table.getvalue().encode())
-    return captions
+    drawings = {
+        plan.file: Drawing(
+            fingerprint({"drawing": DRAWING, "plan": asdict(plan)}),
+            partial(_draw, ffmpeg, plan),
+        )
+        for plan in plans
+    }
+    rows = [(plan.file, plan.scene.caption, plan.scene.motion) for plan in plans]
+    return make_films(folder, drawings, ("file", "caption", "motion"), rows, progress)
 
 
-def _draw_film(ffmpeg: Ffmpeg, plan: FilmPlan, folder: Path) -> str:
-    """Draws one film under a temporary name and renames it; returns the sha256 of its bytes."""
-    unfinished = folder / f".unfinished-{plan.file}"
-    try:
-        command = film_command(ffmpeg, plan, unfinished)
-        run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300, env=environment())
-        if run.returncode != 0 or not unfinished.is_file():
-            raise OSError(f"{ffmpeg} could not draw {plan.file} in {folder}: {last_words(run.returncode, run.stderr)}")
-        os.replace(unfinished, folder / plan.file)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return file_digest(folder / plan.file)
-
-
-def _made_before(record: Path) -> dict[str, dict[str, str]]:
-    """What earlier runs left: film -> its plan's fingerprint and its bytes' sha256."""
-    try:
-        return dict(json.loads(record.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
-
-
-def _is_made(path: Path, key: str, made: dict[str, dict[str, str]]) -> bool:
-    entry = made.get(path.name, {})
-    return entry.get("plan") == key and path.is_file() and entry.get("sha256") == file_digest(path)
+def _draw(ffmpeg: Ffmpeg, plan: FilmPlan, target: Path) -> None:
+    run_ffmpeg(ffmpeg, film_command(ffmpeg, plan, target))
