@@ -295,6 +295,7 @@ EXPERIMENTS = {
     "drift": "what keeps a sample from drifting off its clip, measured on a lake's own clips",
     "interpolation": "what `vlfm interpolate` makes of frames it has not seen",
     "projection": "which order and which method of projection, on films with frames held out",
+    "text": "what text encoders know of colours, motions and other attributes of captions, on combinations held out",
 }
 """Modules of pipeline/experiments with a `main`, and what they answer."""
 

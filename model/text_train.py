@@ -62,13 +62,13 @@ class TextRecipe:
     """Side that latents are averaged or repeated to before they are looked at, a multiple of 4."""
     tower: int = 64
     """Channels of the clip tower's first convolution, a multiple of 4."""
-    steps: int = 1500
+    steps: int = 500
     """Steps of the run."""
     batch: int = 64
     """Clips in a step."""
     learning_rate: float = 1e-3
     """Peak of AdamW's learning rate."""
-    latent_noise: float = 0.3
+    latent_noise: float = 0.5
     """Standard deviation of the noise on the clips' standardised latents."""
     word_loss: float = 0.5
     """Weight of the loss that keeps words apart."""
@@ -80,7 +80,7 @@ class TextRecipe:
     """Decay of the average of the weights, which is what is written."""
     seed: int = 0
     """Seed of weights, batches and noise."""
-    save_every: int = 250
+    save_every: int = 100
     """Steps between two checkpoints."""
     hold_out: tuple[str, ...] = ("carphone", "armwrestling")
     """Films, by name without suffix, that are never trained on."""

@@ -18,6 +18,10 @@ from torch.nn import functional
 LARGEST_SCALE = 100.0
 """Bound of the factor before the softmax, the temperature's inverse."""
 
+WORD_SPREAD = 0.2
+"""Standard deviation of untrained words, ten times CLIP's own: rows then stay as different as their words are, also
+where no clip ever shows a difference."""
+
 
 class ClipTower(nn.Module):
     """A clip's path of latents to one vector; small, and thrown away after the training.
@@ -54,8 +58,8 @@ class ClipTower(nn.Module):
 class Contrast(nn.Module):
     """The two towers with the temperature, and the head that reads words from rows.
 
-    text: a CLIPTextModel. Its pooled row is compared with the clips as it is, so the contrast shapes what the trainer of
-    backbones is given and not a projection of it.
+    text: a CLIPTextModel. Its pooled row is compared with the clips as it is, so the contrast shapes what the trainer
+    of backbones is given and not a projection of it.
     tower: clips to vectors as wide as a row.
     """
 
@@ -119,6 +123,7 @@ def new_text_model(numbers: dict[str, int], width: int, layers: int, heads: int,
             bos_token_id=start, eos_token_id=end, pad_token_id=end,
         )
     )  # fmt: skip
+    nn.init.normal_(model.embeddings.token_embedding.weight, std=WORD_SPREAD)
     model.final_layer_norm.requires_grad_(False)
     network: nn.Module = model
     return network

@@ -25,15 +25,19 @@ from model.text_train import Paths, read_paths
 from pipeline.corpus.grammar import DIRECTIONS, Attributes, combinations
 
 ATTRIBUTES = tuple(field.name for field in dataclasses.fields(Attributes))
+SHIPPED = "vlfm-text"
+"""The text encoder that comes with this package."""
 CAPTIONS = 600
 """Captions of training, and as many held-out ones, that a line is fitted on and judged on."""
+SWAPS = 100
+"""Captions in which an attribute is swapped, for each attribute."""
 RIDGE = 1e-3
 """Weight of the ridge, in mean variances of the embeddings."""
 CHOICES = 20
 """Captions that a clip chooses from."""
 TIMES, GRID, TOWER, DIM = 6, 16, 64, 128
 """The tower of the retrieval, see `model.text.contrast.ClipTower`."""
-STEPS, BATCH, NOISE = 600, 64, 0.3
+STEPS, BATCH, NOISE = 400, 64, 0.3
 """Its training."""
 
 
@@ -54,7 +58,7 @@ def swapped(one: Attributes, attribute: str, random: np.random.Generator) -> Att
     return dataclasses.replace(one, **{attribute: str(random.choice(others))})
 
 
-def swap_cosines(encoder: TextEncoder, seed: int = 0, count: int = 100) -> dict[str, Tensor]:
+def swap_cosines(encoder: TextEncoder, seed: int = 0, count: int = SWAPS) -> dict[str, Tensor]:
     """Cosines (count,) of the pooled rows of captions that differ in one attribute, by attribute."""
     found = {}
     everything = combinations()
@@ -131,7 +135,7 @@ class Matcher(nn.Module):
         return vectors
 
 
-def retrieval(encoder: TextEncoder, known: Sequence[Paths], unknown: Paths, seed: int = 0) -> float:
+def retrieval(encoder: TextEncoder, known: Sequence[Paths], unknown: Paths, seed: int = 0, steps: int = STEPS) -> float:
     """Share of unknown clips that find their own caption among CHOICES different ones of unknown clips.
 
     A tower and a linear map of the pooled rows are trained alike for every encoder, which itself stays as it is.
@@ -146,10 +150,10 @@ def retrieval(encoder: TextEncoder, known: Sequence[Paths], unknown: Paths, seed
         torch.manual_seed(seed)
         matcher = Matcher(paths.shape[2], rows)
     optimizer = torch.optim.AdamW(matcher.parameters(), lr=1e-3, weight_decay=1e-2)
-    progress = Progress(f"retrieval {encoder.id.partition('@')[0]}", STEPS, "steps", every=100)
-    for step in range(STEPS):
+    progress = Progress(f"retrieval {encoder.id.partition('@')[0]}", steps, "steps", every=100)
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * (1 - step / STEPS)
+            group["lr"] = 1e-3 * (1 - step / steps)
         chosen = torch.randint(len(paths), (BATCH,), generator=generator)
         noise = NOISE * torch.randn(BATCH, *paths.shape[1:], generator=generator)
         texts = matcher.captions(rows[which[chosen]])
@@ -176,3 +180,68 @@ def found_share(matcher: Matcher, encoder: TextEncoder, unknown: Paths, seed: in
         others = random.choice([k for k in range(len(distinct)) if k != own], CHOICES - 1, replace=False)
         right += bool(row[own] > row[torch.from_numpy(others)].max())
     return right / len(unknown.captions)
+
+
+def figures(encoder: TextEncoder, seed: int = 0, swaps: int = SWAPS, count: int = CAPTIONS) -> dict[str, Any]:
+    """The figures that need no clips: `cosine_mean`, `cosine_max` and `probe` by attribute, and `additive`."""
+    cosines = swap_cosines(encoder, seed, swaps)
+    return {
+        "cosine_mean": {name: float(values.mean()) for name, values in cosines.items()},
+        "cosine_max": {name: float(values.max()) for name, values in cosines.items()},
+        "probe": probe_accuracy(encoder, seed, count),
+        "additive": additive_share(encoder, seed, count),
+    }
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The figures of encoders, by name, side by side in Markdown."""
+    lines = ["| | " + " | ".join(rows) + " |", "|---" * (1 + len(rows)) + "|"]
+    for attribute in ATTRIBUTES:
+        cells = [f"{row['cosine_mean'][attribute]:.3f} ({row['cosine_max'][attribute]:.3f})" for row in rows.values()]
+        lines.append(f"| cosine, other {attribute}: mean (max) | " + " | ".join(cells) + " |")
+    for attribute in ATTRIBUTES:
+        cells = [f"{100 * row['probe'][attribute]:.0f} %" for row in rows.values()]
+        lines.append(f"| {attribute} read by a line | " + " | ".join(cells) + " |")
+    lines.append("| variance that is a sum | " + " | ".join(f"{row['additive']:.2f}" for row in rows.values()) + " |")
+    if all("retrieval" in row for row in rows.values()):
+        cells = [f"{100 * row['retrieval']:.0f} %" for row in rows.values()]
+        lines.append(f"| clips that find their caption among {CHOICES} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    """Add the experiment's options to a parser; returns what runs them."""
+    parser.add_argument(
+        "encoder", nargs="*", metavar="ENCODER",
+        help="folders, hub ids or shipped names of text encoders (default: vlfm-text); the controls `builtin` and "
+        "`vlfm-small` come first",
+    )  # fmt: skip
+    parser.add_argument("--lake", action="append", default=[], metavar="DIR", help="clips to train the retrieval on")
+    parser.add_argument(
+        "--held-out", metavar="DIR", help="clips of combinations held out, which retrieval is judged on"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the captions and towers (default 0)")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    return run_arguments
+
+
+def run_arguments(options: argparse.Namespace) -> int:
+    """Measure the encoders and print their table; without lakes there is no retrieval."""
+    if bool(options.lake) != bool(options.held_out):
+        raise ValueError("retrieval needs both --lake and --held-out; give both or neither")
+    encoders = {"builtin": builtin_text_encoder()}
+    for source in ("vlfm-small", *(options.encoder or [SHIPPED])):
+        encoders[source] = pretrained_text_encoder(source)
+    rows = {name: figures(encoder, options.seed) for name, encoder in encoders.items()}
+    if options.lake:
+        known = [read_paths(lake, TIMES, GRID) for lake in options.lake]
+        unknown = read_paths(options.held_out, TIMES, GRID)
+        for name, encoder in encoders.items():
+            rows[name]["retrieval"] = retrieval(encoder, known, unknown, options.seed)
+    print(json.dumps(rows) if options.json else table(rows))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry of `vlfm experiment text`."""
+    return run_program("vlfm experiment text", str(__doc__).partition("\n")[0], arguments, argv)

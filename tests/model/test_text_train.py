@@ -109,9 +109,11 @@ def test_films_that_are_held_out_are_never_read(lake: Lake, capsys: pytest.Captu
 def test_latents_are_standardised_whatever_the_codec(lake: Lake) -> None:
     paths = read_paths(lake.root, 3, 4).paths
     assert paths.shape == (6, 3, 12, 4, 4)
-    moving = paths.float().std((0, 1, 3, 4))
-    assert float(paths.float().mean((0, 1, 3, 4)).abs().max()) < 0.01
-    torch.testing.assert_close(moving, torch.ones(12), rtol=0.02, atol=0.02)
+    deviation, mean = torch.std_mean(paths.float(), (0, 1, 3, 4))
+    assert float(mean.abs().max()) < 0.01
+    busy = deviation > 0.1  # two of the codec's channels are empty: nothing but float16's rounding is in them
+    assert int(busy.sum()) == 10
+    torch.testing.assert_close(deviation[busy], torch.ones(10), rtol=0.02, atol=0.02)
     assert read_paths(lake.root, 5, 8).paths.shape == (6, 5, 12, 8, 8)
 
 

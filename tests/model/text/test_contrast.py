@@ -54,9 +54,9 @@ def test_every_row_is_asked_for_the_words_until_there() -> None:
     start, red, disc, end = (numbers[word] for word in ("<|startoftext|>", "red</w>", "disc</w>", "<|endoftext|>"))
     tokens, lengths = torch.tensor([[start, red, disc, end, end, end]]), torch.tensor([4])
     said = contrast.words(contrast.rows(tokens)).log_softmax(-1)[0]
-    wanted = -(
-        said[1, red] + (said[2, red] + said[2, disc]) / 2 + (said[3, red] + said[3, disc] + said[3, end]) / 3
-    ) / 3
+    wanted = (
+        -(said[1, red] + (said[2, red] + said[2, disc]) / 2 + (said[3, red] + said[3, disc] + said[3, end]) / 3) / 3
+    )
     torch.testing.assert_close(contrast.word_loss(tokens, lengths), wanted)
 
 
