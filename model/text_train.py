@@ -242,7 +242,7 @@ def train_text(lakes: Sequence[str | Path], folder: Path, out: Path, recipe: Tex
         **about,
         "films": sorted({film for lake in clips for film in lake.films}),
         "clips": [len(lake.films) for lake in clips],
-        "captions": len(words.captions),
+        "captions": words.captions,
         "losses": {name: round(float(np.mean([row[name] for row in rows])), 4) for name in ("contrast", "words")},
     }
     write_text_folder(out, contrast.text, words, recipe.length, record)

