@@ -25,7 +25,7 @@ DRAWING = 1  # raise when the pictures change, so that folders made by an older 
 RATE = 16
 """Frames per second."""
 SHORT, LONG = 2.15, 9.0
-"""Seconds of a film that holds one window of two seconds, and of one for long videos."""
+"""Seconds of a film that holds one window of two seconds, and of one that holds four, for long videos."""
 LANES = {"slides": (0.3, 0.7), "circles": (0.16, 0.25)}
 """What a path's lane is drawn from evenly: the whole object is in the picture, but for what slides out of it."""
 ATTRIBUTES = tuple(field.name for field in fields(Attributes))

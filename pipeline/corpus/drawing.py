@@ -16,7 +16,7 @@ from pipeline.corpus.grammar import BACKGROUNDS, COLOURS, SIZES, Attributes
 
 SIDE = 64
 """Pixels a side of the films."""
-EDGE = 0.08
+EDGE = 0.1
 """Width of a soft edge from nothing to all, in picture widths."""
 GRID = 2.0**20
 """Places are rounded to this many steps in a picture width, since sine and cosine differ in their last bit."""

@@ -23,7 +23,7 @@ GROUND_TOLERANCE, COLOUR_TOLERANCE = 0.2, 0.35
 Codecs fade what is small."""
 LEAST_CONTRAST = 0.2
 """Least distance of an object's colour from the background, likewise."""
-LEAST_MATCH = 0.7
+LEAST_MATCH = 0.8
 """Least correlation with a drawn object, mean over the frames."""
 PATH_TOLERANCE = 0.04
 """How far the places may lie off a line or circle, rms in picture widths."""
@@ -33,6 +33,8 @@ SPEED_TOLERANCE = 1.3
 """Factor by which a speed may be off."""
 BLURS = (0.0, 0.025, 0.05)
 """Blurs in which drawings are compared, standard deviations in picture widths: a codec softens edges."""
+JUDGES = 8
+"""Number of frames, spread evenly, that decide on shape and size; the others cost time and change nothing."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def _templates(side: int) -> tuple[list[tuple[str, str]], np.ndarray]:
         drawing = draw_masks(shape, size, np.full((1, 2), 0.5 / side), side)[0]
         spectrum = np.fft.rfft2(drawing - drawing.mean()) * np.exp(-2 * (math.pi * blur * waves) ** 2)
         names.append((shape, size))
-        spectra.append(np.conj(spectrum) / np.linalg.norm(np.fft.irfft2(spectrum, (side, side))))
+        spectra.append((np.conj(spectrum) / np.linalg.norm(np.fft.irfft2(spectrum, (side, side)))).astype(np.complex64))
     return names, np.stack(spectra)
 
 
@@ -143,14 +145,16 @@ def _locate(masks: np.ndarray) -> tuple[str, str, float, np.ndarray]:
     masks = masks - masks.mean(axis=(1, 2), keepdims=True)
     masks /= np.maximum(np.sqrt((masks**2).sum(axis=(1, 2), keepdims=True)), 1e-6)
     waves = np.fft.rfft2(masks)
-    scores = [np.fft.irfft2(waves * spectrum, (side, side)).max(axis=(1, 2)).mean() for spectrum in spectra]
+    judges = waves[np.linspace(0, len(waves) - 1, min(len(waves), JUDGES)).round().astype(int)]
+    scores = [np.fft.irfft2(judges * spectrum, (side, side)).max(axis=(1, 2)).mean() for spectrum in spectra]
     best = int(np.argmax(scores))
-    map_ = np.fft.irfft2(waves * spectra[best], (side, side))
-    rows, columns = np.unravel_index(map_.reshape(len(map_), -1).argmax(axis=1), (side, side))
-    each = np.arange(len(map_))
-    x = columns + _peak(*(map_[each, rows, (columns + step) % side] for step in (-1, 0, 1)))
-    y = rows + _peak(*(map_[each, (rows + step) % side, columns] for step in (-1, 0, 1)))
-    return *names[best], float(scores[best]), ((np.stack([x, y], axis=1) + 0.5) / side) % 1.0
+    maps = np.fft.irfft2(waves * spectra[best], (side, side))
+    rows, columns = np.unravel_index(maps.reshape(len(maps), -1).argmax(axis=1), (side, side))
+    each = np.arange(len(maps))
+    x = columns + _peak(*(maps[each, rows, (columns + step) % side] for step in (-1, 0, 1)))
+    y = rows + _peak(*(maps[each, (rows + step) % side, columns] for step in (-1, 0, 1)))
+    match = float(maps.max(axis=(1, 2)).mean())
+    return *names[best], match, ((np.stack([x, y], axis=1) + 0.5) / side) % 1.0
 
 
 def _peak(before: np.ndarray, top: np.ndarray, after: np.ndarray) -> np.ndarray:
