@@ -296,6 +296,7 @@ EXPERIMENTS = {
     "interpolation": "what `vlfm interpolate` makes of frames it has not seen",
     "modes": "whether samples have the law of the data, on toys that are drawn",
     "projection": "which order and which method of projection, on films with frames held out",
+    "text": "what text encoders know of colours, motions and other attributes of captions, on combinations held out",
 }
 """Modules of pipeline/experiments with a `main`, and what they answer."""
 

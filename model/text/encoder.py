@@ -113,12 +113,12 @@ def pretrained_text_encoder(
     return _checked(TextEncoder(model, tokenizer, weights.name, spec, device), digest)
 
 
-def bundled_tokenizer(length: int = 77) -> CLIPTokenizer:
-    """The CLIPTokenizer over the words of `model.text.words`; captions have at most `length` tokens."""
+def bundled_tokenizer(length: int = 77, more: str = "") -> CLIPTokenizer:
+    """The CLIPTokenizer over the words of `model.text.words` and `more`; captions have at most `length` tokens."""
     from transformers import CLIPTokenizer
 
-    pairs: Any = list(merges())  # annotated as strings, taken as pairs
-    return CLIPTokenizer(vocab=vocabulary(), merges=pairs, model_max_length=length)
+    pairs: Any = list(merges(more))  # annotated as strings, taken as pairs
+    return CLIPTokenizer(vocab=vocabulary(more), merges=pairs, model_max_length=length)
 
 
 def builtin_text_encoder(device: str = "cpu", digest: str | None = None) -> TextEncoder:

@@ -75,12 +75,13 @@ def byte_letters() -> list[str]:
 
 
 @cache
-def merges() -> tuple[tuple[str, str], ...]:
+def merges(more: str = "") -> tuple[tuple[str, str], ...]:
     """Byte-pair merges, most frequent pair first (ties in alphabetical order), until every bundled word is one token.
 
     Sennrich, Haddow, Birch 2016, on the set of `WORDS`, each once, with CLIP's `</w>` at the end of a word.
+    more: space-separated words in lower case of a-z that are one token too, for a text encoder of its own vocabulary.
     """
-    spelled = [[*word[:-1], word[-1] + "</w>"] for word in sorted(set(WORDS.split()))]
+    spelled = [[*word[:-1], word[-1] + "</w>"] for word in sorted({*WORDS.split(), *more.split()})]
     counts = Counter(pair for word in spelled for pair in pairwise(word))
     learned: list[tuple[str, str]] = []
     while counts:
@@ -106,10 +107,13 @@ def _join(word: list[str], pair: tuple[str, str]) -> list[str]:
     return joined
 
 
-def vocabulary() -> dict[str, int]:
-    """Token to number: 256 letters, the same at a word's end, the merges, then the two marks of start and end."""
+def vocabulary(more: str = "") -> dict[str, int]:
+    """Token to number: 256 letters, the same at a word's end, the merges, then the two marks of start and end.
+
+    more: as for `merges`.
+    """
     letters = byte_letters()
     tokens = [*letters, *(letter + "</w>" for letter in letters)]
-    tokens += dict.fromkeys(left + right for left, right in merges())
+    tokens += dict.fromkeys(left + right for left, right in merges(more))
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     return {token: number for number, token in enumerate(tokens)}
