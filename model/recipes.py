@@ -104,6 +104,27 @@ def demo() -> TrainRecipe:
     )
 
 
+def combinations() -> TrainRecipe:
+    """A small backbone for the films of pipeline.corpus.make_combinations, whose captions tell them apart."""
+    return TrainRecipe(
+        name="combinations",
+        width=128,
+        depth=5,
+        heads=4,
+        patch=4,
+        # Many times of each clip: reading it costs less than computing, and products of many rows are faster.
+        options=VLFMOptions(times_per_clip=8, warmup_share=0.5, clip_start_dropout=1.0),
+        batch=16,
+        steps=2000,
+        learning_rate=2e-3,
+        learning_rate_warmup=50,
+        ema_decay=0.99,
+        checkpoint_every=500,
+        log_every=10,
+        validate_every=250,
+    )
+
+
 def train_recipe(name: str) -> TrainRecipe:
     """The training recipe called `name`, with its defaults."""
     return recipe_named(sys.modules[__name__], name, TrainRecipe)()

@@ -165,6 +165,20 @@ def demo() -> DataRecipe:
     )
 
 
+def combinations() -> DataRecipe:
+    """The corpus of pipeline.corpus.make_combinations: flat shapes that move evenly, captions by grammar."""
+    return DataRecipe(
+        name="combinations",
+        rate=8.0,
+        observe="all",
+        text={"kind": "pretrained", "source": "vlfm-text"},
+        store_latents=False,
+        validation_fraction=0.05,
+        preview_clips=16,
+        certify_frames=2,
+    )
+
+
 def linear() -> DataRecipe:
     """Small pictures through a fixed block transform: no network, nearly nothing is lost, larger latents."""
     return DataRecipe(name="linear")
