@@ -111,3 +111,19 @@ def test_numbers_and_tensors_agree_and_keep_the_dtype() -> None:
 def test_bad_paths_are_refused(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("least", [0.1, 0.002])
+@pytest.mark.parametrize("sigma_end", [0.1, 1.0])
+def test_warm_up_times_lie_evenly_in_the_logarithm_of_signal_to_noise(least: float, sigma_end: float) -> None:
+    path = WarmupPath(warmup=0.4, sigma_end=sigma_end)
+    place = torch.linspace(0, 1, 65, dtype=torch.float64)
+    times = path.warmup_times(place, least)
+    assert float(times[0]) == path.start
+    assert float(times[-1]) == 0.0
+    assert bool((times.diff() > 0).all())
+    signal, sigma = path.evaluate(times, torch.ones(65, dtype=torch.float64))
+    ratio = signal / sigma
+    steps = (ratio + least).log().diff()  # log(ratio / least + 1) is even: log(ratio) far above `least`, linear below
+    torch.testing.assert_close(steps, steps.mean().expand(64), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(path.warmup_times(place.float(), least).double(), times, atol=2e-6, rtol=0)

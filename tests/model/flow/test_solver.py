@@ -202,3 +202,34 @@ def test_reading_outside_the_clip_is_refused() -> None:
         trajectory.read([0.1], "noise")
     with pytest.raises(ValueError, match="method is 'leapfrog'"):
         integrate(lambda x, r: x, NOISE, [0.0, 1.0], "leapfrog")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_ddim_steps_are_exact_on_the_warm_up_while_the_prediction_stays(steps: int) -> None:
+    """And Euler's are not: its first one leads nowhere."""
+    path, generator = WarmupPath(), torch.Generator().manual_seed(0)
+    mean, noise = (torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    grid = torch.linspace(path.start, 0, steps + 1, dtype=torch.float64)
+
+    def predict(x: Tensor, time: float) -> tuple[Tensor, Tensor]:
+        return mean, torch.zeros_like(mean)
+
+    ends = {method: solve(path, predict, noise, grid, method).states[-1] for method in ("ddim", "euler")}
+    exact = mean + path.sigma_end * noise
+    torch.testing.assert_close(ends["ddim"], exact)
+    assert float((ends["euler"] - exact).abs().max()) > 0.01
+
+
+def test_two_trajectories_join_where_one_ends() -> None:
+    path, noise = WarmupPath(), torch.ones(2, 3, dtype=torch.float64)
+
+    def predict(x: Tensor, time: float) -> tuple[Tensor, Tensor]:
+        return x + time, torch.ones_like(x)
+
+    before = solve(path, predict, noise, [path.start, -0.1, 0.0])
+    after = solve(path, predict, noise, [0.0, 0.5, 1.0], start_state=before.states[-1])
+    whole, joined = solve(path, predict, noise, [path.start, -0.1, 0.0, 0.5, 1.0]), after.after(before)
+    torch.testing.assert_close(joined.grid, whole.grid)
+    for name in ("means", "derivatives", "states"):
+        torch.testing.assert_close(getattr(joined, name), getattr(whole, name))
+    assert joined.network_calls == whole.network_calls + 1

@@ -221,3 +221,127 @@ def test_the_curve_and_its_slope_are_those_of_the_clip() -> None:
     step = 1e-6
     ahead, behind = curve(clips(), times + step)[0], curve(clips(), times - step)[0]
     torch.testing.assert_close(slope, (ahead - behind) / (2 * step), atol=1e-6, rtol=1e-6)
+
+
+# --- anchors ---
+
+
+def batch_of(count: int, **changes: Any) -> Batch:
+    values = {
+        "clip_ids": ("",) * count, "text": torch.zeros(count, 1, 4), "text_length": torch.ones(count, dtype=torch.long),
+        "empty_text": torch.zeros(1, 4), "clip_start": torch.full((count,), 3.0), "duration": torch.full((count,), 2.0),
+        "coefficients": clips().float().repeat(count // 2, 1, 1, 1, 1),
+    }  # fmt: skip
+    return Batch(**{**values, **changes})
+
+
+def test_in_training_the_clip_is_shown_its_first_frame_and_the_warm_up_is_not() -> None:
+    method = replace(METHOD, options=VLFMOptions(anchor_noise=0.0, anchor_dropout=0.2, clip_start_dropout=0.7))
+    times = torch.tensor([-0.2, 0.0, 0.01, 1.0]).expand(2000, 4)
+    told = method.conditioning(batch_of(2000), times, torch.Generator().manual_seed(0))
+    shown = told.context_given.view(2000, 4).float().mean(0)
+    assert shown[:2].tolist() == [0.0, 0.0]
+    assert shown[2:].tolist() == pytest.approx([0.8, 0.8], abs=0.03)
+    first = curve(clips().float(), torch.zeros(2, 1))[0][:, 0]
+    context = told.context.view(1000, 2, 4, *SHAPE)
+    for clip in range(2):
+        seen = context[:, clip, 2:].flatten(0, 1)
+        seen = seen[seen.flatten(1).any(1)]
+        torch.testing.assert_close(seen, first[clip].expand_as(seen))
+    # The caption is dropped at 0.1, and clip_start with it or alone.
+    assert float(told.start_given.mean()) == pytest.approx(0.9 * 0.3, abs=0.03)
+    noisy = replace(method, options=replace(method.options, anchor_noise=0.5, anchor_dropout=0.0))
+    told = noisy.conditioning(batch_of(2000), times[:, 2:], torch.Generator().manual_seed(0))
+    off = told.context.view(1000, 2, 2, *SHAPE) - first[:, None]
+    assert float(off.std()) == pytest.approx(0.5, rel=0.02)
+
+
+class Watching(Oracle):
+    """Notes the anchors that it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchors: list[torch.Tensor | None] = []
+
+    def forward(self, latents: torch.Tensor, time: torch.Tensor, given: Conditioning) -> dict[str, Any]:
+        self.anchors.append(given.context[:, 0] if bool(given.context_given.any()) else None)
+        return super().forward(latents, time, given)
+
+
+def test_in_sampling_the_anchor_is_the_frame_that_the_warm_up_made() -> None:
+    watching = Watching()
+    trajectory = sampled(watching, steps=4, warmup_steps=3)
+    assert [anchor is None for anchor in watching.anchors] == [True] * 4 + [False] * 5
+    first = curve(clips(), torch.zeros(2, 1, dtype=torch.float64))[0][:, 0]
+    for anchor in watching.anchors[4:]:
+        torch.testing.assert_close(anchor, first.to(anchor))
+    assert trajectory.grid.tolist() == [*METHOD.warmup_grid(3).tolist()[:-1], 0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+def test_a_given_first_frame_is_the_anchor_and_is_read_as_it_is() -> None:
+    watching, picture = Watching(), torch.randn(2, *SHAPE, dtype=torch.float64)
+    trajectory = sampled(watching, first_frame=picture, steps=4)
+    assert len(watching.anchors) == 5
+    for anchor in watching.anchors:
+        torch.testing.assert_close(anchor, picture.to(anchor))
+    torch.testing.assert_close(trajectory.read([0.0])[0], picture.float())
+
+
+class Ends(torch.nn.Module):
+    """Knows both ends of each clip on the warm-up; on the clip it reads the curve off nothing but r."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[float, list[bool]]] = []
+
+    def forward(
+        self, latents: torch.Tensor, time: torch.Tensor, given: Conditioning, frame_time: torch.Tensor
+    ) -> dict[str, Any]:
+        assert latents.shape == (2, 2, *SHAPE)
+        assert frame_time.tolist() == [[0.0, 1.0]] * 2
+        self.asked.append((float(time[0, 0]), given.context_given.expand(2, 2)[0].tolist()))
+        on_clip = given.context_given.expand(2, 2).all(1, keepdim=True)
+        at = torch.where(on_clip, time, torch.tensor([0.0, 1.0])).double()
+        mean, slope = curve(clips(), at)
+        return {"mean": mean / MEAN_SCALE, "derivative": slope / DERIVATIVE_SCALE}
+
+
+def test_first_and_last_frame_are_generated_together() -> None:
+    method = VLFM(VLFMOptions(anchor="ends"), WarmupPath(), MEAN_SCALE, DERIVATIVE_SCALE)
+    assert method.temporal
+
+    class Two(Request):
+        def noises(self, frames: int) -> torch.Tensor:
+            assert frames == 2
+            return torch.stack([noise(), -noise()], 1)
+
+    oracle = Ends()
+    read = method.sample(oracle, Two(given(), (0, 1), SHAPE, SampleSettings(steps=64, warmup_steps=4))).read(TIMES)
+    truth = torch.stack([legs.evaluate(clip, TIMES.numpy(), 1.0) for clip in clips()], dim=1)
+    assert float((read - truth).abs().max()) < 2e-5
+    assert [shown for time, shown in oracle.asked if time < 0] == [[False, False]] * 4
+    assert all(shown == [True, True] for time, shown in oracle.asked[5:])
+    # With a first frame, the last is generated beside it.
+    oracle, picture = Ends(), torch.randn(2, *SHAPE, dtype=torch.float64)
+    frames = {"frames": picture[:, None], "frame_time": torch.zeros(1), "given": torch.ones(2, 1, dtype=torch.bool)}
+    settings = SampleSettings(steps=4, warmup_steps=2)
+    method.sample(oracle, Two(given(), (0, 1), SHAPE, settings, **frames))
+    assert [shown for _, shown in oracle.asked[:3]] == [[True, False]] * 3
+    assert all(shown == [True, True] for _, shown in oracle.asked[3:])
+
+
+def test_ends_are_trained_on_both_frames_at_once() -> None:
+    method = VLFM(VLFMOptions(anchor="ends", state_jitter=0.0), WarmupPath(), MEAN_SCALE, DERIVATIVE_SCALE)
+
+    class Knows(torch.nn.Module):
+        def forward(
+            self, latents: torch.Tensor, time: torch.Tensor, given: Conditioning, frame_time: torch.Tensor
+        ) -> Any:
+            assert frame_time.tolist() == [[0.0, 2.0]] * len(time)
+            clip = torch.arange(len(time)) // method.states_per_clip % 2
+            mean, slope = curve(clips().float()[clip], torch.where(time > 0, time, torch.tensor([0.0, 1.0])))
+            return {"mean": mean / MEAN_SCALE, "derivative": slope / DERIVATIVE_SCALE}
+
+    losses = method.loss(Knows(), batch_of(8), torch.Generator().manual_seed(1))
+    assert float(losses["loss"]) < 1e-9
+    assert float(losses["velocity"]) < 1e-6
