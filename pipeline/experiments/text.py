@@ -157,7 +157,7 @@ def retrieval(encoder: TextEncoder, known: Sequence[Paths], unknown: Paths, seed
         chosen = torch.randint(len(paths), (BATCH,), generator=generator)
         noise = NOISE * torch.randn(BATCH, *paths.shape[1:], generator=generator)
         texts = matcher.captions(rows[which[chosen]])
-        loss = contrast_loss(matcher.tower(paths[chosen].float() + noise), texts, which[chosen], 15.0)
+        loss: Any = contrast_loss(matcher.tower(paths[chosen].float() + noise), texts, which[chosen], 15.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
