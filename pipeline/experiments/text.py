@@ -1,4 +1,4 @@
-"""What text encoders know: how far one attribute moves a caption, what a line reads of it, and whether clips find it.
+"""What text encoders know: how far one attribute moves a caption, what linear probes read, whether clips find captions.
 
 The captions are those of the compositional corpus (`pipeline.corpus.grammar`). An embedding is a caption's pooled row,
 the one that the backbone is conditioned with. All figures are of combinations that training left out.
@@ -28,7 +28,7 @@ ATTRIBUTES = tuple(field.name for field in dataclasses.fields(Attributes))
 SHIPPED = "vlfm-text"
 """The text encoder that comes with this package."""
 CAPTIONS = 600
-"""Captions of training, and as many held-out ones, that a line is fitted on and judged on."""
+"""Captions of training, and as many held-out ones, that linear probes are fitted on and judged on."""
 SWAPS = 100
 """Captions in which an attribute is swapped, for each attribute."""
 RIDGE = 1e-3
@@ -157,7 +157,7 @@ def retrieval(encoder: TextEncoder, known: Sequence[Paths], unknown: Paths, seed
         chosen = torch.randint(len(paths), (BATCH,), generator=generator)
         noise = NOISE * torch.randn(BATCH, *paths.shape[1:], generator=generator)
         texts = matcher.captions(rows[which[chosen]])
-        loss = contrast_loss(matcher.tower(paths[chosen].float() + noise), texts, which[chosen], 15.0)
+        loss: Any = contrast_loss(matcher.tower(paths[chosen].float() + noise), texts, which[chosen], 15.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -201,8 +201,10 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         lines.append(f"| cosine, other {attribute}: mean (max) | " + " | ".join(cells) + " |")
     for attribute in ATTRIBUTES:
         cells = [f"{100 * row['probe'][attribute]:.0f} %" for row in rows.values()]
-        lines.append(f"| {attribute} read by a line | " + " | ".join(cells) + " |")
-    lines.append("| variance that is a sum | " + " | ".join(f"{row['additive']:.2f}" for row in rows.values()) + " |")
+        lines.append(f"| linear probe, {attribute} | " + " | ".join(cells) + " |")
+    lines.append(
+        "| additive share of the variance | " + " | ".join(f"{row['additive']:.2f}" for row in rows.values()) + " |"
+    )
     if all("retrieval" in row for row in rows.values()):
         cells = [f"{100 * row['retrieval']:.0f} %" for row in rows.values()]
         lines.append(f"| clips that find their caption among {CHOICES} | " + " | ".join(cells) + " |")

@@ -42,7 +42,7 @@ def test_a_swap_changes_one_attribute() -> None:
             assert differ == ({"motion", "direction"} if attribute == "motion" else {attribute})
 
 
-def test_a_sum_is_read_by_a_line_and_found_to_be_one() -> None:
+def test_a_sum_is_read_by_linear_probes_and_found_to_be_one() -> None:
     ideal: Any = Sum()
     assert min(probe_accuracy(ideal, count=120).values()) == 1
     assert additive_share(ideal, count=120) == pytest.approx(1, abs=1e-6)
