@@ -14,6 +14,7 @@ from model.flow.path import WarmupPath
 from model.flow.solver import solve
 from model.methods.base import Batch, Clip, Request
 from model.methods.vlfm import VLFM, VLFMOptions, curve
+from model.settings import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, check_settings
 
 PLACE_WAVES = 8.0
 """What a frame's place r in its clip is multiplied with on its way into the embedding of the duration (PerFrame): its
@@ -38,6 +39,11 @@ class PerFrameOptions:
     """Exponent that weighs a state by its error relative to the others'; 0 weighs all alike."""
     caption_dropout: float = 0.1
     """Rate of the empty caption."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a field that cannot be, with its name, its value and what it must be."""
+        rules = {"times_per_clip": AT_LEAST_1, "warmup_focus": ABOVE_0}
+        check_settings(self, {**rules, "error_focus": AT_LEAST_0, "caption_dropout": SHARE})
 
 
 @dataclass(frozen=True)

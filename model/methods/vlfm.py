@@ -21,6 +21,7 @@ from model.flow.path import PaperPath, WarmupPath
 from model.flow.solver import Trajectory, solve
 from model.legs import basis_torch, derivative_torch
 from model.methods.base import Batch, Clip, Request, drop_captions
+from model.settings import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, SHARE_BELOW_1, check_settings
 
 END_SHARE, END_FROM = 0.06, 0.9
 """Share of the clip's training times that fall on its end, from END_FROM on, beside the even spread: the end has
@@ -55,6 +56,13 @@ class VLFMOptions:
     """Rate at which caption and clip_start are replaced by the empty caption, for guidance."""
     context_dropout: float = 0.75
     """Rate at which the first frame is hidden; high, because most videos start from a prompt alone."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a field that cannot be, with its name, its value and what it must be."""
+        rules = dict.fromkeys(("state_jitter", "error_focus", "derivative_weight"), AT_LEAST_0)
+        rules |= dict.fromkeys(("caption_dropout", "context_dropout"), SHARE)
+        rules |= {"times_per_clip": AT_LEAST_1, "warmup_share": SHARE_BELOW_1, "warmup_focus": ABOVE_0}
+        check_settings(self, rules)
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,25 @@ def test_a_setting_that_cannot_be_is_one_line(setting: str, must: str) -> None:
         override(demo(), {name: value})
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("name", "value", "must"),
+    [
+        ("caption_dropout", 2, r"in \[0, 1\]"), ("caption_dropout", "NaN", r"in \[0, 1\]"),
+        ("context_dropout", -0.1, r"in \[0, 1\]"), ("times_per_clip", 0, "at least 1"),
+        ("warmup_share", 1, r"in \[0, 1\)"), ("warmup_focus", 0, "a number above 0"),
+        ("state_jitter", -1, "0 or more"), ("error_focus", "Infinity", "0 or more"),
+        ("derivative_weight", -1, "0 or more"),
+    ],
+)  # fmt: skip
+def test_an_option_of_a_method_that_cannot_be_is_one_line(method: str, name: str, value: float, must: str) -> None:
+    recipe = override(demo(), {"method": method})
+    if name not in {field.name for field in dataclasses.fields(recipe.options)}:
+        return
+    with pytest.raises(ValueError, match=rf"^{name} is .*; it must be {must}$"):
+        override(recipe, {name: value})
+
+
 def test_every_field_is_documented() -> None:
     import inspect
 
