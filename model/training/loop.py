@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -68,25 +69,32 @@ class Training:
 
 def run_training(
     training: Training, state: TrainingState, run: Run, schedule: Schedule, processes: Processes, stop: StopSignal
-) -> None:
-    """Go on from the run's newest checkpoint, or from `state`, to the last step.
+) -> Path:
+    """Go on from the run's newest whole checkpoint, or from `state`, to the last step.
 
     A step whose loss or gradient is not finite changes nothing and is logged. While steps are skipped, no checkpoint
-    takes the place of one from before, except when the run ends.
+    takes the place of one from before, except when the run ends. Damaged checkpoints are set aside.
+
+    Returns:
+        The folder of the last checkpoint.
 
     Raises:
         Stopped: a signal came before the last step; there is a checkpoint of the step in flight.
         FloatingPointError: too many steps in a row are not finite; the last good checkpoint stays.
+        DamagedCheckpoint: there are checkpoints, and none is whole.
+        DiskFull: no room for a checkpoint; the last one stays.
+        FirstFailed: the first of several processes failed at what it does for all.
     """
-    if run.steps():
-        checkpoint.restore(run.checkpoint(), state)
+    done = processes.by_first(run.set_aside)
+    if done is not None:
+        checkpoint.restore(run.folder(done), state)
+        if done >= schedule.steps:
+            return run.folder(done)
     updates = Updates(state, training.gradient_clip, schedule.bad_steps_allowed, run.root, processes)
     if processes.any(stop.seen)[0]:
         raise Stopped(state.step, training.part)
-    if state.step >= schedule.steps:
-        return
     progress = Progress(training.name, schedule.steps, "steps", state.step) if processes.first else None
-    with Log(run, enabled=processes.first) as log:
+    with Log(run, state.step, enabled=processes.first) as log:
         log.event(event="start", step=state.step, **training.facts)
         with signals_held():  # a signal to the whole process group must not end the loader's workers
             batches = training.batches(state.step)
@@ -118,10 +126,10 @@ def run_training(
             due = due or step % schedule.checkpoint_every == 0
             if last or update.stop or (due and update.applied):
                 due = False
-                if processes.first:
-                    checkpoint.save(run, state, schedule.checkpoints_kept)
-                else:  # so that all processes raise, or none
+                if not processes.first:  # so that all processes raise, or none
                     checkpoint.tensors_by_file(state)
+                log.flush()
+                processes.by_first(lambda: checkpoint.save(run, state, schedule.checkpoints_kept))
             if update.stop and not last:
                 log.event(event="stop", step=step)
                 processes.barrier()
@@ -133,6 +141,7 @@ def run_training(
             recent.began += time.perf_counter() - aside
         log.event(event="end", step=schedule.steps, skipped=updates.skipped)
     processes.barrier()
+    return run.folder(schedule.steps)
 
 
 class Recent:
