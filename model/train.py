@@ -86,7 +86,7 @@ def _train(lake: Lake, run: Run, recipe: TrainRecipe, version: Version, processe
 
     def batches(done: int) -> Iterator[Batch]:
         steps = Steps(len(clips), recipe.batch, recipe.seed, done, recipe.steps, processes.rank, processes.world)
-        read = iter(loader(clips, steps, collate, recipe.loader_workers))
+        read = loader(clips, steps, collate, recipe.loader_workers)
         return (batch.to(processes.device) for batch in read)
 
     training = Training(

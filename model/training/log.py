@@ -15,8 +15,8 @@ from storage.local import naming_full_disk
 class Log:
     """Writes the log of a run; appends to what is there of the steps that are done.
 
-    What is there of later steps, which a killed run had logged after its last checkpoint, is dropped: they are done
-    again, and each step stands once.
+    Values of later steps, which a killed run had logged after its last checkpoint, are dropped: those steps are done
+    again, and each stands once. Events stay: they tell what happened.
 
     done: steps done.
     enabled: False writes nothing, for all processes but the first.
@@ -61,7 +61,7 @@ class Log:
 
     def _drop_later_steps(self) -> None:
         lines = read_log(self.run.log)
-        kept = [line for line in lines if line.get("step", 0) <= self.done]
+        kept = [line for line in lines if "event" in line or line["step"] <= self.done]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         if self.run.log.is_file() and self.run.log.read_text() != text:
             write_atomic(self.run.log, text.encode())
