@@ -29,7 +29,7 @@ RULES = {
     **dict.fromkeys(("width", "depth", "heads", "patch", "batch", "steps"), AT_LEAST_1),
     **dict.fromkeys(("checkpoint_every", "checkpoints_kept", "log_every", "validate_every"), AT_LEAST_1),
     **dict.fromkeys(("matrix_learning_rate", "weight_decay", "learning_rate_warmup"), AT_LEAST_0),
-    **dict.fromkeys(("bad_steps_allowed", "loader_workers"), AT_LEAST_0),
+    **dict.fromkeys(("bad_steps_allowed", "loader_workers", "spike_factor"), AT_LEAST_0),
     **dict.fromkeys(("learning_rate", "gradient_clip"), ABOVE_0),
     "learning_rate_decay": SHARE,
     "ema_decay": SHARE_BELOW_1,
@@ -74,7 +74,9 @@ class TrainRecipe:
     gradient_clip: float = 1.0
     """Largest global gradient norm."""
     bad_steps_allowed: int = 10
-    """Steps in a row that may be skipped because loss or gradient are not finite; one more ends the run."""
+    """Steps in a row that may be skipped because loss or gradient are not finite or a spike; one more ends the run."""
+    spike_factor: float = 20.0
+    """A step is skipped whose gradient norm is above so many times its running mean over some 100 steps; 0: none is."""
     ema_decay: float = 0.999
     """Decay of the exponential moving average of the weights, per step; sampling uses the average."""
     precision: str = "float32"

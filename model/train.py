@@ -104,6 +104,7 @@ def _train(lake: Lake, run: Run, recipe: TrainRecipe, version: Version, processe
         checkpoint_every=recipe.checkpoint_every,
         checkpoints_kept=recipe.checkpoints_kept,
         bad_steps_allowed=recipe.bad_steps_allowed,
+        spike_factor=recipe.spike_factor,
         validate_every=recipe.validate_every,
     )
     return run_training(training, state, run, schedule, processes, stop)

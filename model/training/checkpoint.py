@@ -268,7 +268,8 @@ def _plain(state: TrainingState) -> dict[str, Any]:
     """What a checkpoint holds beside tensors."""
     values = state.state_dict()
     groups = [optimizer["param_groups"] for optimizer in values["optimizers"]]
-    return {"step": values["step"], "average_updates": values["average"]["updates"], "optimizers": groups}
+    updates = values["average"]["updates"]
+    return {"step": values["step"], "average_updates": updates, "norms": values["norms"], "optimizers": groups}
 
 
 def tensors_by_file(state: TrainingState) -> dict[str, dict[str, Tensor]]:
@@ -317,6 +318,7 @@ def restore(folder: Path, state: TrainingState) -> None:
                 for of_one, groups in zip(slots, plain["optimizers"], strict=True)
             ],
             "step": plain["step"],
+            "norms": plain.get("norms"),
         }
     )
 

@@ -36,9 +36,11 @@ class Schedule:
     checkpoints_kept: int
     """Newest checkpoints that stay on disk."""
     bad_steps_allowed: int
-    """Steps in a row that may be skipped because loss or gradient are not finite; one more ends the run."""
+    """Steps in a row that may be skipped because loss or gradient are not finite or a spike; one more ends the run."""
     validate_every: int = 1
     """Steps between two validations; there is one after the last step too."""
+    spike_factor: float = 0.0
+    """How many times its running mean a gradient norm may be; 0 allows any."""
     mean_losses: bool = False
     """Whether a line of the log has the mean of the losses since the line before, instead of its own step's."""
 
@@ -72,8 +74,8 @@ def run_training(
 ) -> Path:
     """Go on from the run's newest whole checkpoint, or from `state`, to the last step.
 
-    A step whose loss or gradient is not finite changes nothing and is logged. While steps are skipped, no checkpoint
-    takes the place of one from before, except when the run ends. Damaged checkpoints are set aside.
+    A step whose loss or gradient is not finite or a spike changes nothing and is logged. While steps are skipped, no
+    checkpoint takes the place of one from before, except when the run ends. Damaged checkpoints are set aside.
 
     Returns:
         The folder of the last checkpoint.
@@ -90,7 +92,9 @@ def run_training(
         checkpoint.restore(run.folder(done), state)
         if done >= schedule.steps:
             return run.folder(done)
-    updates = Updates(state, training.gradient_clip, schedule.bad_steps_allowed, run.root, processes)
+    updates = Updates(
+        state, training.gradient_clip, schedule.bad_steps_allowed, run.root, processes, schedule.spike_factor
+    )
     if processes.any(stop.seen)[0]:
         raise Stopped(state.step, training.part)
     progress = Progress(training.name, schedule.steps, "steps", state.step) if processes.first else None
@@ -113,7 +117,7 @@ def run_training(
             last = step == schedule.steps
 
             if not update.applied:
-                log.event(event="skipped", step=step, reason="the loss or its gradient is not finite")
+                log.event(event="skipped", step=step, reason=update.reason)
             if step % schedule.log_every == 0 or last:
                 values = {name: float(value) for name, value in processes.mean(recent.values()).items()}
                 rate, share = recent.speed(training.samples)
