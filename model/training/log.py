@@ -31,7 +31,7 @@ class Log:
 
             self.run.root.mkdir(parents=True, exist_ok=True)
             self._drop_later_steps()
-            self.file = self.run.log.open("a")
+            self.file = self.run.log.open("ab", buffering=0)  # nothing is left to write where the disk is full
             self.board = SummaryWriter(str(self.run.root / "tensorboard"), purge_step=self.done + 1)
         return self
 
@@ -44,8 +44,7 @@ class Log:
         """Write a line that is no scalar."""
         if self.enabled:
             with naming_full_disk(self.run.log):
-                self.file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
-                self.file.flush()
+                self.file.write((json.dumps({"time": round(time.time(), 3), **values}) + "\n").encode())
 
     def scalars(self, step: int, **values: float) -> None:
         """Write named values of a step, with six digits."""

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -235,3 +235,54 @@ def test_after_a_kill_each_step_stands_once(lake: Lake, tmp_path: Path) -> None:
     assert [line["step"] for line in read_log(run / "log.jsonl") if line.get("event") == "start"] == [0, 6]
     assert all(json.loads(line) for line in (run / "log.jsonl").read_text().splitlines())
     assert board_steps(run, "loss") == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+# --- a full disk ---
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 8 MiB of its own, or a skip where this user may not mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    if (mounted := subprocess.run(mount, capture_output=True, text=True)).returncode:
+        pytest.skip(f"no small disk to fill: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("share", [0, 0.9])
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
+    lake: Lake, run: Path, small_disk: Path, share: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is room for such a share of a checkpoint, and at 0 not even for the log."""
+    more = ["--set=checkpoint_every=2", "--set=learning_rate_decay=0"]
+    shutil.copytree(run, small_disk / "run")
+    left = int(share * sum(path.stat().st_size for path in Run(run).folder(6).iterdir()))
+    (small_disk / "filler").write_bytes(b"0" * (shutil.disk_usage(small_disk).free - left))
+    assert main(command(lake, small_disk / "run", *more, "--set=steps=8")[2:]) == 1
+    told = capsys.readouterr().err
+    errors = [line for line in told.splitlines() if not line.startswith("train ")]
+    assert len(errors) == 1, told
+    assert re.match(
+        r"error: .*the disk is full \(\d+ bytes free\); make room and run the same command again", errors[0]
+    )
+    found = Run(small_disk / "run")
+    assert (found.steps(), damage(found.folder(6))) == ([4, 6], "")
+    assert not list((small_disk / "run" / "checkpoints").glob(".part*"))
+    (small_disk / "filler").unlink()
+    assert main(command(lake, small_disk / "run", *more, "--set=steps=7")[2:]) == 0
+
+
+# --- kills ---
+
+
+def test_no_kill_makes_a_run_unusable(tmp_path: Path) -> None:
+    """Six at random moments; `python tests/bench/kills.py FOLDER --kills 100` for more."""
+    program = [sys.executable, str(Path(__file__).parents[1] / "bench" / "kills.py"), str(tmp_path), "--kills=6"]
+    done = subprocess.run(program, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"6 kills, 0 unusable, [1-9]\d* steps", done.stdout)
