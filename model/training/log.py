@@ -31,8 +31,9 @@ class Log:
 
             self.run.root.mkdir(parents=True, exist_ok=True)
             self._drop_later_steps()
-            self.file = self.run.log.open("ab", buffering=0)  # nothing is left to write where the disk is full
-            self.board = SummaryWriter(str(self.run.root / "tensorboard"), purge_step=self.done + 1)
+            with naming_full_disk(self.run.root):
+                self.board = SummaryWriter(str(self.run.root / "tensorboard"), purge_step=self.done + 1)
+                self.file = self.run.log.open("ab", buffering=0)  # nothing is left to write where the disk is full
         return self
 
     def __exit__(self, *exception: object) -> None:
