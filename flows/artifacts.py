@@ -98,7 +98,6 @@ def contact_sheet(lake: Lake, version: Version, clips: int = 12, frames: int = 8
     for row in rows:
         reader = ShardReader(lake, row["shard"])
         shown = np.asarray(reader.read(row["shard_row"], ["preview.npy"])["preview.npy"])
-        reader.close()
         strips.append(shown[np.linspace(0, len(shown) - 1, min(frames, len(shown))).round().astype(int)])
     height, width = strips[0].shape[1:3]
     shape = (max(1, round(width * THUMBNAIL / height)), THUMBNAIL)

@@ -135,9 +135,9 @@ class Stage:
             bad_steps_allowed=BAD_STEPS_ALLOWED,
             mean_losses=True,
         )
-        with StopSignal() as stop:
-            run_training(training, state, run, schedule, ALONE, stop)
-        load_average(run.checkpoint(), self.network)
+        with StopSignal() as stop, run.lock():
+            last = run_training(training, state, run, schedule, ALONE, stop)
+        load_average(last, self.network)
         self.network.eval()
 
 

@@ -13,7 +13,30 @@ from typing import Any
 
 from model.methods.registry import method_named
 from model.methods.vlfm import VLFMOptions
-from model.settings import recipe_named
+from model.settings import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    SEED,
+    SHARE,
+    SHARE_BELOW_1,
+    check_settings,
+    one_of,
+    recipe_named,
+)
+
+RULES = {
+    **dict.fromkeys(("width", "depth", "heads", "patch", "batch", "steps"), AT_LEAST_1),
+    **dict.fromkeys(("checkpoint_every", "checkpoints_kept", "log_every", "validate_every"), AT_LEAST_1),
+    **dict.fromkeys(("matrix_learning_rate", "weight_decay", "learning_rate_warmup"), AT_LEAST_0),
+    **dict.fromkeys(("bad_steps_allowed", "loader_workers", "spike_factor"), AT_LEAST_0),
+    **dict.fromkeys(("learning_rate", "gradient_clip"), ABOVE_0),
+    "learning_rate_decay": SHARE,
+    "ema_decay": SHARE_BELOW_1,
+    "precision": one_of("float32", "bfloat16"),
+    "seed": SEED,
+}
+"""What the fields of a training recipe may be."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +74,9 @@ class TrainRecipe:
     gradient_clip: float = 1.0
     """Largest global gradient norm."""
     bad_steps_allowed: int = 10
-    """Steps in a row that may be skipped because loss or gradient are not finite; one more ends the run."""
+    """Steps in a row that may be skipped because loss or gradient are not finite or a spike; one more ends the run."""
+    spike_factor: float = 20.0
+    """A step is skipped whose gradient norm is above so many times its running mean over some 100 steps; 0: none is."""
     ema_decay: float = 0.999
     """Decay of the exponential moving average of the weights, per step; sampling uses the average."""
     precision: str = "float32"
@@ -70,7 +95,12 @@ class TrainRecipe:
     """Processes that read shards ahead, for each trainer process; 0 reads in the trainer."""
 
     def __post_init__(self) -> None:
-        """Gives another method's options over to the chosen method: fields of the same name carry over."""
+        """Gives another method's options over to the chosen method: fields of the same name carry over.
+
+        Raises:
+            ValueError: a field that cannot be; the message has its name, its value and what it must be.
+        """
+        check_settings(self, RULES)
         kind = method_named(self.method).Options
         if not isinstance(self.options, kind):
             known = {field.name for field in dataclasses.fields(kind)}

@@ -4,11 +4,45 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 Recipe = TypeVar("Recipe")
+
+
+class Rule(NamedTuple):
+    """Which values a setting may have."""
+
+    holds: Callable[[Any], bool]
+    """Whether a value is one of them; NaN is none."""
+    words: str
+    """What they are, after "it must be"."""
+
+
+ABOVE_0 = Rule(lambda value: 0 < value < math.inf, "a number above 0")
+AT_LEAST_0 = Rule(lambda value: 0 <= value < math.inf, "0 or more")
+AT_LEAST_1 = Rule(lambda value: 1 <= value < math.inf, "at least 1")
+SHARE = Rule(lambda value: 0 <= value <= 1, "in [0, 1]")
+SHARE_BELOW_1 = Rule(lambda value: 0 <= value < 1, "in [0, 1)")
+SEED = Rule(lambda value: 0 <= value < 2**62, "between 0 and 2^62")
+
+
+def one_of(*values: str) -> Rule:
+    """One of some words."""
+    return Rule(lambda value: value in values, " or ".join(values))
+
+
+def check_settings(recipe: Any, rules: Mapping[str, Rule]) -> None:
+    """Compare the fields of a dataclass with the rules, given by the fields' names.
+
+    Raises:
+        ValueError: a field breaks its rule; the message has name, value and what it must be.
+    """
+    for name, rule in rules.items():
+        if not rule.holds(value := getattr(recipe, name)):
+            raise ValueError(f"{name} is {value!r}; it must be {rule.words}")
 
 
 def recipe_named(module: ModuleType, name: str, kind: type[Recipe]) -> Callable[..., Recipe]:

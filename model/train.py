@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from model.training.launch import launch
 from model.training.loop import Schedule, Training, run_training
 from model.training.objective import Objective
 from model.training.optimizers import learning_rate_factor, make_optimizers
-from model.training.processes import Processes, end_program, given_rank, join_processes
+from model.training.processes import FirstFailed, Processes, end_program, given_rank, join_processes
 from model.training.record import DatasetVersion, RunRecord
 from model.training.state import TrainingState
 from storage.layout import Lake
@@ -51,12 +52,18 @@ def train(lake: str | Path, run: str | Path, recipe: TrainRecipe, version: int |
         Stopped: SIGTERM or Ctrl-C came before the last step; the same call goes on.
         ValueError, FileNotFoundError: bad settings, or no such lake, version or shard; the message says the remedy.
         FloatingPointError: too many steps in a row are not finite; the last good checkpoint stays.
+        LakeBusy: another trainer is at work in the run's folder.
+        DamagedCheckpoint, DiskFull: as `run_training` has them.
+        FirstFailed: the first of several processes failed at what it does for all, and says why.
     """
     with StopSignal() as stop:
         opened, chosen = lake_and_version(lake, version)
         processes = join_processes()
+        folder = Run(Path(run))
         try:
-            return _train(opened, Run(Path(run)), recipe, chosen, processes, stop)
+            with ExitStack() as held:
+                processes.by_first(lambda: held.enter_context(folder.lock()))
+                return _train(opened, folder, recipe, chosen, processes, stop)
         finally:
             if processes.world > 1:
                 dist.destroy_process_group()
@@ -69,8 +76,6 @@ def _train(lake: Lake, run: Run, recipe: TrainRecipe, version: Version, processe
     record = run_record(recipe, version, clips, run)
     if processes.first and not run.file.is_file():
         run.write(record.to_json())
-    if run.steps() and run.steps()[-1] >= recipe.steps:
-        return run.checkpoint()
 
     torch.manual_seed(recipe.seed)
     backbone = Backbone(record.backbone).to(processes.device)
@@ -80,7 +85,7 @@ def _train(lake: Lake, run: Run, recipe: TrainRecipe, version: Version, processe
 
     def batches(done: int) -> Iterator[Batch]:
         steps = Steps(len(clips), recipe.batch, recipe.seed, done, recipe.steps, processes.rank, processes.world)
-        read = iter(loader(clips, steps, collate, recipe.loader_workers))
+        read = loader(clips, steps, collate, recipe.loader_workers)
         return (batch.to(processes.device) for batch in read)
 
     training = Training(
@@ -98,10 +103,10 @@ def _train(lake: Lake, run: Run, recipe: TrainRecipe, version: Version, processe
         checkpoint_every=recipe.checkpoint_every,
         checkpoints_kept=recipe.checkpoints_kept,
         bad_steps_allowed=recipe.bad_steps_allowed,
+        spike_factor=recipe.spike_factor,
         validate_every=recipe.validate_every,
     )
-    run_training(training, state, run, schedule, processes, stop)
-    return run.checkpoint()
+    return run_training(training, state, run, schedule, processes, stop)
 
 
 def run_record(recipe: TrainRecipe, version: Version, clips: Clips, run: Run) -> RunRecord:
@@ -168,7 +173,7 @@ def run_arguments(options: argparse.Namespace) -> int:
         return run_processes(options, recipe)
     try:
         folder = train(options.lake, options.run, recipe, options.version)
-    except (Stopped, FloatingPointError) as end:
+    except (Stopped, FloatingPointError, FirstFailed) as end:
         if given_rank() == 0:
             raise
         return STOPPED if isinstance(end, Stopped) else 1  # all processes end alike, and the first says so

@@ -1,8 +1,8 @@
 """Shards: plain tar files in WebDataset's layout, with an index beside them that makes every sample one seek away.
 
 A sample is a few members `<clip_id>.<name>`: arrays as `.npy`, one `clip.json`. The same samples give the same bytes.
-The index says where each member's bytes are, so that a reader maps the file and copies nothing. WebDataset itself reads
-the same tar; its own decoder runs code it finds in a tar and is never used here: `.npy` without pickle and JSON only.
+The index says where each member's bytes are, so that a reader reads those it is asked for. WebDataset itself reads the
+same tar; its own decoder runs code it finds in a tar and is never used here: `.npy` without pickle and JSON only.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import io
 import json
-import mmap
 import os
 import re
 import tarfile
@@ -133,30 +132,27 @@ def rebuild_index(lake: Lake, name: str) -> ShardInfo:
 class ShardReader:
     """Random access to the samples of one shard.
 
-    `reader[i]` is a dictionary of members: arrays are read-only views of the mapped file (nothing is copied or read
-    before it is used; they keep the map alive), JSON members are dictionaries. Checksums are compared by `verify`.
+    `reader[i]` is a dictionary of members: arrays are read-only, JSON members are dictionaries. A sample's checksum is
+    compared when it is first read, for which all of it is read. Nothing is mapped: a mapped file that shrinks ends the
+    process (SIGBUS).
     """
 
     def __init__(self, lake: Lake, name: str) -> None:
         """Open the shard `name`, `<block_id>.tar`, and its index.
 
         Raises:
-            LakeError: the lake is on no local disk, so that the shard cannot be mapped.
+            LakeError: the lake is on no local disk.
             DamagedShard: the tar or the index is missing, is of another size or cannot be read.
         """
         self.lake, self.name = lake, name
         self.path = lake.store.local_path(shard_key(name))
         index = _read_index(lake, name)
-        try:
-            with open(self.path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size != index["bytes"]:
-                    what = "truncated" if size < index["bytes"] else "longer than written"
-                    raise DamagedShard(f"{self.path} is {what} ({size} of {index['bytes']} bytes); {_REMEDY}")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError:
-            raise DamagedShard(f"{self.path} is missing; {_REMEDY}") from None
-        self._view = memoryview(self._map)
+        size = lake.store.size(shard_key(name))
+        if size != index["bytes"]:
+            what = "missing" if size is None else "truncated" if size < index["bytes"] else "longer than written"
+            told = "" if size is None else f" ({size} of {index['bytes']} bytes)"
+            raise DamagedShard(f"{self.path} is {what}{told}; {_REMEDY}")
+        self._compared: set[str] = set()
         self._entries: list[dict[str, Any]] = index["samples"]
         self._headers: dict[bytes, _Header] = {}
         self.info = ShardInfo(name, index["bytes"], index["sha256"], len(self._entries))
@@ -180,45 +176,43 @@ class ShardReader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self.read(row) for row in range(len(self)))
 
-    def __reduce__(self) -> tuple[type[ShardReader], tuple[Lake, str]]:
-        # A copy in another process maps the file itself.
-        return ShardReader, (self.lake, self.name)
-
     def read(self, row: int, names: Iterable[str] | None = None) -> dict[str, Any]:
         """The members of sample `row` called `names` (all of them by default), and `__key__`.
 
         Raises:
             IndexError: no such row.
             KeyError: no such member; the message lists those there are.
-            DamagedShard: a member's bytes are no array without pickle, or no JSON.
+            DamagedShard: the sample is not what was written, by its checksum, or a member's bytes are no array without
+                pickle, or no JSON; the message names the shard and the clip.
         """
         entry = self._entries[row]
-        members = entry["members"]
-        sample: dict[str, Any] = {"__key__": entry["key"]}
-        for name in members if names is None else names:
-            if name not in members:
-                raise KeyError(
-                    f"{self.path.name}, clip {entry['key']}: no member {name!r}, there are {sorted(members)}"
-                )
-            offset, size = members[name]
+        key, members = entry["key"], entry["members"]
+        wanted = list(members if names is None else names)
+        if unknown := [name for name in wanted if name not in members]:
+            raise KeyError(f"{self.path.name}, clip {key}: no member {unknown[0]!r}, there are {sorted(members)}")
+        found = self._bytes(entry, wanted) if key in self._compared else self._compare(entry)
+        self._compared.add(key)
+        sample: dict[str, Any] = {"__key__": key}
+        for name in wanted:
             try:
-                sample[name] = self._decode(name, offset, size)
+                sample[name] = self._decode(name, found[name])
             except (ValueError, TypeError, EOFError) as error:
-                raise DamagedShard(f"{self.path}, clip {entry['key']}, {name}: {error}; {_REMEDY}") from error
+                raise self.damaged(key, f"{name}: {error}") from error
         return sample
 
-    def verify(self) -> list[str]:
-        """Compare every byte with the index, and the index with the tar: the problems found, each naming the file.
+    def damaged(self, key: str, what: str) -> DamagedShard:
+        """The error of a clip of this shard."""
+        verify = f"`vlfm verify --lake {self.lake.store.address()}` lists all damage"
+        return DamagedShard(f"{self.path}, clip {key}, {what}; {verify}; {_REMEDY}")
 
-        An empty list means that the shard is as it was written.
-        """
-        problems = []
-        damaged = [
-            entry["key"]
-            for entry in self._entries
-            if _sample_digest({name: self._bytes(*place) for name, place in entry["members"].items()})
-            != entry["sha256"]
-        ]
+    def verify(self) -> list[str]:
+        """Compare every byte with the index, and the index with the tar: the problems found, each naming the file."""
+        problems, damaged = [], []
+        for entry in self._entries:
+            try:
+                self._compare(entry)
+            except DamagedShard:
+                damaged.append(entry["key"])
         if damaged:
             problems.append(f"{self.path}: clips {', '.join(damaged)} are damaged (wrong checksum); {_REMEDY}")
         if _digest(self.lake, self.name) != self.info.sha256:
@@ -232,30 +226,35 @@ class ShardReader:
             problems.append(f"{index} does not match the tar; {_rebuild(self.lake, self.name)}")
         return problems
 
-    def close(self) -> None:
-        """Unmap the file, unless arrays that were read still use it (then it goes with the last of them)."""
-        self._view.release()
-        with contextlib.suppress(BufferError):
-            self._map.close()
+    def _compare(self, entry: Mapping[str, Any]) -> dict[str, bytes]:
+        found = self._bytes(entry, entry["members"])
+        if _sample_digest(found) != entry["sha256"]:
+            raise self.damaged(entry["key"], "wrong checksum")
+        return found
 
-    def _bytes(self, offset: int, size: int) -> memoryview:
-        return self._view[offset : offset + size]
+    def _bytes(self, entry: Mapping[str, Any], names: Iterable[str]) -> dict[str, bytes]:
+        found = {}
+        with self.lake.store.open_read(shard_key(self.name)) as file:
+            for name in names:
+                offset, size = entry["members"][name]
+                data = os.pread(file.fileno(), size, offset) if offset + size <= self.info.bytes else b""
+                if len(data) != size:
+                    raise self.damaged(entry["key"], f"{name} lies beyond the shard's end, it was truncated")
+                found[name] = data
+        return found
 
-    def _decode(self, name: str, offset: int, size: int) -> Any:
+    def _decode(self, name: str, data: bytes) -> Any:
         if name.endswith(".json"):
-            return json.loads(bytes(self._bytes(offset, size)))
+            return json.loads(data)
         # Samples of a shard are alike: their headers are parsed once (numpy reads a header as a Python literal).
-        start = bytes(self._bytes(offset, min(size, 10)))
-        length = 10 + int.from_bytes(start[8:10], "little")
-        raw = bytes(self._bytes(offset, min(size, length)))
-        header = self._headers.get(raw)
-        if header is None:
-            header = self._headers[raw] = _header(raw)
-        if size != length + header.bytes:
-            raise ValueError(f"the array has {size - length} bytes of data, its header says {header.bytes}")
+        length = 10 + int.from_bytes(data[8:10], "little")
+        raw = data[:length]
+        header = self._headers.get(raw) or self._headers.setdefault(raw, _header(raw))
+        if len(data) != length + header.bytes:
+            raise ValueError(f"the array has {len(data) - length} bytes of data, its header says {header.bytes}")
         if header.bytes == 0:
             return np.zeros(header.shape, header.dtype)
-        flat: Array = np.frombuffer(self._map, header.dtype, header.bytes // header.dtype.itemsize, offset + length)
+        flat: Array = np.frombuffer(data, header.dtype, header.bytes // header.dtype.itemsize, length)
         return flat.reshape(header.shape, order="F" if header.fortran else "C")
 
 

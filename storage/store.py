@@ -124,7 +124,7 @@ class Store(Protocol):
     def local_path(self, key: str = "") -> Path:
         """Where the key is (or will be) on a local disk: the only way around the protocol.
 
-        It is for what needs a file of its own: shards are mapped into memory, and Icechunk keeps its own repository.
+        It is for what needs a file of its own: shards are read by their index, and Icechunk keeps its own repository.
 
         Raises:
             LakeError: the store is on no local disk.

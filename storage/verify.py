@@ -6,7 +6,6 @@ What two computations of one thing may differ by is `storage.rounding`'s.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,11 +38,10 @@ def verify(lake: Lake, version: Version, arrays: bool = True) -> list[str]:
             checked_bytes(lake, entry)
         except LakeError as error:
             problems.append(str(error))
-    with contextlib.ExitStack() as opened:
-        return problems + _compare_stores(lake, version, arrays, opened)
+    return problems + _compare_stores(lake, version, arrays)
 
 
-def _compare_stores(lake: Lake, version: Version, arrays: bool, opened: contextlib.ExitStack) -> list[str]:
+def _compare_stores(lake: Lake, version: Version, arrays: bool) -> list[str]:
     problems: list[str] = []
     readers: dict[str, ShardReader] = {}
     for info in version.shards:
@@ -52,7 +50,6 @@ def _compare_stores(lake: Lake, version: Version, arrays: bool, opened: contextl
         except DamagedShard as error:
             problems.append(str(error))
             continue
-        opened.callback(reader.close)
         readers[info.name] = reader
         problems += reader.verify()
         if reader.info != info:

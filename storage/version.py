@@ -265,7 +265,6 @@ def shards_root(lake: Lake, shards: Iterable[ShardInfo]) -> str:
     for info in shards:
         reader = ShardReader(lake, info.name)
         samples += zip(reader.keys, reader.digests, strict=True)
-        reader.close()
     return samples_root(samples)
 
 

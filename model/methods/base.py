@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -50,9 +50,16 @@ class Batch:
     """(B, N) bool: which frames the task gives; None leaves the draw to the method."""
 
     def to(self, device: torch.device) -> Batch:
-        """The same clips on `device`."""
-        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return dataclasses.replace(self, **moved)
+        """The same clips on `device`; from pinned memory the host does not wait for the copy."""
+        return self._each(lambda value: value.to(device, non_blocking=value.is_pinned()))
+
+    def pin_memory(self) -> Batch:
+        """The same clips in pinned memory, as a DataLoader asks for it."""
+        return self._each(lambda value: value.pin_memory())
+
+    def _each(self, do: Callable[[Tensor], Tensor]) -> Batch:
+        changed: dict[str, Any] = {k: do(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return dataclasses.replace(self, **changed)
 
     def part(self, name: str) -> Tensor:
         """A tensor that the method reads from the shards. Raises ValueError where the batch lacks it."""

@@ -15,6 +15,7 @@ from model.flow.solver import solve
 from model.methods.base import Batch, Clip, Request
 from model.methods.curves import curve
 from model.methods.vlfm import VLFM, VLFMOptions
+from model.settings import AT_LEAST_0, AT_LEAST_1, SHARE, check_settings
 
 PLACE_WAVES = 8.0
 """What a frame's place r in its clip is multiplied with on its way into the embedding of the duration (PerFrame): its
@@ -44,6 +45,11 @@ class PerFrameOptions:
 
     BEFORE: ClassVar[Mapping[str, Any]] = {"clip_start_dropout": 0.0}
     """Fields that older runs lack, as they were then."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a field that cannot be, with its name, its value and what it must be."""
+        rules = {"times_per_clip": AT_LEAST_1, "warmup_focus": AT_LEAST_0, "error_focus": AT_LEAST_0}
+        check_settings(self, {**rules, "caption_dropout": SHARE, "clip_start_dropout": SHARE})
 
 
 @dataclass(frozen=True)

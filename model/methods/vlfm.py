@@ -21,6 +21,7 @@ from model.flow.path import PaperPath, WarmupPath
 from model.flow.solver import Trajectory, solve
 from model.methods.base import Batch, Clip, Request, drop_captions
 from model.methods.curves import curve, curve_scales
+from model.settings import AT_LEAST_0, AT_LEAST_1, SHARE, SHARE_BELOW_1, check_settings
 
 END_SHARE, END_FROM = 0.06, 0.9
 """Share of the clip's training times that fall on its end, from END_FROM on, beside the even spread: the end has
@@ -84,6 +85,11 @@ class VLFMOptions:
     """Fields that older runs lack, as they were then."""
 
     def __post_init__(self) -> None:
+        """Raises ValueError for a field that cannot be, with its name, its value and what it must be."""
+        not_negative = ("anchor_noise", "warmup_focus", "state_jitter", "error_focus", "derivative_weight")
+        shares = ("anchor_dropout", "caption_dropout", "clip_start_dropout", "context_dropout")
+        rules = dict.fromkeys(not_negative, AT_LEAST_0) | dict.fromkeys(shares, SHARE)
+        check_settings(self, {**rules, "times_per_clip": AT_LEAST_1, "warmup_share": SHARE_BELOW_1})
         if self.anchor not in ANCHORS:
             raise ValueError(f"anchor is {self.anchor!r}; it must be one of {', '.join(ANCHORS)}")
         if self.path == "paper" and self.anchor != "none":

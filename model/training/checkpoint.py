@@ -1,26 +1,46 @@
 """Checkpoints: tensors as safetensors, everything else as JSON, published by one rename. No pickle.
 
 A run's folder holds `run.json` (the recipe, the backbone, the method and all of the dataset's version that sampling
-needs), `log.jsonl`, TensorBoard's files and `checkpoints/step-<n>/`.
+needs), `log.jsonl`, TensorBoard's files and `checkpoints/step-<n>/`, each with the checksums of its files.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.training.state import TrainingState
+from storage.errors import Kind, VlfmError
+from storage.fingerprint import stream_digest
 from storage.layout import write_atomic
+from storage.local import LocalStore, fsync_path, naming_full_disk
+
+FORMAT = 2
+"""Of a checkpoint: from 2 on it has checksums; before, `state.json` named no format."""
+FILES = ("backbone.safetensors", "average.safetensors", "optimizers.safetensors", "state.json")
+"""What a checkpoint consists of, beside the checksums."""
+CHECKSUMS = "SHA256SUMS"
+"""The checksums' file: `sha256sum -c SHA256SUMS` checks it too."""
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class DamagedCheckpoint(VlfmError, ValueError):
+    """A checkpoint is not whole. The message names it, what is wrong with it and the remedy."""
+
+    kind = Kind.DAMAGE
 
 
 @dataclass(frozen=True)
@@ -62,21 +82,101 @@ class Run:
             raise ValueError(f"{self.file} is damaged ({error}); train a new run") from None
         return about
 
+    def lock(self) -> AbstractContextManager[None]:
+        """Hold the folder for one trainer; whatever ends its process releases it.
+
+        Raises:
+            LakeBusy: another trainer holds it; the message has its process id.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        return LocalStore(self.root).lease("writing")
+
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that are whole, in rising order."""
-        return sorted(int(path.name.removeprefix("step-")) for path in (self.root / "checkpoints").glob("step-*"))
+        """Steps of the checkpoints in the folder, whole or not, in rising order."""
+        return sorted(int(match[1]) for name in self._names() if (match := _NAME.fullmatch(name)))
+
+    def folder(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self.root / "checkpoints" / f"step-{step:08d}"
+
+    def newest(self) -> tuple[int | None, dict[str, str]]:
+        """Step of the newest whole checkpoint, None where there is none; and what else is wrong in the folder.
+
+        That is what is wrong by folder: newer checkpoints that are not whole, older ones that lack a file, and folders
+        that are no checkpoints.
+        """
+        wrong = {name: "is no checkpoint" for name in self._names() if not _NAME.fullmatch(name)}
+        chosen = None
+        for step in reversed(self.steps()):
+            folder = self.folder(step)
+            if found := damage(folder) if chosen is None else _missing(folder):
+                wrong[folder.name] = f"is damaged ({found})"
+            elif chosen is None:
+                chosen = step
+        return chosen, wrong
 
     def checkpoint(self, step: int | None = None) -> Path:
-        """The folder of a checkpoint, the newest unless a step is given.
+        """The folder of a whole checkpoint, the newest unless a step is given.
+
+        One line on stderr says which newer ones are damaged.
 
         Raises:
             FileNotFoundError: there is none; the message says what there is.
+            DamagedCheckpoint: the one of the given step, or every one, is damaged; the message says how.
         """
         steps = self.steps()
         if not steps or (step is not None and step not in steps):
             which = "no checkpoint yet" if not steps else f"no checkpoint of step {step}, only of {steps}"
             raise FileNotFoundError(f"the run {self.root} has {which}; train it with `vlfm train`")
-        return self.root / "checkpoints" / f"step-{steps[-1] if step is None else step:08d}"
+        if step is not None:
+            if found := damage(self.folder(step)):
+                raise DamagedCheckpoint(f"{self.folder(step)} is damaged ({found})", "restore it, or take another step")
+            return self.folder(step)
+        chosen, wrong = self.newest()
+        if chosen is None:
+            raise self.none_whole(wrong)
+        if newer := {
+            name: told for name, told in wrong.items() if name > self.folder(chosen).name and "damaged" in told
+        }:
+            self.warn(newer, f"step {chosen} is used")
+        return self.folder(chosen)
+
+    def none_whole(self, wrong: Mapping[str, str]) -> DamagedCheckpoint:
+        """The error where a run has checkpoints and none is whole."""
+        told = ", ".join(f"{name} {what}" for name, what in wrong.items())
+        return DamagedCheckpoint(
+            f"the run {self.root} has no whole checkpoint: {told}", "restore one from a copy, or train a new run"
+        )
+
+    def warn(self, wrong: Mapping[str, str], so: str) -> None:
+        """One line on stderr: what is wrong by folder, and what is done about it."""
+        told = ", ".join(f"{name} {what}" for name, what in wrong.items())
+        print(f"warning: {self.root / 'checkpoints'}: {told}; {so}", file=sys.stderr)
+
+    def set_aside(self) -> int | None:
+        """Step of the newest whole checkpoint, for a trainer that goes on from it; None where there is none yet.
+
+        Damaged ones are renamed to `damaged-<n>`, so that they neither stand where a checkpoint is to be written nor
+        count among those that stay; one line on stderr says so.
+
+        Raises:
+            DamagedCheckpoint: there are checkpoints, and none is whole; nothing is renamed.
+        """
+        chosen, wrong = self.newest()
+        if chosen is None and self.steps():
+            raise self.none_whole(wrong)
+        for name in wrong:
+            if _NAME.fullmatch(name):
+                aside = self.root / "checkpoints" / name.replace("step", "damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.root / "checkpoints" / name).rename(aside)
+                wrong[name] += f" and now called {aside.name}"
+        if wrong:
+            self.warn(wrong, "training starts anew" if chosen is None else f"training goes on from step {chosen}")
+        return chosen
+
+    def _names(self) -> list[str]:
+        return sorted(path.name for path in (self.root / "checkpoints").glob("step-*"))
 
 
 def save(run: Run, state: TrainingState, keep: int) -> Path:
@@ -84,26 +184,92 @@ def save(run: Run, state: TrainingState, keep: int) -> Path:
 
     Raises:
         FloatingPointError: a tensor is not finite; nothing is written and nothing removed.
+        DiskFull: no room; the checkpoints that there are stay.
     """
     files = tensors_by_file(state)
-    final = run.root / "checkpoints" / f"step-{state.step:08d}"
+    final = run.folder(state.step)
     part = final.with_name(f".part-{state.step:08d}")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    for name, tensors in files.items():
-        save_file({k: v.contiguous() for k, v in tensors.items()}, part / f"{name}.safetensors")
+    try:
+        with naming_full_disk(part):
+            part.mkdir(parents=True)
+            for name, tensors in files.items():
+                _write_tensors(part / f"{name}.safetensors", tensors)
+            (part / "state.json").write_text(json.dumps({"format": FORMAT, **_plain(state)}))
+            (part / CHECKSUMS).write_text("".join(f"{_digest(part / name)}  {name}\n" for name in FILES))
+            for path in (*part.iterdir(), part):
+                fsync_path(path)
+            shutil.rmtree(final, ignore_errors=True)
+            part.rename(final)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    fsync_path(final.parent)  # the rename is safe on disk only when its folder is; only then may the old ones go
+    for old in run.steps()[:-keep]:
+        shutil.rmtree(run.folder(old), ignore_errors=True)
+    return final
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a checkpoint, in a few words; empty where it is whole.
+
+    Every file is compared with the checksum that was written beside it. Checkpoints of older programs have none: there
+    it is only seen that all files are there and can be read to their ends.
+    """
+    if found := _missing(folder):
+        return found
+    try:
+        plain = json.loads((folder / "state.json").read_text())
+        sums = _checksums(folder)
+        if sums is None and "format" in plain:
+            return f"{CHECKSUMS} is missing"
+        for name in FILES:
+            if sums is not None and sums.get(name) != _digest(folder / name):
+                return f"{name} is not what was written, by its checksum"
+            if sums is None and name.endswith(".safetensors"):
+                with safe_open(folder / name, "pt"):
+                    pass
+        if (of := plain["step"]) != int(folder.name.removeprefix("step-")):
+            return f"it is of step {of}"
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        return f"it cannot be read: {error}".splitlines()[0]
+    return ""
+
+
+def _missing(folder: Path) -> str:
+    names = [name for name in FILES if not (folder / name).is_file()]
+    return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing" if names else ""
+
+
+def _checksums(folder: Path) -> dict[str, str] | None:
+    """SHA-256 of the files by name, as `sha256sum` writes them; None where there are none."""
+    path = folder / CHECKSUMS
+    if not path.is_file():
+        return None
+    rows = [line.split("  ", 1) for line in path.read_text().splitlines()]
+    return {name: digest for digest, name in rows}
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return stream_digest(file)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    except SafetensorError as error:  # the library has no OSError; the system's number is in its text
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        raise
+
+
+def _plain(state: TrainingState) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors."""
     values = state.state_dict()
     groups = [optimizer["param_groups"] for optimizer in values["optimizers"]]
-    plain = {"step": values["step"], "average_updates": values["average"]["updates"], "optimizers": groups}
-    (part / "state.json").write_text(json.dumps(plain))
-    for path in (*part.iterdir(), part):
-        _force(path)
-    shutil.rmtree(final, ignore_errors=True)
-    part.rename(final)
-    _force(final.parent)  # the rename is safe on disk only when its folder is; only then may the old ones go
-    for old in run.steps()[:-keep]:
-        shutil.rmtree(run.root / "checkpoints" / f"step-{old:08d}", ignore_errors=True)
-    return final
+    updates = values["average"]["updates"]
+    return {"step": values["step"], "average_updates": updates, "norms": values["norms"], "optimizers": groups}
 
 
 def tensors_by_file(state: TrainingState) -> dict[str, dict[str, Tensor]]:
@@ -131,15 +297,6 @@ def tensors_by_file(state: TrainingState) -> dict[str, dict[str, Tensor]]:
     return files
 
 
-def _force(path: Path) -> None:
-    """Have a file or a folder on disk before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def restore(folder: Path, state: TrainingState) -> None:
     """Load a checkpoint into the state of a training.
 
@@ -161,6 +318,7 @@ def restore(folder: Path, state: TrainingState) -> None:
                 for of_one, groups in zip(slots, plain["optimizers"], strict=True)
             ],
             "step": plain["step"],
+            "norms": plain.get("norms"),
         }
     )
 

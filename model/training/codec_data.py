@@ -49,7 +49,6 @@ def footage(lakes: Sequence[str | Path], hold_out: Sequence[str] = ()) -> list[l
             for clip in clips.every()
             if "preview" in clip.members and Path(clip.about["film"]).stem not in hold_out
         ]
-        clips.close()
         if not kept:
             raise ValueError(
                 f"lake {lake} has no clip with frames besides the held-out films; ingest films with "

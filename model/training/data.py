@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from model.methods.base import Batch
 from model.stop import end_with_trainer
+from storage.errors import is_expected
 from storage.layout import Lake
 from storage.shards import ShardReader
 from storage.version import Version, load, read_manifest
@@ -41,10 +42,12 @@ class Clips(Dataset[Clip]):
         split: `train`, `validation`, or None for both.
         arrays: what is read of a clip, such as `text` and `coefficients`; all there is by default.
 
-    Which clip is in which split the version's manifest says; a clip's own JSON is parsed when the clip is read.
+    Which clip is in which split the version's manifest says; a clip's own JSON is parsed when the clip is read. On its
+    first read in a process a clip is compared with its checksum, and its arrays must be finite.
 
     Raises:
         ValueError: a shard is missing or its size is not the version's; the message says the remedy.
+        DamagedShard: (when a clip is read) it is not what was written, or not finite.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Clips(Dataset[Clip]):
     ) -> None:
         self.lake, self.version, self.split, self.arrays = lake, version, split, arrays
         self._readers: dict[int, ShardReader] = {}
+        self._finite: set[int] = set()
         for shard in version.shards:
             path = lake.shards / shard.name
             size = path.stat().st_size if path.is_file() else -1
@@ -83,14 +87,14 @@ class Clips(Dataset[Clip]):
             ) from None
 
     def reader(self, shard: int) -> ShardReader:
-        """A shard, opened on first use in each process, because an open file does not travel to a worker."""
+        """A shard, opened on first use in each process, which compares each sample's checksum once."""
         if shard not in self._readers:
             self._readers[shard] = ShardReader(self.lake, self.version.shards[shard].name)
         return self._readers[shard]
 
     def __getstate__(self) -> dict[str, Any]:
         self.places  # noqa: B018  (read here, once, and not by each worker)
-        return {**vars(self), "_readers": {}}
+        return {**vars(self), "_readers": {}, "_finite": set()}
 
     def __len__(self) -> int:
         return len(self.places)
@@ -101,16 +105,16 @@ class Clips(Dataset[Clip]):
         reader = self.reader(shard)
         sample = reader.read(row, names)
         members = {name.removesuffix(".npy"): value for name, value in sample.items() if name.endswith(".npy")}
+        if index not in self._finite:
+            for name, value in members.items():
+                if value.dtype.kind == "f" and not np.isfinite(value).all():
+                    raise reader.damaged(sample["__key__"], f"{name} has values that are not finite")
+            self._finite.add(index)
         return Clip(sample["__key__"], sample["clip.json"], members)
 
     def every(self) -> Iterator[Clip]:
         """All clips of the split, in the version's order."""
         return (self[index] for index in range(len(self)))
-
-    def close(self) -> None:
-        """Close the shards; they open again when they are next read."""
-        while self._readers:
-            self._readers.popitem()[1].close()
 
 
 class Steps(Sampler[list[int]]):
@@ -192,18 +196,50 @@ class Collate:
         )
 
 
-def loader(clips: Clips, steps: Steps, collate: Collate, workers: int) -> DataLoader[Clip]:
-    """Batches of the steps, in order; with workers they are read ahead, by processes that end with this one."""
-    return DataLoader(
-        clips,
-        batch_sampler=steps,
-        collate_fn=collate,
-        num_workers=workers,
-        persistent_workers=False,
-        pin_memory=torch.cuda.is_available(),
-        multiprocessing_context="spawn" if workers else None,
-        worker_init_fn=end_with_trainer if workers else None,
+class _Batches(Dataset[Any]):
+    """The batches of `Collate`; an error in one comes as its value, since a worker's exceptions lose their message."""
+
+    def __init__(self, clips: Clips, collate: Collate) -> None:
+        self.clips, self.collate = clips, collate
+
+    def __getitems__(self, indices: list[int]) -> Batch | Exception:
+        try:
+            return self.collate([self.clips[index] for index in indices])
+        except Exception as error:
+            if not is_expected(error):
+                raise
+            return error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def loader(clips: Clips, steps: Steps, collate: Collate, workers: int) -> Iterator[Batch]:
+    """Batches of the steps, in order; with workers they are read ahead, by processes that end with this one.
+
+    Raises:
+        DamagedShard: (on its turn) a clip cannot be read.
+    """
+    batches = iter(
+        DataLoader(
+            _Batches(clips, collate),
+            batch_sampler=steps,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            persistent_workers=False,
+            pin_memory=torch.cuda.is_available(),
+            multiprocessing_context="spawn" if workers else None,
+            worker_init_fn=end_with_trainer if workers else None,
+        )
     )
+    return map(_raised, batches)
+
+
+def _raised(batch: Batch | Exception) -> Batch:
+    if isinstance(batch, Exception):
+        raise batch
+    return batch
 
 
 def lake_and_version(lake: str | Path, number: int | None) -> tuple[Lake, Version]:

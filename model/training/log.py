@@ -8,24 +8,32 @@ from pathlib import Path
 from typing import Any
 
 from model.training.checkpoint import Run
+from storage.layout import write_atomic
+from storage.local import naming_full_disk
 
 
 class Log:
-    """Writes the log of a run; appends to what is there.
+    """Writes the log of a run; appends to what is there of the steps that are done.
 
+    Values of later steps, which a killed run had logged after its last checkpoint, are dropped: those steps are done
+    again, and each stands once. Events stay: they tell what happened.
+
+    done: steps done.
     enabled: False writes nothing, for all processes but the first.
     """
 
-    def __init__(self, run: Run, enabled: bool = True) -> None:
-        self.run, self.enabled = run, enabled
+    def __init__(self, run: Run, done: int = 0, enabled: bool = True) -> None:
+        self.run, self.done, self.enabled = run, done, enabled
 
     def __enter__(self) -> Log:
         if self.enabled:
             from torch.utils.tensorboard import SummaryWriter
 
             self.run.root.mkdir(parents=True, exist_ok=True)
-            self.file = self.run.log.open("a")
-            self.board = SummaryWriter(str(self.run.root / "tensorboard"))
+            self._drop_later_steps()
+            with naming_full_disk(self.run.root):
+                self.board = SummaryWriter(str(self.run.root / "tensorboard"), purge_step=self.done + 1)
+                self.file = self.run.log.open("ab", buffering=0)  # nothing is left to write where the disk is full
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -36,8 +44,8 @@ class Log:
     def event(self, **values: Any) -> None:
         """Write a line that is no scalar."""
         if self.enabled:
-            self.file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
-            self.file.flush()
+            with naming_full_disk(self.run.log):
+                self.file.write((json.dumps({"time": round(time.time(), 3), **values}) + "\n").encode())
 
     def scalars(self, step: int, **values: float) -> None:
         """Write named values of a step, with six digits."""
@@ -46,11 +54,23 @@ class Log:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
 
+    def flush(self) -> None:
+        """Bring TensorBoard's values to the disk, which else come there every two minutes."""
+        if self.enabled:
+            self.board.flush()
+
+    def _drop_later_steps(self) -> None:
+        lines = read_log(self.run.log)
+        kept = [line for line in lines if "event" in line or line["step"] <= self.done]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        if self.run.log.is_file() and self.run.log.read_text() != text:
+            write_atomic(self.run.log, text.encode())
+
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a log; a torn last line is left out, and a log that is not there has none."""
     lines = []
-    for text in path.read_text().splitlines() if path.is_file() else []:
+    for text in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -35,9 +36,11 @@ class Schedule:
     checkpoints_kept: int
     """Newest checkpoints that stay on disk."""
     bad_steps_allowed: int
-    """Steps in a row that may be skipped because loss or gradient are not finite; one more ends the run."""
+    """Steps in a row that may be skipped because loss or gradient are not finite or a spike; one more ends the run."""
     validate_every: int = 1
     """Steps between two validations; there is one after the last step too."""
+    spike_factor: float = 0.0
+    """How many times its running mean a gradient norm may be; 0 allows any."""
     mean_losses: bool = False
     """Whether a line of the log has the mean of the losses since the line before, instead of its own step's."""
 
@@ -68,25 +71,34 @@ class Training:
 
 def run_training(
     training: Training, state: TrainingState, run: Run, schedule: Schedule, processes: Processes, stop: StopSignal
-) -> None:
-    """Go on from the run's newest checkpoint, or from `state`, to the last step.
+) -> Path:
+    """Go on from the run's newest whole checkpoint, or from `state`, to the last step.
 
-    A step whose loss or gradient is not finite changes nothing and is logged. While steps are skipped, no checkpoint
-    takes the place of one from before, except when the run ends.
+    A step whose loss or gradient is not finite or a spike changes nothing and is logged. While steps are skipped, no
+    checkpoint takes the place of one from before, except when the run ends. Damaged checkpoints are set aside.
+
+    Returns:
+        The folder of the last checkpoint.
 
     Raises:
         Stopped: a signal came before the last step; there is a checkpoint of the step in flight.
         FloatingPointError: too many steps in a row are not finite; the last good checkpoint stays.
+        DamagedCheckpoint: there are checkpoints, and none is whole.
+        DiskFull: no room for a checkpoint; the last one stays.
+        FirstFailed: the first of several processes failed at what it does for all.
     """
-    if run.steps():
-        checkpoint.restore(run.checkpoint(), state)
-    updates = Updates(state, training.gradient_clip, schedule.bad_steps_allowed, run.root, processes)
+    done = processes.by_first(run.set_aside)
+    if done is not None:
+        checkpoint.restore(run.folder(done), state)
+        if done >= schedule.steps:
+            return run.folder(done)
+    updates = Updates(
+        state, training.gradient_clip, schedule.bad_steps_allowed, run.root, processes, schedule.spike_factor
+    )
     if processes.any(stop.seen)[0]:
         raise Stopped(state.step, training.part)
-    if state.step >= schedule.steps:
-        return
     progress = Progress(training.name, schedule.steps, "steps", state.step) if processes.first else None
-    with Log(run, enabled=processes.first) as log:
+    with Log(run, state.step, enabled=processes.first) as log:
         log.event(event="start", step=state.step, **training.facts)
         with signals_held():  # a signal to the whole process group must not end the loader's workers
             batches = training.batches(state.step)
@@ -105,7 +117,7 @@ def run_training(
             last = step == schedule.steps
 
             if not update.applied:
-                log.event(event="skipped", step=step, reason="the loss or its gradient is not finite")
+                log.event(event="skipped", step=step, reason=update.reason)
             if step % schedule.log_every == 0 or last:
                 values = {name: float(value) for name, value in processes.mean(recent.values()).items()}
                 rate, share = recent.speed(training.samples)
@@ -118,10 +130,10 @@ def run_training(
             due = due or step % schedule.checkpoint_every == 0
             if last or update.stop or (due and update.applied):
                 due = False
-                if processes.first:
-                    checkpoint.save(run, state, schedule.checkpoints_kept)
-                else:  # so that all processes raise, or none
+                if not processes.first:  # so that all processes raise, or none
                     checkpoint.tensors_by_file(state)
+                log.flush()
+                processes.by_first(lambda: checkpoint.save(run, state, schedule.checkpoints_kept))
             if update.stop and not last:
                 log.event(event="stop", step=step)
                 processes.barrier()
@@ -133,6 +145,7 @@ def run_training(
             recent.began += time.perf_counter() - aside
         log.event(event="end", step=schedule.steps, skipped=updates.skipped)
     processes.barrier()
+    return run.folder(schedule.steps)
 
 
 class Recent:

@@ -16,6 +16,9 @@ from model.recipes import TrainRecipe
 from model.training.processes import Processes
 from model.training.state import TrainingState
 
+SPIKE = "the gradient's norm is more than {:g} times its running mean"
+"""Why a step is skipped."""
+
 
 def make_optimizers(backbone: Backbone, recipe: TrainRecipe) -> list[Optimizer]:
     """AdamW, and Muon for the matrices inside the blocks when the recipe gives it a learning rate."""
@@ -73,6 +76,8 @@ class Update(NamedTuple):
 
     applied: bool
     """Whether weights, average and optimisers moved; the same in all processes."""
+    reason: str
+    """Why they did not; empty where they did."""
     stop: bool
     """Whether any process was asked to stop."""
     gradient_norm: Tensor
@@ -81,7 +86,9 @@ class Update(NamedTuple):
 
 @dataclass
 class Updates:
-    """Applies gradients to the state of a training; a step that is not finite changes nothing of it.
+    """Applies gradients to the state of a training; a step that is not finite, or a spike, changes nothing of it.
+
+    A spike is a gradient norm above `spike_factor` times its running mean (`GradientNorms`).
 
     Raises ValueError where `allowed` is negative.
     """
@@ -90,11 +97,13 @@ class Updates:
     clip: float
     """Largest global gradient norm."""
     allowed: int
-    """Steps in a row that may be skipped because they are not finite; one more raises."""
+    """Steps in a row that may be skipped; one more raises."""
     root: Path
     """The run's folder, for the message."""
     processes: Processes
     """Those that must agree on every step."""
+    spike_factor: float = 0.0
+    """How many times its running mean a gradient norm may be; 0 allows any."""
     in_a_row: int = 0
     """Steps skipped since the last one that was applied."""
     skipped: int = 0
@@ -107,30 +116,37 @@ class Updates:
     def apply(self, step: int, loss: Tensor, stop: bool = False) -> Update:
         """Clip the gradients that the loss (a scalar) left, and apply them where both are finite in every process.
 
-        stop: whether this process was asked to stop; it travels along. On a GPU the host waits here once a step.
+        stop: whether this process was asked to stop; it travels along.
+
+        On a GPU the host waits here once a step, until the gradients are there: the optimisers decide on the host
+        whether they step (their counts of steps are no tensors, and Muon has no `found_inf`). What that costs is the
+        launch of the optimisers' first kernels; forward and backward are not held up.
 
         Raises:
-            FloatingPointError: more than `allowed` steps in a row were not finite; raised in all processes alike.
+            FloatingPointError: more than `allowed` steps in a row were skipped; raised in all processes alike.
         """
         norm = nn.utils.clip_grad_norm_(self.state.network.parameters(), self.clip).detach()
         loss = loss.detach()
         finite = torch.isfinite(loss) & torch.isfinite(norm)
+        spike = self.state.norms.spikes(norm, self.spike_factor)
         # Gradients are averages over the processes and their norm the same in all, but the loss is not.
-        bad, stop = self.processes.any(~finite, stop)
+        bad, spiked, stop = self.processes.any(~finite, spike, stop)
+        reason = "the loss or its gradient is not finite" if bad else SPIKE.format(self.spike_factor) if spiked else ""
         for optimizer in self.state.optimizers:
-            if not bad:
+            if not reason:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if not bad:
+        if not reason:
             self.in_a_row = 0
             self.state.average.update(self.state.network)
-            return Update(True, stop, norm)
+            self.state.norms.add(norm)
+            return Update(True, "", stop, norm)
         self.in_a_row += 1
         self.skipped += 1
         if self.in_a_row > self.allowed:
             raise FloatingPointError(
-                f"the loss or its gradient is not finite at step {step} (here {float(loss):.3g} and a norm of "
+                f"{reason} at step {step} (here {float(loss):.3g} and a norm of "
                 f"{float(norm):.3g}), {self.in_a_row} steps in a row where {self.allowed} are allowed; the last good "
                 f"checkpoint stays in {self.root}: start another run with a lower learning rate"
             )
-        return Update(False, stop, norm)
+        return Update(False, reason, stop, norm)

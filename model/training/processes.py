@@ -5,9 +5,9 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,12 @@ from model.stop import end_with_parent
 
 LAUNCHER = "VLFM_LAUNCHER"
 """Environment variable with the process id of the launcher (model.training.launch) that started a process."""
+
+Result = TypeVar("Result")
+
+
+class FirstFailed(Exception):
+    """The first process failed at what it does for all of them, and says why itself."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,24 @@ class Processes:
         if self.world > 1:
             dist.all_reduce(joined, dist.ReduceOp.MAX)
         return [value > 0 for value in joined.tolist()]
+
+    def by_first(self, do: Callable[[], Result]) -> Result:
+        """What `do` returns in the first process, given to all of them; `do` runs in the first alone.
+
+        Raises:
+            FirstFailed: `do` failed; in the first process its own error is raised.
+        """
+        outcome: list[Any] = [None, False]
+        try:
+            if self.first:
+                outcome = [do(), True]
+        finally:
+            if self.world > 1:
+                dist.broadcast_object_list(outcome)
+        if not outcome[1]:
+            raise FirstFailed("the first process failed")
+        result: Result = outcome[0]
+        return result
 
     def barrier(self) -> None:
         """Wait for the other processes."""

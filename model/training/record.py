@@ -28,6 +28,7 @@ RESUMABLE = frozenset(
         "validate_every",
         "loader_workers",
         "bad_steps_allowed",
+        "spike_factor",
     ]
 )
 """Fields of the recipe that a resumed run may change."""

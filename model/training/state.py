@@ -3,13 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from model.training.ema import MovingAverage
+
+WINDOW = 100
+"""Steps over which the mean of the gradient norms runs; it says nothing before there were as many."""
+
+
+@dataclass
+class GradientNorms:
+    """The running geometric mean of the gradient norms of the steps that were applied, kept on the device.
+
+    Geometric, so that a spike among the first steps does not hide the later ones.
+    """
+
+    log_mean: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    """Logarithm of the mean over all steps up to WINDOW; from there on each step weighs 1 / WINDOW."""
+    steps: int = 0
+    """Steps that it has seen."""
+
+    def add(self, norm: Tensor) -> None:
+        """Take in the norm (a scalar) of an applied step; no host synchronisation."""
+        self.steps += 1
+        log_norm = norm.double().clamp(min=1e-30).log()
+        self.log_mean = torch.lerp(self.log_mean.to(norm.device), log_norm, 1 / min(self.steps, WINDOW))
+
+    def spikes(self, norm: Tensor, factor: float) -> Tensor:
+        """Whether a norm (a scalar) is above `factor` times the mean; never where that is 0 or too few were seen."""
+        if factor == 0 or self.steps < WINDOW:
+            return torch.zeros((), dtype=torch.bool, device=norm.device)
+        return norm.double() > factor * self.log_mean.to(norm.device).exp()
 
 
 @dataclass
@@ -24,6 +53,8 @@ class TrainingState:
     """Each of its parameters belongs to one of them."""
     step: int = 0
     """Steps done."""
+    norms: GradientNorms = field(default_factory=GradientNorms)
+    """What gradients were like, by which a spike is known."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values, not copied."""
@@ -32,6 +63,7 @@ class TrainingState:
             "average": self.average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
+            "norms": {"log_mean": float(self.norms.log_mean), "steps": self.norms.steps},
         }
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
@@ -45,3 +77,5 @@ class TrainingState:
         for optimizer, of_one in zip(self.optimizers, values["optimizers"], strict=True):
             optimizer.load_state_dict(of_one)
         self.step = int(values["step"])
+        if norms := values.get("norms"):  # checkpoints of older programs have none
+            self.norms = GradientNorms(torch.tensor(norms["log_mean"], dtype=torch.float64), norms["steps"])

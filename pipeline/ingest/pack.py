@@ -223,9 +223,7 @@ def _copied(plan: IngestPlan, rows: Sequence[Row]) -> tuple[list[Row], ShardInfo
 
     def samples() -> Iterator[Row]:
         for row in rows:
-            reader = ShardReader(plan.lake, row["shard"])
-            yield reader[row["shard_row"]]
-            reader.close()
+            yield ShardReader(plan.lake, row["shard"])[row["shard_row"]]
 
     info = write_shard(plan.lake, name, samples())
     return [{**row, "shard": name, "shard_row": number} for number, row in enumerate(rows)], info

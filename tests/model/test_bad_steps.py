@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,15 @@ from torch import Tensor, nn
 
 from model.codec_train import CodecRecipe, Stage
 from model.settings import override
+from model.stop import StopSignal
 from model.train import train
 from model.training.checkpoint import Run
+from model.training.ema import MovingAverage
+from model.training.log import read_log
+from model.training.loop import Schedule, Training, run_training
+from model.training.optimizers import adamw
+from model.training.processes import Processes
+from model.training.state import TrainingState
 from storage.layout import Lake
 from tests.model.test_train import TINY, environment, logged, weights
 from tests.model.tiny_lake import make_lake
@@ -130,6 +138,43 @@ def test_the_number_allowed_is_checked_and_old_runs_without_it_go_on(lake: Lake,
     Run(run).write(about)
     train(lake.root, run, override(TINY, {"bad_steps_allowed": 0}))
     assert Run(run).steps()[-1] == 6
+
+
+def test_a_spike_is_skipped_like_a_bad_step_and_the_run_resumes_bit_by_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gradient norm above 20 times its running mean; below, before there was a mean, or where it is off, is none."""
+    monkeypatch.setattr("model.training.state.WINDOW", 8)
+    alone = Processes(0, 1, torch.device("cpu"))
+
+    def trained(
+        run: Path, parts: Sequence[int], spikes: dict[int, float], factor: float = 20.0, allowed: int = 2
+    ) -> Run:
+        for steps in parts:
+            torch.manual_seed(0)
+            network = nn.Linear(4, 4)
+            state = TrainingState(network, MovingAverage(network, 0.9), [adamw(network.parameters(), 1e-2, 0.0, 0.9)])
+
+            def losses(step: int, _: int, network: nn.Module = network) -> dict[str, Tensor]:
+                return {"loss": spikes.get(step, 1.0) * network(torch.linspace(-1, 1, 4)).square().mean()}
+
+            training = Training(itertools.count, losses, lambda step: 1.0, gradient_clip=1.0, samples=1)
+            plan = Schedule(steps, 1, 100, 9, allowed, spike_factor=factor)
+            run_training(training, state, Run(run), plan, alone, StopSignal())
+        return Run(run)
+
+    spikes = {4: 1e3, 12: 10.0, 15: 1e3, 18: 1e3, 19: 1e4}
+    whole = trained(tmp_path / "whole", [30], spikes)
+    assert skipped(whole.root) == [15, 18, 19]
+    reasons = {line["reason"] for line in read_log(whole.log) if line.get("event") == "skipped"}
+    assert reasons == {"the gradient's norm is more than 20 times its running mean"}
+    parts = trained(tmp_path / "parts", [14, 17, 30], spikes)
+    assert skipped(parts.root) == [15, 18, 19], "the running mean is in the checkpoint"
+    assert same(weights(whole.root, 30), weights(parts.root, 30))
+    assert (whole.folder(30) / "state.json").read_bytes() == (parts.folder(30) / "state.json").read_bytes()
+    assert skipped(trained(tmp_path / "off", [30], spikes, factor=0.0).root) == []
+    with pytest.raises(FloatingPointError, match=r"norm is more than 20 times .* at step 19 .* 2 steps in a row"):
+        trained(tmp_path / "ended", [30], spikes, allowed=1)
 
 
 PROGRAM = """

@@ -43,6 +43,47 @@ def test_override_refuses(settings: dict[str, str], message: str) -> None:
         override(demo(), settings)
 
 
+@pytest.mark.parametrize(
+    ("setting", "must"),
+    [
+        ("steps=0", "at least 1"), ("log_every=0", "at least 1"), ("checkpoint_every=0", "at least 1"),
+        ("checkpoints_kept=0", "at least 1"), ("validate_every=0", "at least 1"), ("batch=0", "at least 1"),
+        ("width=0", "at least 1"), ("depth=0", "at least 1"), ("heads=0", "at least 1"), ("patch=0", "at least 1"),
+        ("learning_rate=-1", "a number above 0"), ("learning_rate=NaN", "a number above 0"),
+        ("learning_rate=Infinity", "a number above 0"), ("gradient_clip=0", "a number above 0"),
+        ("matrix_learning_rate=-1", "0 or more"), ("weight_decay=NaN", "0 or more"),
+        ("learning_rate_warmup=-1", "0 or more"), ("loader_workers=-1", "0 or more"),
+        ("bad_steps_allowed=-1", "0 or more"),
+        ("spike_factor=-1", "0 or more"), ("ema_decay=1", r"in \[0, 1\)"), ("ema_decay=NaN", r"in \[0, 1\)"),
+        ("learning_rate_decay=1.5", r"in \[0, 1\]"), ("learning_rate_decay=-0.1", r"in \[0, 1\]"),
+        ("precision=fp16", "float32 or bfloat16"), ("seed=-1", r"between 0 and 2\^62"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_cannot_be_is_one_line(setting: str, must: str) -> None:
+    name, value = setting.split("=")
+    with pytest.raises(ValueError, match=rf"^{name} is .*; it must be {must}$"):
+        override(demo(), {name: value})
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("name", "value", "must"),
+    [
+        ("caption_dropout", 2, r"in \[0, 1\]"), ("caption_dropout", "NaN", r"in \[0, 1\]"),
+        ("context_dropout", -0.1, r"in \[0, 1\]"), ("times_per_clip", 0, "at least 1"),
+        ("warmup_share", 1, r"in \[0, 1\)"), ("warmup_focus", 0, "a number above 0"),
+        ("state_jitter", -1, "0 or more"), ("error_focus", "Infinity", "0 or more"),
+        ("derivative_weight", -1, "0 or more"),
+    ],
+)  # fmt: skip
+def test_an_option_of_a_method_that_cannot_be_is_one_line(method: str, name: str, value: float, must: str) -> None:
+    recipe = override(demo(), {"method": method})
+    if name not in {field.name for field in dataclasses.fields(recipe.options)}:
+        return
+    with pytest.raises(ValueError, match=rf"^{name} is .*; it must be {must}$"):
+        override(recipe, {name: value})
+
+
 def test_every_field_is_documented() -> None:
     import inspect
 

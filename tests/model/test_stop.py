@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -226,6 +226,8 @@ def test_a_wrong_number_of_processes_is_one_line(
 class Interrupted(Wrapper):
     """VLFM that sends this process a signal at a moment of its own: at a step, or in the first validation."""
 
+    signals: ClassVar = (signal.SIGTERM, signal.SIGINT, signal.SIGTERM)
+
     def __init__(self, method: Any, step: int = 0, validating: bool = False) -> None:
         super().__init__(method)
         self.step, self.validating, self.calls = step, validating, 0
@@ -233,7 +235,7 @@ class Interrupted(Wrapper):
     def loss(self, backbone: nn.Module, batch: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
         self.calls += torch.is_grad_enabled()
         if self.calls == self.step if torch.is_grad_enabled() else self.validating:
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            for number in self.signals:
                 os.kill(os.getpid(), number)
         losses: dict[str, torch.Tensor] = self.method.loss(backbone, batch, generator)
         return losses

@@ -14,7 +14,7 @@ from torch import nn
 from model.recipes import train_recipe
 from model.settings import override
 from model.train import train
-from model.training.checkpoint import Run, load_average, restore, save
+from model.training.checkpoint import CHECKSUMS, Run, load_average, restore, save
 from model.training.ema import MovingAverage
 from model.training.state import TrainingState
 from tests.model.tiny_lake import make_lake
@@ -174,5 +174,9 @@ def test_nothing_in_a_runs_folder_is_a_pickle(tmp_path: Path) -> None:
             json.loads(data)
         elif path.suffix == ".jsonl":
             assert [json.loads(line) for line in data.splitlines()]
+        elif path.name == CHECKSUMS:
+            assert all(len(line.split("  ")[0]) == 64 for line in data.decode().splitlines())
+        elif path.name == ".writing.lock":
+            assert json.loads(data) == {"process": os.getpid()}
         else:
             assert path.name.startswith("events.out.tfevents."), path

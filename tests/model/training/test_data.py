@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import pickle
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from model.settings import override
+from model.train import main, train
 from model.training import data
 from model.training.data import Clips, Collate, Steps, lake_and_version, loader
 from storage import version
 from storage.layout import Lake, LakeError
+from storage.shards import ShardReader, write_shard
+from tests.model.test_train import TINY, command
 from tests.model.tiny_lake import KEPT, ORDER, SIDE, frames, make_lake, sample
+from tests.model.wrapped_method import Wrapper, vlfm_wrapped
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +104,69 @@ def test_a_batch_pads_captions_and_keeps_their_lengths(lake: Lake) -> None:
     np.testing.assert_array_equal(batch.empty_text.numpy(), empty.astype(np.float32))
 
 
-def test_an_open_dataset_travels_to_a_worker_and_closes(lake: Lake) -> None:
+def test_an_open_dataset_travels_to_a_worker(lake: Lake) -> None:
     clips = Clips(lake, version.load(lake), "train")
     first = clips[0]
     there = pickle.loads(pickle.dumps(clips))  # noqa: S301 - what a worker process does with it
     assert "readers" not in there.__dict__
     np.testing.assert_array_equal(there[0].members["coefficients"], first.members["coefficients"])
-    there.close()
-    assert there[1].clip_id == clips[1].clip_id, "it opens again"
+
+
+class Shrinking(Wrapper):
+    """A method in whose first step a shard shrinks."""
+
+    def __init__(self, method: Any, shard: Path | None) -> None:
+        super().__init__(method)
+        self.shard = shard
+
+    def loss(self, *given: Any) -> Any:
+        if self.shard is not None:
+            os.truncate(self.shard, 1024)
+        return self.method.loss(*given)
+
+
+def rewritten(made: Lake, number: int, **changes: np.ndarray) -> None:
+    """Square `number`'s sample with other arrays, whole by its checksum, in a shard that was published before."""
+    path = made.shards / "block0.tar"
+    reader = ShardReader(made, path.name)
+    samples = [{**reader[row], **({f"{k}.npy": v for k, v in changes.items()} if row == number else {})}
+               for row in range(len(reader))]  # fmt: skip
+    write_shard(other := Lake.create(made.root / "other"), path.name, samples)
+    for name in (path.name, "block0.index.json"):
+        (made.shards / name).chmod(0o644)
+        shutil.copy(other.shards / name, made.shards / name)
+
+
+@pytest.mark.parametrize(("kind", "workers"), [("flipped", 1), ("infinite", 0), ("shrunk", 0)])
+def test_a_clip_that_cannot_be_read_is_one_line(
+    tmp_path: Path, kind: str, workers: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In the trainer and in its workers; an infinite value is in no checksum's reach."""
+    made = make_lake(tmp_path / "lake", clips=5)
+    shard, told = made.shards / "block0.tar", "wrong checksum"
+    train(
+        made.root, tmp_path / "run", override(TINY, {"batch": 3, "steps": 1})
+    )  # the figures, for which all clips are read
+    if kind == "infinite":
+        values = sample(1, "train")["coefficients.npy"].copy()
+        values[1, 2, 3, 0] = np.inf
+        rewritten(made, 1, coefficients=values)
+        told = "coefficients has values that are not finite"
+    if kind == "flipped":
+        index = json.loads((made.shards / "block0.index.json").read_text())
+        data = bytearray(shard.read_bytes())
+        data[index["samples"][1]["members"]["text.npy"][0] + 200] ^= 1
+        shard.write_bytes(data)
+    if kind == "shrunk":
+        told = "lies beyond the shard's end, it was truncated"
+    words = command(made, tmp_path / "run", "--set=batch=3", f"--set=loader_workers={workers}")[2:]
+    with vlfm_wrapped(lambda method: Shrinking(method, shard if kind == "shrunk" else None)):
+        status = main(words)
+    assert status == 1
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(
+        rf"error: .*block0.tar, clip \w+, .*{told}; `vlfm verify --lake .*; restore it .* ingest .*", error
+    )
 
 
 def test_workers_bring_the_same_batches(lake: Lake) -> None:
