@@ -117,7 +117,7 @@ def _train(lake: Path, run: Path, number: int, steps: int | None) -> Path:
 
 def _evaluate(run: Path, lake: Path, out: Path) -> list[str]:
     from model.evaluate import evaluate
-    from model.evaluation.figures import headline
+    from model.evaluation.headline import headline
 
     return headline(evaluate(run, lake, out))
 
