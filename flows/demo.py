@@ -150,7 +150,7 @@ def _train_in_processes(lake: Path, run: Path, number: int, steps: int, name: st
 
 def _evaluate(run: Path, lake: Path, out: Path) -> list[str]:
     from model.evaluate import evaluate
-    from model.evaluation.figures import headline
+    from model.evaluation.headline import headline
 
     return headline(evaluate(run, lake, out))
 

@@ -1,4 +1,4 @@
-"""Evaluation: what a run reproduces of the clips it learned, measured and shown. Needs the shards, no film."""
+"""Evaluation: what a run makes of clips it learned and of others, measured and shown. Needs the shards, no film."""
 
 from __future__ import annotations
 
@@ -11,20 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from model.evaluation.figures import GOALS, METRICS, ClipResult, Shown, headline, measure, show, summarise
+from model.evaluation.catalogue import Catalogue
+from model.evaluation.figures import GOALS, ClipResult, Shown, measure, show, summarise
+from model.evaluation.generation import generate
+from model.evaluation.headline import METRICS, SPLITS, headline, headline_of_runs, losses, ranges
 from model.evaluation.report import certificates, write_report
 from model.methods.base import SampleSettings
 from model.program import run_program
 from model.progress import Progress
 from model.sample import Sampler
+from model.training.checkpoint import Run
 from model.training.data import Clip, Clips, lake_and_version
 from model.training.log import read_log
+from model.training.record import RunRecord
 from storage.fingerprint import fingerprint, finite_json
 from storage.layout import write_atomic
 from storage.version import read_manifest
 
-FORMAT = 4
+FORMAT = 5
 """Raise when figures or page change, so that reports of an older program are made anew."""
 
 
@@ -33,11 +39,11 @@ def evaluate(
     lake: str | Path,
     out: str | Path,
     settings: SampleSettings | None = None,
-    most: int = 64,
-    shown: int = 10,
+    most: int = 16,
+    shown: int = 6,
     step: int | None = None,
 ) -> dict[str, Any]:
-    """Sample training pairs (caption, clip_start), at most `most`, and write report.html and metrics.json.
+    """Sample at most `most` clips of each split, and captions alone, and write report.html and metrics.json.
 
     An evaluation that has been made of this checkpoint with these settings is not made again.
 
@@ -46,7 +52,7 @@ def evaluate(
         lake: the lake it trained on; the version is the run's own.
         out: folder of the report.
         settings: how to integrate.
-        most: training clips to sample, spread evenly over those that kept their frames.
+        most: clips of each split to sample, spread evenly over those that kept their frames.
         shown: clips whose pictures are in the report.
         step: checkpoint, the newest by default.
 
@@ -73,15 +79,17 @@ def evaluate(
         raise ValueError(
             f"version {version.number} of {lake} is not the one that {run} was trained on; give the right --lake"
         )
-    train = [clip for clip in Clips(opened, version, "train").every() if _complete(clip)]
-    unseen = [clip for clip in Clips(opened, version, "validation").every() if _complete(clip)]
-    if not train:
+    clips = Clips(opened, version)
+    catalogue = Catalogue.of(clips)
+    train = np.flatnonzero(catalogue.complete & catalogue.training)
+    unseen = np.flatnonzero(catalogue.complete & ~catalogue.training)
+    if not len(train):
         raise ValueError(
             f"no training clip of version {version.number} kept its frames and latents; "
             "ingest with --set store_latents=true --set preview_clips=64"
         )
-    chosen = [train[i] for i in np.unique(np.linspace(0, len(train) - 1, min(most, len(train))).astype(int))]
-    chosen += unseen[: max(1, most // 8)]
+    numbers = [*train[_evenly(len(train), most)], *unseen[_evenly(len(unseen), most)]]
+    chosen = [catalogue.read(int(number)) for number in numbers]
     pictures = {clip.clip_id for clip in _spread(chosen, shown)}
 
     results: list[ClipResult] = []
@@ -96,12 +104,19 @@ def evaluate(
             settings,
         )
         for index, clip in enumerate(part):
-            result = measure(clip, sample, index, sampler)
+            result = measure(clip, sample, index, sampler, settings.steps)
             results.append(result)
             if clip.clip_id in pictures:
                 views.append(show(clip, sample, index, sampler, result))
-            progress.advance(note=f"{result.figures['sample_all']:.1f} dB")
+            progress.advance(note=f"{result.figures['film_sample']:.1f} dB")
         calls = sample.network_calls
+    log = read_log(sampler.run.log)
+    loss, made = losses(log), {}
+    progress = Progress("generate", len(SPLITS), "splits")
+    for split in SPLITS:
+        made[split] = generate(sampler, catalogue, [c for c in chosen if c.about["split"] == split], settings)
+        progress.advance()
+    clips.close()
     side = sampler.clip["frame_shape"][0]
     measured = {
         "made_of": made_of,
@@ -111,22 +126,65 @@ def evaluate(
         "run": about,
         "counts": version.counts,
         "certificates": certificates(read_manifest(opened, version).to_pylist()),
-        "summary": summarise([r for r in results if r.split == "train"], side),
-        "unseen": summarise([r for r in results if r.split != "train"], side),
+        **{
+            split: {**summarise([r for r in results if r.split == split], side), **made[split].figures, **loss[split]}
+            for split in SPLITS
+        },
         "goals": GOALS,
         "metrics": {name: asdict(metric) for name, metric in METRICS.items()},
         "clips": [result.to_json() for result in results],
     }
     metrics: dict[str, Any] = finite_json(measured)
     out.mkdir(parents=True, exist_ok=True)
-    write_report(out / "report.html", metrics, results, views, read_log(sampler.run.log))
+    write_report(out / "report.html", metrics, results, views, made, log)
     # Written last: its presence says that the report is whole.
     write_atomic(out / "metrics.json", json.dumps(metrics, indent=1).encode())
     return metrics
 
 
-def _complete(clip: Clip) -> bool:
-    return "preview" in clip.members and "latents" in clip.members
+def evaluate_runs(
+    runs: Sequence[str | Path],
+    lake: str | Path,
+    out: str | Path,
+    settings: SampleSettings | None = None,
+    most: int = 16,
+    shown: int = 6,
+) -> dict[str, Any]:
+    """Evaluate runs of one recipe that differ in their training seeds alone: each in `out`/seed-N, and the range of
+    each headline figure in `out`/ranges.json.
+
+    Arguments as for `evaluate`.
+
+    Returns:
+        What ranges.json holds: `seeds`, and by split and figure `[mean, least, most]`.
+
+    Raises:
+        ValueError: the runs differ in more than their seeds, or two have the same; and as `evaluate`.
+    """
+    records = [RunRecord.read(Run(Path(run))) for run in runs]
+    seeds = [record.recipe.seed for record in records]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"the runs have the seeds {seeds}; train each with another: --set seed=N")
+    for run, record in zip(runs[1:], records[1:], strict=True):
+        for name, first, here in records[0].differences(record.recipe):
+            if name != "seed":
+                raise ValueError(
+                    f"{run} has {name}={here!r}, {runs[0]} {first!r}; give runs that differ in the seed alone"
+                )
+    steps = [Run(Path(run)).steps()[-1:] for run in runs]
+    if any(step != steps[0] for step in steps):
+        raise ValueError(f"the runs' newest checkpoints are of the steps {steps}; train them equally long")
+    out = Path(out)
+    made = [
+        evaluate(run, lake, out / f"seed-{seed}", settings, most, shown) for run, seed in zip(runs, seeds, strict=True)
+    ]
+    found = {"format": FORMAT, "seeds": seeds, **ranges(made)}
+    write_atomic(out / "ranges.json", json.dumps(found, indent=1).encode())
+    return found
+
+
+def _evenly(count: int, most: int) -> NDArray[np.intp]:
+    return np.unique(np.linspace(0, count - 1, min(most, count)).astype(int))
 
 
 def _spread(clips: Sequence[Clip], count: int) -> list[Clip]:
@@ -138,7 +196,7 @@ def _spread(clips: Sequence[Clip], count: int) -> list[Clip]:
     if len(firsts) < count:
         taken = {clip.clip_id for clip in firsts}
         firsts += [clip for clip in clips if clip.clip_id not in taken][: count - len(firsts)]
-    return [firsts[i] for i in np.unique(np.linspace(0, len(firsts) - 1, min(count, len(firsts))).astype(int))]
+    return [firsts[i] for i in _evenly(len(firsts), count)]
 
 
 def _made_before(out: Path, made_of: str) -> dict[str, Any] | None:
@@ -151,26 +209,37 @@ def _made_before(out: Path, made_of: str) -> dict[str, Any] | None:
 
 def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
     """Add the evaluation's options to a parser; returns what runs them."""
-    parser.add_argument("--run", required=True, metavar="DIR", help="folder of a training run")
+    parser.add_argument(
+        "--run",
+        required=True,
+        action="append",
+        metavar="DIR",
+        help="folder of a training run; given several times, for runs of other seeds: prints means and ranges",
+    )
     parser.add_argument("--lake", required=True, metavar="DIR", help="the lake it was trained on")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for report.html and metrics.json")
-    parser.add_argument("--clips", type=int, default=64, metavar="N", help="training clips to sample (default 64)")
-    parser.add_argument("--shown", type=int, default=10, metavar="N", help="clips with pictures (default 10)")
+    parser.add_argument("--clips", type=int, default=16, metavar="N", help="clips of each split to sample (default 16)")
+    parser.add_argument("--shown", type=int, default=6, metavar="N", help="clips with pictures (default 6)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0)")
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint to use (default: the newest)")
-    parser.add_argument("--json", action="store_true", help="print the metrics as JSON instead of five lines")
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON instead of a table")
     return run_arguments
 
 
 def run_arguments(options: argparse.Namespace) -> int:
     """Evaluate as the options say."""
     settings = SampleSettings(seed=options.seed)
-    metrics = evaluate(options.run, options.lake, options.out, settings, options.clips, options.shown, options.step)
-    if options.json:
-        print(json.dumps(metrics))
+    given = (options.lake, options.out, settings, options.clips, options.shown)
+    if len(options.run) == 1:
+        found = evaluate(options.run[0], *given, options.step)
+        lines = [*headline(found), str(Path(options.out) / "report.html")]
     else:
-        print("\n".join(headline(metrics)))
-        print(Path(options.out) / "report.html")
+        if options.step is not None:
+            raise ValueError(f"--step {options.step} is of one run; give one --run, or leave it out")
+        found = evaluate_runs(options.run, *given)
+        lines = headline_of_runs(found, len(options.run))
+        lines += [str(Path(options.out) / f"seed-{seed}" / "report.html") for seed in found["seeds"]]
+    print(json.dumps(found) if options.json else "\n".join(lines))
     return 0
 
 

@@ -11,19 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from model.evaluation.figures import METRICS, ClipResult, Shown
+from model.evaluation.figures import ClipResult, Shown
+from model.evaluation.generation import CAPTIONS, SEEDS, SHOWN_RATE, Made, View
+from model.evaluation.headline import GROUPS, METRICS, SPLITS, figure, figure_text
 from model.metrics.pictures import decibels
 from model.video import Frames, picture_bytes
 from storage.layout import write_atomic
 from storage.schema import CERTIFICATE, certificate_spread
 
 OF_EACH_CLIP = (
-    "sample_observed",
-    "sample_observed_worst",
-    "sample_held_out",
+    "film_sample",
+    "film_ceiling",
+    "recall",
+    "recall_observed_worst",
+    "recall_held_out",
     "above_mean_frame",
-    "first_frame",
-    "real_ceiling_observed",
+    "recall_first_frame",
 )
 """The metrics in the table of every clip."""
 STYLE = """
@@ -41,6 +44,8 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top }
 th { vertical-align: bottom } th:first-child, td:first-child, .words :last-child { text-align: left }
 .words { font-size: .85rem } .words td:first-child { white-space: nowrap } .words td:last-child { min-width: 14rem }
+.head td:nth-child(2), .head td:nth-child(3) { white-space: nowrap }
+.head th[colspan] { padding-top: .9rem }
 .films td, .films th { border: 0; padding: 1px 2px; font-size: .85rem; text-align: center; vertical-align: middle }
 .films td:first-child { padding-right: .6rem; text-align: left } .films .gap { padding-left: 1rem }
 .films img { width: auto; height: 6.2rem; border-radius: 3px; display: block }
@@ -54,29 +59,34 @@ def write_report(
     metrics: Mapping[str, Any],
     results: Sequence[ClipResult],
     views: Sequence[Shown],
+    made: Mapping[str, Made],
     log: Sequence[Mapping[str, Any]],
 ) -> None:
     """Write the report of an evaluation: figures, pictures, loss curve, and every clip's row."""
     about, seed = metrics["run"], metrics["settings"]["seed"]
     body = [
-        "<h1>What the model has learned</h1>",
+        "<h1>What the model makes</h1>",
         f"<p class=note>Run at step {metrics['step']}, dataset version {about['version']['number']}, codec "
         f"{_text(about['codec']['id'])}, seed {seed}, {metrics['network_calls_per_window']} network calls a window of "
-        f"{about['clip']['duration']:g} s whatever the frame rate. Every sample starts from noise, a caption and the "
-        "clip's start in its film; nothing of the film is given.</p>",
-        _goals(metrics),
-        "<h2>Films, reconstructions and samples</h2>",
-        "<p class=note>The film's own frames (at each rate the nearest that were kept), its reconstruction (the clip's "
-        "coefficients read at that rate and decoded, no network), and the model's sample: moving at each rate, then "
-        "still, from the clip's first frame to its last.</p>",
+        f"{about['clip']['duration']:g} s whatever the frame rate.</p>",
+        _headline(metrics),
+        _views("Seeds of one caption", "Told the caption alone; the film beside them has it too.", made, "seeds"),
+        _views(
+            "Another clip's picture",
+            "Given the film's first frame: with the caption of another clip, above, and with the empty caption.",
+            made,
+            "images",
+        ),
+        "<h2>Films, look-ups and samples</h2>",
+        "<p class=note>The film's own frames (at each rate the nearest that were kept), its look-up (the clip's stored "
+        "coefficients read at that rate and decoded, no network), and the model's sample from noise, the caption and "
+        "the clip's start in its film: moving at each rate, then still, from the clip's first frame to its last.</p>",
         *[_films(view) for view in views],
-        "<h2>PSNR beside what could be had without a model</h2>",
-        _against_film(metrics),
+        _goals(metrics),
         "<h2>Training</h2>",
         _loss_curve(log),
         "<h2>Every clip</h2>",
         _clips(results),
-        _unseen(metrics),
         "<h2>Certificates of the dataset</h2>",
         _certificates(metrics),
         _counts(metrics),
@@ -136,19 +146,53 @@ def _histogram(figure: Mapping[str, Any], width: int = 120, height: int = 24) ->
     )
 
 
+def _headline(metrics: Mapping[str, Any]) -> str:
+    """The headline's table, with what each figure is."""
+    heads = [f"{title},<br>{metrics[split]['clips']} clips" for split, title in SPLITS.items()]
+    rows = []
+    for title, names in GROUPS.items():
+        rows.append(f"<tr><th colspan=4>{_text(title)}</th></tr>")
+        for name in names:
+            metric = METRICS[name]
+            told = [figure_text(name, figure(metrics, split, name)) for split in SPLITS]
+            cells = [_text(metric.title), *told, _text(metric.doc)]
+            rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    absent = "" if metrics["validation"]["clips"] else " No film fell into the validation split."
+    return (
+        "<p class=note>dB is PSNR. The first three groups are means over clips, the next four of at most "
+        f"{CAPTIONS} captions of each split, {SEEDS} seeds each, told no place in a film. Where no two clips share a "
+        f"caption there is no data spread to compare with.{absent}</p><div class=scroll><table class='words head'>"
+        f"<tr><th></th>{''.join(f'<th>{head}</th>' for head in heads)}<th>what</th></tr>{''.join(rows)}</table></div>"
+    )
+
+
+def _views(title: str, note: str, made: Mapping[str, Made], kind: str) -> str:
+    """Captions with their pictures side by side, of each split."""
+    tables = []
+    for split, name in SPLITS.items():
+        views: Sequence[View] = getattr(made[split], kind)
+        for view in views:
+            heads = "".join(f"<th>{_text(what)}</th>" for what in view.pictures)
+            cells = "".join(f"<td>{_animation(frames, SHOWN_RATE)}</td>" for frames in view.pictures.values())
+            tables.append(
+                f"<h3>{_text(view.caption)}</h3><p class=note>{name} split</p><div class=scroll>"
+                f"<table class=films><tr>{heads}</tr><tr>{cells}</tr></table></div>"
+            )
+    return f"<h2>{title}</h2><p class=note>{note}</p>{''.join(tables)}" if tables else ""
+
+
 def _goals(metrics: Mapping[str, Any]) -> str:
-    summary, goals, mean = metrics["summary"], metrics["goals"], metrics["summary"]["mean"]
+    summary, goals, mean = metrics["train"], metrics["goals"], metrics["train"]["mean"]
     count, meeting = summary["clips"], summary["clips_meeting"]
     rows = [
         (
             f"every observed frame at {goals['observed_worst_frame']:.0f} dB or more",
-            f"mean {decibels(mean['sample_observed'], 2)}, worst frame {decibels(summary['worst_observed_frame'], 2)}",
+            f"mean {decibels(mean['recall_observed'], 2)}, worst frame {decibels(summary['worst_observed_frame'], 2)}",
             meeting["observed_worst_frame"],
         ),
         (
             f"at least {goals['above_mean_frame']:.0f} dB over the clip's own mean frame",
-            f"mean {decibels(summary['mean_above_mean_frame'], 2)}, "
-            f"least {decibels(summary['least_above_mean_frame'], 2)}",
+            f"mean {decibels(mean['above_mean_frame'], 2)}, least {decibels(summary['least_above_mean_frame'], 2)}",
             meeting["above_mean_frame"],
         ),
         (
@@ -158,7 +202,7 @@ def _goals(metrics: Mapping[str, Any]) -> str:
         ),
         (
             f"held-out times within {goals['held_out_gap']:.0f} dB of the observed ones",
-            f"mean {decibels(mean['sample_held_out'], 2)}, largest gap {decibels(summary['most_held_out_gap'], 2)}",
+            f"mean {decibels(mean['recall_held_out'], 2)}, largest gap {decibels(summary['most_held_out_gap'], 2)}",
             meeting["held_out_gap"],
         ),
     ]
@@ -167,23 +211,11 @@ def _goals(metrics: Mapping[str, Any]) -> str:
         for name, value, met in rows
     ]
     return (
-        "<h2>Samples of training pairs against the codec's reconstruction</h2>"
+        "<h2>Recall of training pairs, against the codec's reconstruction</h2>"
         f"<p class=note>{count} pairs (caption, clip_start), dB of standard PSNR. The formula printed in arXiv "
         f"2502.00500, whose peak is the picture's side, would call the mean {decibels(summary['psnr_paper'])}.</p>"
         + _table(["", "dB", "clips that do"], lines)
     )
-
-
-def _against_film(metrics: Mapping[str, Any]) -> str:
-    mean = metrics["summary"]["mean"]
-    rows: list[list[str | float | None]] = [
-        ["the codec alone (the ceiling)", mean["real_ceiling_observed"], mean["real_ceiling_held_out"]],
-        ["projection, no network", mean["real_projection_observed"], mean["real_projection_held_out"]],
-        ["linear interpolation of observed latents", mean["real_ceiling_observed"], mean["real_linear_held_out"]],
-        ["<b>sample of the model</b>", mean["real_sample_observed"], mean["real_sample_held_out"]],
-    ]
-    note = "<p class=note>Mean over training clips, against the film's own frames, dB.</p>"
-    return note + _table(["", "observed times", "held-out times"], rows)
 
 
 def _clips(results: Sequence[ClipResult]) -> str:
@@ -191,7 +223,7 @@ def _clips(results: Sequence[ClipResult]) -> str:
     head = ["film", "from", *(f"<span title='{_text(metric.doc)}'>{metric.title}</span>" for metric in shown)]
     rows: list[list[str | float | None]] = [
         [
-            _text(r.film) + ("" if r.split == "train" else " (unseen)"),
+            _text(r.film) + ("" if r.split == "train" else " (validation)"),
             f"{r.clip_start:g} s",
             *(r.figures[metric.name] for metric in shown),
             _text(r.caption),
@@ -205,18 +237,6 @@ def _clips(results: Sequence[ClipResult]) -> str:
     )
     table = _table([*head, "caption"], rows, "words")
     return f"<details open><summary>{len(rows)} clips</summary>{note}<div class=scroll>{table}</div></details>"
-
-
-def _unseen(metrics: Mapping[str, Any]) -> str:
-    unseen = metrics["unseen"]
-    if not unseen["clips"]:
-        return "<p class=note>No film fell into the validation split.</p>"
-    mean = unseen["mean"]
-    return (
-        f"<p class=note>{unseen['clips']} clips of films the model never saw are sampled from their captions too: "
-        f"{decibels(mean['sample_observed'])} dB, the clip's own mean frame {decibels(mean['mean_frame'])} dB. "
-        "A caption does not tell a film's pixels, so nothing better is to be expected there.</p>"
-    )
 
 
 def _counts(metrics: Mapping[str, Any]) -> str:
@@ -237,7 +257,7 @@ def _films(view: Shown, stills: int = 6) -> str:
     result, figures = view.result, view.result.figures
     rates = sorted(view.real)
     rows = []
-    for name, frames in (("film", view.real), ("reconstruction", view.projected), ("sample", view.sampled)):
+    for name, frames in (("film", view.real), ("look-up", view.projected), ("sample", view.sampled)):
         densest = frames[rates[-1]]
         chosen = densest[np.linspace(0, len(densest) - 1, min(stills, len(densest))).round().astype(int)]
         moving = "".join(f"<td>{_animation(frames[rate], rate)}</td>" for rate in rates)
@@ -246,9 +266,11 @@ def _films(view: Shown, stills: int = 6) -> str:
     heads = "".join(f"<th>{rate:g} fps</th>" for rate in rates)
     return (
         f"<h3>{_text(result.caption)}</h3><p class=note>{_text(result.film)} from {result.clip_start:g} s, "
-        f"{_text(result.split)} split: {decibels(figures['sample_observed'])} dB at observed times, "
-        f"{decibels(figures['sample_held_out'])} at held-out ones, worst frame {decibels(figures['sample_worst'])}; "
-        f"mean frame {decibels(figures['mean_frame'])} dB.</p><div class=scroll><table class=films>"
+        f"{_text(result.split)} split: {decibels(figures['film_sample'])} dB against the film, "
+        f"the codec {decibels(figures['film_ceiling'])}; recall {decibels(figures['recall_observed'])} at observed "
+        f"times, {decibels(figures['recall_held_out'])} at held-out ones, worst frame "
+        f"{decibels(figures['recall_worst'])}; mean frame {decibels(figures['recall_mean_frame'])} dB.</p>"
+        "<div class=scroll><table class=films>"
         f"<tr><th></th>{heads}<th class=gap colspan={stills}>first frame to last</th></tr>{''.join(rows)}</table></div>"
     )
 

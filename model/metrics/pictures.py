@@ -1,4 +1,4 @@
-"""Measures of pictures and of paths."""
+"""Measures of pictures."""
 
 from __future__ import annotations
 

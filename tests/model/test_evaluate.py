@@ -17,9 +17,12 @@ import torch
 from PIL import Image
 
 from model import legs
-from model.evaluate import evaluate, main
-from model.evaluation.figures import CLIP_METRICS, METRICS, ClipResult, headline
+from model.evaluate import evaluate, evaluate_runs, main
+from model.evaluation.figures import CLIP_METRICS, ClipResult
+from model.evaluation.generation import CAPTIONS, GENERATION_METRICS, SEEDS
+from model.evaluation.headline import GROUPS, METRICS, headline
 from model.methods.base import SampleSettings
+from model.metrics.pictures import ssim
 from model.recipes import train_recipe
 from model.sample import Sampler
 from model.settings import override
@@ -60,9 +63,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 def decibel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(N,) PSNR of pictures (N, 3, H, W) in [-1, 1], in plain numpy."""
+    """(N,) PSNR of pictures (N, 3, H, W) in [-1, 1], in plain numpy; 100 dB at most."""
     error = ((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2).mean(axis=(1, 2, 3))
-    return 20 * np.log10(2) - 10 * np.log10(error)
+    return 20 * np.log10(2) - 10 * np.log10(error.clip(4e-10))
 
 
 @pytest.mark.parametrize("number", [4, 5])
@@ -83,25 +86,34 @@ def test_the_figures_of_a_clip_made_again(made: Made, number: int) -> None:
     sample = decoded(trajectory.read(list(times / DURATION))[:, 0])
     reconstruction = decoded(latents)
     curve = decoded(legs.evaluate(clip.members["coefficients"].astype(np.float64), times, DURATION))
-    flat = latents[seen].reshape(seen.sum(), -1)
-    lines = np.stack([np.interp(times, times[seen], column) for column in flat.T], axis=1).reshape(latents.shape)
+    held = np.broadcast_to(reconstruction.mean(0), reconstruction.shape)
+    first = np.broadcast_to(reconstruction[0], reconstruction.shape)
+
+    def latent_error(at: np.ndarray) -> float:
+        path = legs.evaluate(clip.members["coefficients"].astype(np.float64), at, 1.0)
+        return float(np.sqrt(np.square(trajectory.read(list(at))[:, 0].numpy() - path).mean()))
 
     codec_dB = decibel(sample, reconstruction)
     expected = {
-        "sample_observed": codec_dB[seen].mean(),
-        "sample_observed_worst": codec_dB[seen].min(),
-        "sample_held_out": codec_dB[~seen].mean(),
-        "sample_all": codec_dB.mean(),
-        "sample_median": np.sort(codec_dB)[(len(codec_dB) - 1) // 2],
-        "sample_worst": codec_dB.min(),
-        "mean_frame": decibel(np.broadcast_to(reconstruction.mean(0), reconstruction.shape), reconstruction).mean(),
-        "real_ceiling_observed": decibel(reconstruction, film)[seen].mean(),
-        "real_ceiling_held_out": decibel(reconstruction, film)[~seen].mean(),
-        "real_projection_observed": decibel(curve, film)[seen].mean(),
-        "real_projection_held_out": decibel(curve, film)[~seen].mean(),
-        "real_linear_held_out": decibel(decoded(lines), film)[~seen].mean(),
-        "real_sample_observed": decibel(sample, film)[seen].mean(),
-        "real_sample_held_out": decibel(sample, film)[~seen].mean(),
+        "film_sample": decibel(sample, film).mean(),
+        "film_ceiling": decibel(reconstruction, film).mean(),
+        "film_lookup": decibel(curve, film).mean(),
+        "film_mean_frame": decibel(held, film).mean(),
+        "film_first_frame": decibel(first, film).mean(),
+        "film_sample_ssim": float(ssim(torch.from_numpy(sample), torch.from_numpy(film).float()).mean()),
+        "film_ceiling_ssim": float(ssim(torch.from_numpy(reconstruction), torch.from_numpy(film).float()).mean()),
+        "film_sample_held_out": decibel(sample, film)[~seen].mean(),
+        "film_ceiling_held_out": decibel(reconstruction, film)[~seen].mean(),
+        "film_lookup_held_out": decibel(curve, film)[~seen].mean(),
+        "recall": codec_dB.mean(),
+        "recall_lookup": decibel(curve, reconstruction).mean(),
+        "recall_mean_frame": decibel(held, reconstruction).mean(),
+        "recall_observed": codec_dB[seen].mean(),
+        "recall_observed_worst": codec_dB[seen].min(),
+        "recall_held_out": codec_dB[~seen].mean(),
+        "recall_median": np.sort(codec_dB)[(len(codec_dB) - 1) // 2],
+        "recall_worst": codec_dB.min(),
+        "between_grid": latent_error((np.arange(4) + 0.5) / 4) / latent_error(np.arange(5) / 4),
     }
     assert {name: row[name] for name in expected} == pytest.approx(expected, abs=2e-3)
 
@@ -111,34 +123,34 @@ def test_a_held_first_frame(made: Made) -> None:
     clip = made.clips[1]  # its square moves
     pictures = sampler.codec.decode(torch.from_numpy(clip.members["latents"].astype(np.float32))).double().numpy()
     expected = 10 * np.log10(4 / ((pictures - pictures[:1]) ** 2).mean())
-    assert made.metrics["clips"][1]["first_frame"] == pytest.approx(expected, abs=1e-3)
+    assert made.metrics["clips"][1]["recall_first_frame"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_summary_is_of_training_clips_and_the_unseen_stand_apart(made: Made) -> None:
     metrics = made.metrics
     rows = [row for row in metrics["clips"] if row["split"] == "train"]
     unseen = [row for row in metrics["clips"] if row["split"] == "validation"]
-    assert (metrics["summary"]["clips"], metrics["unseen"]["clips"]) == (len(rows), len(unseen)) == (6, 2)
-    summary = metrics["summary"]
-    for name in ("sample_observed", "sample_all", "mean_frame", "real_ceiling_held_out"):
+    assert (metrics["train"]["clips"], metrics["validation"]["clips"]) == (len(rows), len(unseen)) == (6, 2)
+    summary = metrics["train"]
+    for name in ("film_sample", "recall", "recall_mean_frame", "film_ceiling_held_out"):
         finite = [row[name] for row in rows if row[name] is not None]
         assert summary["mean"][name] == pytest.approx(np.mean(finite))
-    assert summary["worst_observed_frame"] == min(row["sample_observed_worst"] for row in rows)
-    assert metrics["unseen"]["mean"]["sample_all"] == pytest.approx(np.mean([row["sample_all"] for row in unseen]))
-    side = summary["mean"]["sample_observed"] + 20 * np.log10(SIDE / 2)
+    assert summary["worst_observed_frame"] == min(row["recall_observed_worst"] for row in rows)
+    assert metrics["validation"]["mean"]["recall"] == pytest.approx(np.mean([row["recall"] for row in unseen]))
+    side = summary["mean"]["recall_observed"] + 20 * np.log10(SIDE / 2)
     assert summary["psnr_paper"] == pytest.approx(side), "the peak is the side of these frames"
     meeting = {
-        "observed_worst_frame": sum(row["sample_observed_worst"] >= 24 for row in rows),
-        "below_median": sum(row["sample_median"] - row["sample_worst"] <= 3 for row in rows),
-        "held_out_gap": sum(row["sample_observed"] - row["sample_held_out"] <= 1 for row in rows),
+        "observed_worst_frame": sum(row["recall_observed_worst"] >= 24 for row in rows),
+        "below_median": sum(row["recall_median"] - row["recall_worst"] <= 3 for row in rows),
+        "held_out_gap": sum(row["recall_observed"] - row["recall_held_out"] <= 1 for row in rows),
     }
     assert {name: summary["clips_meeting"][name] for name in meeting} == meeting
-    # 2 warm-up and 4 clip steps and a last call, for any number of frames.
-    assert metrics["network_calls_per_window"] == 7
+    # 2 warm-up steps and a call at their end, 4 clip steps and one at their end, for any number of frames.
+    assert metrics["network_calls_per_window"] == 8
 
 
 def test_the_goals_can_be_met() -> None:
-    bounds = {"sample_observed_worst": 24.0, "above_mean_frame": 3.0, "below_median": 3.0, "held_out_gap": 1.0}
+    bounds = {"recall_observed_worst": 24.0, "above_mean_frame": 3.0, "below_median": 3.0, "held_out_gap": 1.0}
 
     def result(**changes: float) -> dict[str, bool]:
         figures = {**{metric.name: 30.0 for metric in CLIP_METRICS}, **bounds, **changes}
@@ -147,7 +159,7 @@ def test_the_goals_can_be_met() -> None:
     assert all(result().values())
     assert all(result(held_out_gap=float("nan")).values()), "a clip that shows all its frames is not blamed"
     for goal, change in {
-        "observed_worst_frame": {"sample_observed_worst": 23.9},
+        "observed_worst_frame": {"recall_observed_worst": 23.9},
         "above_mean_frame": {"above_mean_frame": 2.9},
         "below_median": {"below_median": 3.1},
         "held_out_gap": {"held_out_gap": 1.1},
@@ -162,12 +174,12 @@ def test_every_figure_is_described(made: Made) -> None:
     row = {name for name, value in made.metrics["clips"][0].items() if not isinstance(value, str)} - {"clip_start"}
     assert row == {name for name, metric in described.items() if not metric["per_set"]}
     of_the_set = {name for name, metric in described.items() if metric["per_set"]}
-    assert made.metrics["summary"].keys() - {"clips", "mean", "clips_meeting"} == of_the_set
+    assert made.metrics["train"].keys() - {"clips", "mean", "clips_meeting"} == of_the_set
     text = " ".join(Page(made.page).texts)
-    assert METRICS["first_frame"].doc in text
+    assert METRICS["seed_diversity"].doc in text
     for row in made.metrics["clips"]:
-        assert row["above_mean_frame"] == pytest.approx(row["sample_all"] - row["mean_frame"])
-        assert row["below_median"] == pytest.approx(row["sample_median"] - row["sample_worst"])
+        assert row["above_mean_frame"] == pytest.approx(row["recall"] - row["recall_mean_frame"])
+        assert row["below_median"] == pytest.approx(row["recall_median"] - row["recall_worst"])
 
 
 class Page(HTMLParser):
@@ -212,7 +224,8 @@ def test_the_page_stands_alone_and_parses(made: Made) -> None:
     assert not page.tags & {"script", "link", "iframe", "object", "embed", "base", "form"}
     rest = re.sub(r"base64,[^']*", "", made.page)
     assert not re.findall(r"https?:|file:|//|url\(|@import|src=(?!'data:|&quot;)", rest)
-    assert len(page.images) == 3 * 3 * (3 + 6), "3 clips: film, reconstruction, sample; 3 rates and 6 stills"
+    generated = 2 * (1 + SEEDS) + 2 * 3  # a caption of each split: the film beside what was made
+    assert len(page.images) == generated + 3 * 3 * (3 + 6), "3 clips: film, look-up, sample; 3 rates and 6 stills"
     for data in page.images:
         with Image.open(BytesIO(data)) as picture:
             assert picture.size == (SIDE, SIDE)
@@ -230,22 +243,23 @@ def test_every_caption_is_there_and_does_nothing(made: Made) -> None:
 def test_the_page_tells_rates_goals_loss_and_seed(made: Made) -> None:
     text = " ".join(Page(made.page).texts)
     for words in (
-        "8 fps", "12 fps", "16 fps", "seed 11", "every observed frame at 24 dB or more", "the codec alone (the",
-        "linear interpolation of observed latents", "validation loss", "step 30", "film-6.mp4 (unseen)",
-        "2 clips of films the model never saw", "Dataset: clips: discovered 8; films: discovered 8.",
+        "8 fps", "12 fps", "16 fps", "seed 11", "every observed frame at 24 dB or more", "codec (ceiling)",
+        "look-up, no network", "validation loss", "step 30", "film-6.mp4 (validation)", "training, 6 clips",
+        "Seeds of one caption", "Another clip's picture", "Dataset: clips: discovered 8; films: discovered 8.",
     ):  # fmt: skip
         assert words in text, words
     row = made.metrics["clips"][0]
-    assert f"{row['sample_observed']:.2f}" in text
+    assert f"{row['film_sample']:.2f}" in text
     assert "nan" not in text
     assert "None" not in text
 
 
 def test_pictures_move_and_are_the_films(made: Made) -> None:
     """The second shown clip is film 1, whose square moves: 16 pictures at 8 fps, 32 at 16, from its first frame."""
-    shown = [row for row in made.metrics["clips"] if html.escape(row["caption"]) + "</h3>" in made.page]
+    page = made.page[made.page.index("<h2>Films, look-ups and samples") :]
+    shown = [row for row in made.metrics["clips"] if html.escape(row["caption"]) + "</h3>" in page]
     assert len(shown) == 3
-    films = Page(made.page).images
+    films = Page(made.page).images[2 * (1 + SEEDS) + 2 * 3 :]
     for number, row in enumerate(shown):
         moving = [clip for clip in made.clips if clip.clip_id == row["clip_id"] and int(row["film"][5]) % 2]
         for clip in moving:
@@ -299,11 +313,12 @@ def test_it_is_made_again_when_something_changed(made: Made, tmp_path: Path, wha
 def test_a_lake_whose_frames_are_all_observed(tmp_path: Path) -> None:
     """No held-out figure: a dash on the page, null in the JSON, and the goals that remain are still judged."""
     made = Made(tmp_path, every=1, clips=2, validation=0)
-    assert made.metrics["clips"][0]["sample_held_out"] is None
-    assert made.metrics["summary"]["mean"]["sample_held_out"] is None
+    assert made.metrics["clips"][0]["recall_held_out"] is None
+    assert made.metrics["train"]["mean"]["recall_held_out"] is None
     lines = headline(made.metrics)
     assert lines == headline(made.evaluate()), "the same from the file"
-    assert "– dB mean" in lines[2]
+    assert lines[0].split() == ["training,", "2", "clips", "validation,", "0", "clips"]
+    assert next(line for line in lines if "sample, held-out" in line).split()[-2:] == ["–", "–"]
     assert "nan" not in " ".join(Page(made.page).texts)
     assert "No film fell into the validation split" in made.page
 
@@ -330,12 +345,67 @@ def test_numbers_that_cannot_be(
     assert "--clips must be at least 1, --shown 0" in capsys.readouterr().err
 
 
-def test_the_command_prints_five_lines_or_json(made: Made, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_command_prints_the_table_or_json(made: Made, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     options = ["--run", str(made.run), "--lake", str(made.lake.root), "--out", str(tmp_path), "--clips", "2"]
     assert main([*options, "--shown", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 2 + sum(1 + len(names) for names in GROUPS.values())
     assert lines[-1] == str(tmp_path / "report.html")
-    assert lines[0].endswith("2 training pairs (caption, clip_start), seed 0")
+    assert lines[0].split() == ["training,", "2", "clips", "validation,", "2", "clips"]
+    assert lines[1:3] == ["against the film, PSNR", lines[2]]
     assert main([*options, "--shown", "1", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["summary"]["clips"] == 2
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["train"]["clips"] == 2
+    assert lines[2].split()[:3] == ["sample", f"{metrics['train']['mean']['film_sample']:.1f}", "dB"]
+
+
+def test_generation_stands_beside_the_clips(made: Made) -> None:
+    """Figures of captions, of both splits; eight clips of as many captions, no film longer than a window."""
+    found = {metric.name for metric in GENERATION_METRICS}
+    for split, captions in (("train", 6), ("validation", 2)):
+        summary = made.metrics[split]
+        assert captions <= CAPTIONS
+        assert found <= summary.keys()
+        unknown = {name for name in found if summary[name] is None}
+        assert unknown == {"data_psnr", "seed_diversity", "third_window", "third_hold", "third_velocity"}
+        assert 0 < summary["seed_psnr"] <= 100
+        assert 0 <= summary["image_alone"] <= 1
+        # The anchored method returns the frame that it was given.
+        assert summary["image_first_frame"] == pytest.approx(summary["image_ceiling"], abs=1e-3)
+    log = [json.loads(line) for line in (made.run / "log.jsonl").read_text().splitlines()]
+    validation = [line["validation_loss"] for line in log if "validation_loss" in line]
+    assert [made.metrics["validation"][f"loss_{end}"] for end in ("first", "last")] == [validation[0], validation[-1]]
+    assert made.metrics["train"]["loss_last"] < made.metrics["train"]["loss_first"]
+
+
+def test_runs_of_other_seeds_have_ranges(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other"
+    train(made.lake.root, other, override(TINY, {"seed": 1}))
+    out = tmp_path / "out"
+    options = ["--lake", str(made.lake.root), "--out", str(out), "--clips", "2", "--shown", "0"]
+    assert main(["--run", str(made.run), "--run", str(other), *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == [str(out / f"seed-{seed}" / "report.html") for seed in (0, 1)]
+    each = [json.loads((out / f"seed-{seed}" / "metrics.json").read_text()) for seed in (0, 1)]
+    values = [metrics["train"]["mean"]["recall"] for metrics in each]
+    found = json.loads((out / "ranges.json").read_text())
+    assert found["seeds"] == [0, 1]
+    assert found["train"]["recall"] == pytest.approx([np.mean(values), min(values), max(values)])
+    assert "seed_diversity" not in found["train"], "no run has it"
+    row = next(line for line in lines if line.startswith("  sample "))
+    film = sorted(metrics["train"]["mean"]["film_sample"] for metrics in each)
+    assert f"{np.mean(film):.1f} dB [{film[0]:.1f}, {film[1]:.1f}]" in row
+
+    with pytest.raises(ValueError, match=r"the runs have the seeds \[0, 0\]; train each with another: --set seed=N"):
+        evaluate_runs([made.run, made.run], made.lake.root, out)
+    assert main(["--run", str(made.run), "--run", str(other), "--step", "30", *options]) == 1
+    assert "--step 30 is of one run" in capsys.readouterr().err
+
+
+def test_runs_that_are_not_alike_are_refused(made: Made, tmp_path: Path) -> None:
+    train(made.lake.root, tmp_path / "wide", override(TINY, {"seed": 1, "steps": 1, "batch": 2}))
+    with pytest.raises(ValueError, match=r"wide has batch=2, .*run 4; give runs that differ in the seed alone"):
+        evaluate_runs([made.run, tmp_path / "wide"], made.lake.root, tmp_path / "out")
+    train(made.lake.root, tmp_path / "short", override(TINY, {"seed": 1, "steps": 1}))
+    with pytest.raises(ValueError, match=r"of the steps \[\[30\], \[1\]\]; train them equally long"):
+        evaluate_runs([made.run, tmp_path / "short"], made.lake.root, tmp_path / "out")
