@@ -116,7 +116,6 @@ def evaluate(
     for split in SPLITS:
         made[split] = generate(sampler, catalogue, [c for c in chosen if c.about["split"] == split], settings)
         progress.advance()
-    clips.close()
     side = sampler.clip["frame_shape"][0]
     measured = {
         "made_of": made_of,

@@ -117,7 +117,6 @@ def read_paths(
         films.append(clip.about["film"])
         captions.append(clip.about["caption"])
         paths.append(torch.nn.functional.adaptive_avg_pool2d(path, grid).half())
-    clips.close()
     if not films:
         raise ValueError(f"lake {lake} has no clip to train on besides the held-out films; ingest films with captions")
     together = torch.stack(paths)
