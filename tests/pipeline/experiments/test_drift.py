@@ -85,9 +85,9 @@ def test_the_table_has_every_row(made: Path) -> None:
 def test_calls_are_counted(made: Path) -> None:
     rows = json.loads((made / "drift.json").read_text())
     calls = {(row["network"], row["reading"]): row["calls"] for row in rows}
-    assert calls["sigma 0.3, no jitter", "mean, re-anchored"] == 8 + 32 + 1
-    assert calls["sigma 0.1", "looks twice, 16 steps"] == 8 + 2 * 17
-    assert calls["sigma 0.1", "rk4, 8 steps"] == 4 * 16 + 1
+    assert calls["sigma 0.3, no jitter", "mean, re-anchored"] == 16 + 16 + 1
+    assert calls["sigma 0.1", "looks twice, 16 steps"] == 16 + 2 * 17
+    assert calls["sigma 0.1", "rk4, 8 steps"] == 4 * 24 + 1
     assert calls["paper path", "mean, re-anchored"] == 33
     assert calls["per frame", "mean"] == 9 * KEPT, "every frame costs its own calls"
 
