@@ -23,14 +23,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.codecs.ddim import TRAIN_STEPS, noise_levels
-from model.codecs.networks import TEXT_LENGTH, new_autoencoder, new_text_model, new_unet, write_folder
+from model.codecs.networks import (
+    TEXT_LENGTH,
+    new_autoencoder,
+    new_text_model,
+    new_unet,
+    start_from,
+    trained_networks,
+    write_folder,
+)
 from model.program import add_settings_option, parse_settings, run_program
 from model.progress import Progress
 from model.settings import override
 from model.stop import StopSignal
 from model.text.encoder import bundled_tokenizer
 from model.training.checkpoint import Run, load_average
-from model.training.codec_data import Footage, dead_leaves, drawn, footage, random_crop, recoloured
+from model.training.codec_data import Footage, contrasted, dead_leaves, drawn, footage, random_crop, recoloured
 from model.training.ema import MovingAverage
 from model.training.log import read_log
 from model.training.loop import Schedule, Training, run_training
@@ -54,6 +62,8 @@ BAD_STEPS_ALLOWED = 10
 class CodecRecipe:
     """How a codec is trained."""
 
+    channels: int = 24
+    """Channels of the latents: numbers kept of a block of 8 x 8 pixels."""
     vae_widths: tuple[int, ...] = (16, 32, 96, 160)
     """Channels of the autoencoder's levels, multiples of 8; four levels give the factor 8."""
     unet_widths: tuple[int, ...] = (64, 112, 128)
@@ -68,7 +78,7 @@ class CodecRecipe:
     """Share of the pictures that are dead leaves."""
     uncaptioned: float = 0.4
     """Share of the UNet's pictures that are crops in other colours, mirrored or not, with the empty caption."""
-    kl_weight: float = 3e-4
+    kl_weight: float = 1e-4
     """Weight of the KL divergence per latent value; keeps latents near unit variance and the decoder smooth."""
     kl_from: int = 1000
     """Steps without KL; it then rises to its weight in as many. From the start on it empties the latents for good."""
@@ -88,6 +98,10 @@ class CodecRecipe:
     """Share of the UNet's captions that are left out."""
     ema_decay: float = 0.998
     """Decay of the average of the weights, which is what is written."""
+    contrast: float = 1.4
+    """Largest factor, and 1 by it the smallest, on the contrast of the UNet's uncaptioned pictures; 1 leaves it."""
+    mixed: bool = True
+    """Whether convolutions and products compute in bfloat16: faster with AMX, four times slower on a CPU without."""
     seed: int = 0
     """Seed of weights, crops and noise."""
     save_every: int = 250
@@ -166,7 +180,7 @@ def autoencoder_stage(vae: nn.Module, lakes: Sequence[Sequence[Footage]], recipe
             norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
     def errors(batch: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.mixed):
             posterior = network.encode(batch).latent_dist
             made = network.decode(posterior.mean + posterior.std * noise).sample
         mean, log_variance = posterior.mean.float(), posterior.logvar.float()
@@ -177,7 +191,7 @@ def autoencoder_stage(vae: nn.Module, lakes: Sequence[Sequence[Footage]], recipe
         batch = pictures(lakes, recipe.vae_batch, recipe, step).contiguous(memory_format=torch.channels_last)
         generator = torch.Generator().manual_seed(mixed_seed(recipe.seed, 1, step))
         side = recipe.crop // 8
-        error, kl = errors(batch, torch.randn(recipe.vae_batch, 4, side, side, generator=generator))
+        error, kl = errors(batch, torch.randn(recipe.vae_batch, recipe.channels, side, side, generator=generator))
         rise = min(1.0, max(0.0, step / max(recipe.kl_from, 1) - 1))
         return {"loss": error + rise * recipe.kl_weight * kl, "error": error, "kl": kl}
 
@@ -197,17 +211,18 @@ def captioned(
     clip = drawn(lakes, random)
     picture = random_crop(clip, side, 0.7, random)
     if kind < recipe.leaves + recipe.uncaptioned:
-        return recoloured(picture, random), ""
+        return contrasted(recoloured(picture, random), recipe.contrast, random), ""
     return picture, clip.caption
 
 
 @torch.no_grad()
 def make_latents(
     vae: nn.Module, lakes: Sequence[Sequence[Footage]], recipe: CodecRecipe, folder: Path
-) -> tuple[dict[int, tuple[Tensor, Tensor]], list[str], float]:
-    """Scaled latents (N, 4, h, h) of each side with their captions' numbers (N,); the captions; the scaling factor.
+) -> tuple[dict[int, tuple[Tensor, Tensor]], list[str]]:
+    """Normalised latents (N, C, h, h) of each side with their captions' numbers (N,); the captions.
 
-    Made once and kept in the run. The scaling factor gives the latents of the first side unit variance.
+    Made once and kept in the run. Each channel has mean 0 and variance 1, over all sides alike; what makes it so is
+    put into the autoencoder's configuration.
     """
     network: Any = vae
     captions = ["", *sorted({clip.caption for clips in lakes for clip in clips})]
@@ -228,9 +243,13 @@ def make_latents(
             tensors[f"latents{side}"], tensors[f"captions{side}"] = torch.cat(rows).contiguous(), torch.tensor(which)
         save_file(tensors, file)
     tensors = load_file(file)
-    scale = 1 / float(tensors[f"latents{recipe.sides[0]}"].std())
-    sets = {side: (tensors[f"latents{side}"] * scale, tensors[f"captions{side}"]) for side in set(recipe.sides)}
-    return sets, captions, scale
+    made = {side: (tensors[f"latents{side}"], tensors[f"captions{side}"]) for side in sorted(set(recipe.sides))}
+    mean = torch.stack([latents.mean((0, 2, 3)) for latents, _ in made.values()]).mean(0)
+    square = torch.stack([(latents - mean.view(-1, 1, 1)).square().mean((0, 2, 3)) for latents, _ in made.values()])
+    deviation = square.mean(0).sqrt()
+    network.register_to_config(latents_mean=mean.tolist(), latents_std=deviation.tolist(), scaling_factor=1.0)
+    mean, deviation = mean.view(-1, 1, 1), deviation.view(-1, 1, 1)
+    return {side: ((latents - mean) / deviation, which) for side, (latents, which) in made.items()}, captions
 
 
 class Denoiser(nn.Module):
@@ -241,7 +260,7 @@ class Denoiser(nn.Module):
         self.unet, self.text_model = unet, text_model
 
     def forward(self, latents: Tensor, ddim_step: Tensor, tokens: Tensor) -> Tensor:
-        """Noise (B, 4, h, w) in latents of that shape at ddim_step (B,), for captions as tokens (B, L)."""
+        """Noise (B, C, h, w) in latents of that shape at ddim_step (B,), for captions as tokens (B, L)."""
         text = self.text_model(input_ids=tokens).last_hidden_state
         noise: Tensor = self.unet(latents, ddim_step, encoder_hidden_states=text).sample
         return noise.float()
@@ -268,35 +287,46 @@ def denoiser_stage(
         noise = torch.randn(clean.shape, generator=generator)
         level = levels[ddim_step].view(-1, 1, 1, 1)
         noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.mixed):
             predicted = denoiser(noisy.contiguous(memory_format=torch.channels_last), ddim_step, tokens[number])
         return {"loss": (predicted - noise).square().mean()}
 
     return Stage("unet", denoiser, recipe.unet_steps, recipe.unet_learning_rate, loss, recipe.unet_batch)
 
 
-def train_codec(lakes: Sequence[str | Path], folder: Path, out: Path, recipe: CodecRecipe) -> Path:
+def train_codec(
+    lakes: Sequence[str | Path], folder: Path, out: Path, recipe: CodecRecipe, start: str | Path | None = None
+) -> Path:
     """Trains, or goes on training, in `folder`, and writes the codec to `out`.
 
+    start: a codec whose weights all networks start from; it may have fewer channels, but no other widths. None for
+        random weights.
+
     Raises:
-        ValueError: a lake without frames, or a run that was begun with another recipe.
+        ValueError: a lake without frames, a run that was begun with another recipe or start, an unfit start.
+        CodecUnavailable: `start` is not there, or not whole.
         Stopped: SIGTERM or Ctrl-C; the same call goes on.
     """
     about = json.loads(json.dumps(asdict(recipe)))
+    began = None if start is None else trained_networks(start)
+    if start is not None:
+        about["start"] = Path(start).name
     run = Run(folder)
     if run.file.is_file() and run.read()["recipe"] != about:
         raise ValueError(f"the run {folder} was begun with another recipe; give another --run, or the same settings")
     run.write({"recipe": about})
     clips = footage(lakes, recipe.hold_out)
     torch.manual_seed(recipe.seed)
-    vae = new_autoencoder(recipe.vae_widths)
-    denoiser = Denoiser(new_unet(recipe.unet_widths), new_text_model())
+    vae, text_model = new_autoencoder(recipe.vae_widths, recipe.channels), new_text_model()
+    unet = new_unet(recipe.unet_widths, recipe.channels)
+    for network, trained in zip((vae, unet, text_model), began or (), strict=False):
+        start_from(network, trained)
+    denoiser = Denoiser(unet, text_model)
     for network in (vae, denoiser):
         cast(Any, network).to(memory_format=torch.channels_last)
     autoencoder_stage(vae, clips, recipe).train(folder, recipe)
-    sets, captions, scale = make_latents(vae, clips, recipe, folder)
+    sets, captions = make_latents(vae, clips, recipe, folder)
     denoiser_stage(denoiser, sets, captions, recipe).train(folder, recipe)
-    cast(Any, vae).register_to_config(scaling_factor=scale)
     films = sorted({clip.film for lake in clips for clip in lake})
     record = {
         "recipe": about,
@@ -324,6 +354,10 @@ def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
     )  # fmt: skip
     parser.add_argument("--run", required=True, metavar="DIR", help="where the training is kept; it is resumed")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the codec, in Stable Diffusion's layout")
+    parser.add_argument(
+        "--from", dest="start", metavar="CODEC",
+        help="start from the weights of this codec, of the same widths and as many channels or fewer",
+    )  # fmt: skip
     add_settings_option(parser, "vae_steps=2000", "a field of CodecRecipe")
     return run_arguments
 
@@ -331,7 +365,7 @@ def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
 def run_arguments(options: argparse.Namespace) -> int:
     """Train as the options say."""
     recipe = override(CodecRecipe(), parse_settings(options.settings))
-    print(train_codec(options.lake, Path(options.run), Path(options.out), recipe))
+    print(train_codec(options.lake, Path(options.run), Path(options.out), recipe, options.start))
     return 0
 
 

@@ -20,7 +20,7 @@ from tests.model.tiny_lake import make_lake
 
 TINY = CodecRecipe(
     vae_steps=2, vae_batch=2, crop=32, unet_steps=2, unet_batch=2, sides=(32,), latents=4, hold_out=(),
-    vae_widths=(8, 8, 8, 8), unet_widths=(16, 16, 16),
+    channels=4, vae_widths=(8, 8, 8, 8), unet_widths=(16, 16, 16),
 )  # fmt: skip
 
 
@@ -101,9 +101,8 @@ def test_all_figures_of_a_folder(
         ]
 
     monkeypatch.setattr(experiment, "footage", larger)
-    monkeypatch.setattr(experiment, "SIDE", 64)
     monkeypatch.setattr(experiment, "DEPTHS", (0, 2))
-    assert main(options) == 0
+    assert main([*options, "--side", "64"]) == 0
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "figures.json").read_text())
     clips = footage([lake])[0]
@@ -111,6 +110,11 @@ def test_all_figures_of_a_folder(
     # Two steps of training teach nothing: the block analysis, fitted on these very frames, is far better.
     assert all(row["psnr_blocks"] > row["psnr_autoencoder"] + 3 for row in found["films"])
     assert all(row["ssim_blocks"] > row["ssim_autoencoder"] for row in found["films"])
+    generated = found["generated"]  # the very films, so the same figures
+    for name in ("blocks", "autoencoder"):
+        rows = [row[f"psnr_{name}"] for row in found["films"]]
+        assert generated[name]["mean"] == pytest.approx(np.mean(rows), abs=1e-3)
+        assert generated[name]["worst"] == pytest.approx(min(rows), abs=1e-3)
     assert found["noise_films"]["below"] < 0.15
     assert all(Path(row["film"]).with_suffix(".png").name in os.listdir(tmp_path / "out") for row in found["films"])
     assert all(row["film"] in printed for row in found["films"])
