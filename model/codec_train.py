@@ -28,8 +28,10 @@ from model.codecs.networks import (
     new_autoencoder,
     new_text_model,
     new_unet,
+    scale_latents,
     start_from,
-    trained_networks,
+    start_from_blocks,
+    trained_denoiser,
     write_folder,
 )
 from model.program import add_settings_option, parse_settings, run_program
@@ -52,7 +54,7 @@ EMPTY = 0
 """Number of the empty caption among the captions of a run."""
 ALONE = Processes(0, 1, torch.device("cpu"))
 """A codec is trained by one process."""
-LOSSES = {"vae": ("loss", "error", "kl"), "unet": ("loss",)}
+LOSSES = {"vae": ("loss", "error", "size"), "unet": ("loss",)}
 """The stages, and the names of their losses."""
 BAD_STEPS_ALLOWED = 10
 """Steps in a row that may be skipped because loss or gradient are not finite; one more ends the run."""
@@ -64,10 +66,12 @@ class CodecRecipe:
 
     channels: int = 24
     """Channels of the latents: numbers kept of a block of 8 x 8 pixels."""
-    vae_widths: tuple[int, ...] = (16, 32, 96, 160)
-    """Channels of the autoencoder's levels, multiples of 8; four levels give the factor 8."""
+    vae_widths: tuple[int, int, int] = (48, 96, 192)
+    """Channels of the autoencoder's levels at a half, a quarter and an eighth, each twice the one before."""
     unet_widths: tuple[int, ...] = (64, 112, 128)
     """Channels of the UNet's three levels, multiples of 16."""
+    block_pictures: int = 512
+    """Crops that the principal components of blocks are fitted on, with which the autoencoder begins."""
     vae_steps: int = 13_000
     """Steps of the autoencoder."""
     vae_batch: int = 8
@@ -78,10 +82,10 @@ class CodecRecipe:
     """Share of the pictures that are dead leaves."""
     uncaptioned: float = 0.4
     """Share of the UNet's pictures that are crops in other colours, mirrored or not, with the empty caption."""
-    kl_weight: float = 1e-4
-    """Weight of the KL divergence per latent value; keeps latents near unit variance and the decoder smooth."""
-    kl_from: int = 1000
-    """Steps without KL; it then rises to its weight in as many. From the start on it empties the latents for good."""
+    latent_noise: float = 0.02
+    """Standard deviation of the noise on the autoencoder's latents in training, which keeps the decoder smooth."""
+    latent_weight: float = 1e-4
+    """Weight of the latents' mean square, which keeps them near unit variance, so that the noise counts."""
     vae_learning_rate: float = 1e-3
     """Peak of AdamW's learning rate for the autoencoder."""
     unet_steps: int = 8_500
@@ -162,7 +166,7 @@ def cosine(share: float) -> float:
 
 def pictures(lakes: Sequence[Sequence[Footage]], count: int, recipe: CodecRecipe, step: int) -> Tensor:
     """A step's crops for the autoencoder, (count, 3, crop, crop) in [-1, 1]; lakes have equal shares."""
-    random = np.random.default_rng([recipe.seed, 1, step])
+    random = np.random.default_rng([recipe.seed, 1, step + 1])
     made = []
     for _ in range(count):
         if random.random() < recipe.leaves:
@@ -173,27 +177,18 @@ def pictures(lakes: Sequence[Sequence[Footage]], count: int, recipe: CodecRecipe
 
 
 def autoencoder_stage(vae: nn.Module, lakes: Sequence[Sequence[Footage]], recipe: CodecRecipe) -> Stage:
-    """Mean square error of the reconstruction, and the KL divergence of the latents."""
+    """Mean square error of the reconstruction from latents with a little noise, and the latents' mean square."""
     network: Any = vae
-    for norm in vae.modules():
-        if isinstance(norm, nn.GroupNorm):  # its gradient in bfloat16 takes five times as long on a CPU
-            norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
-
-    def errors(batch: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.mixed):
-            posterior = network.encode(batch).latent_dist
-            made = network.decode(posterior.mean + posterior.std * noise).sample
-        mean, log_variance = posterior.mean.float(), posterior.logvar.float()
-        kl = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
-        return (made.float() - batch).square().mean(), kl
 
     def loss(step: int) -> dict[str, Tensor]:
         batch = pictures(lakes, recipe.vae_batch, recipe, step).contiguous(memory_format=torch.channels_last)
         generator = torch.Generator().manual_seed(mixed_seed(recipe.seed, 1, step))
-        side = recipe.crop // 8
-        error, kl = errors(batch, torch.randn(recipe.vae_batch, recipe.channels, side, side, generator=generator))
-        rise = min(1.0, max(0.0, step / max(recipe.kl_from, 1) - 1))
-        return {"loss": error + rise * recipe.kl_weight * kl, "error": error, "kl": kl}
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.mixed):
+            latents = network.encode(batch).latent
+            noise = torch.randn(latents.shape, generator=generator)
+            made = network.decode(latents + recipe.latent_noise * noise).sample
+        error, size = (made.float() - batch).square().mean(), latents.float().square().mean()
+        return {"loss": error + recipe.latent_weight * size, "error": error, "size": size}
 
     return Stage("vae", vae, recipe.vae_steps, recipe.vae_learning_rate, loss, recipe.vae_batch)
 
@@ -221,8 +216,8 @@ def make_latents(
 ) -> tuple[dict[int, tuple[Tensor, Tensor]], list[str]]:
     """Normalised latents (N, C, h, h) of each side with their captions' numbers (N,); the captions.
 
-    Made once and kept in the run. Each channel has mean 0 and variance 1, over all sides alike; what makes it so is
-    put into the autoencoder's configuration.
+    Made once and kept in the run. Each channel has standard deviation 1, over all sides alike, and the autoencoder is
+    left with latents that have (`scale_latents`).
     """
     network: Any = vae
     captions = ["", *sorted({clip.caption for clips in lakes for clip in clips})]
@@ -237,19 +232,16 @@ def make_latents(
                 random = np.random.default_rng([recipe.seed, 2, side, first])
                 chosen = [captioned(lakes, side, recipe, random) for _ in range(min(32, recipe.latents - first))]
                 batch = torch.stack([picture for picture, _ in chosen]) * 2 - 1
-                rows.append(network.encode(batch).latent_dist.mode().contiguous())
+                rows.append(network.encode(batch).latent.contiguous())
                 which += [numbers[caption] for _, caption in chosen]
                 progress.update(len(which))
             tensors[f"latents{side}"], tensors[f"captions{side}"] = torch.cat(rows).contiguous(), torch.tensor(which)
         save_file(tensors, file)
     tensors = load_file(file)
     made = {side: (tensors[f"latents{side}"], tensors[f"captions{side}"]) for side in sorted(set(recipe.sides))}
-    mean = torch.stack([latents.mean((0, 2, 3)) for latents, _ in made.values()]).mean(0)
-    square = torch.stack([(latents - mean.view(-1, 1, 1)).square().mean((0, 2, 3)) for latents, _ in made.values()])
-    deviation = square.mean(0).sqrt()
-    network.register_to_config(latents_mean=mean.tolist(), latents_std=deviation.tolist(), scaling_factor=1.0)
-    mean, deviation = mean.view(-1, 1, 1), deviation.view(-1, 1, 1)
-    return {side: ((latents - mean) / deviation, which) for side, (latents, which) in made.items()}, captions
+    deviation = torch.stack([latents.var((0, 2, 3)) for latents, _ in made.values()]).mean(0).sqrt()
+    scale_latents(vae, deviation)
+    return {side: (latents / deviation.view(-1, 1, 1), which) for side, (latents, which) in made.items()}, captions
 
 
 class Denoiser(nn.Module):
@@ -299,8 +291,8 @@ def train_codec(
 ) -> Path:
     """Trains, or goes on training, in `folder`, and writes the codec to `out`.
 
-    start: a codec whose weights all networks start from; it may have fewer channels, but no other widths. None for
-        random weights.
+    start: a codec whose weights UNet and text encoder start from; it may have fewer channels, but no other widths.
+        None for random weights.
 
     Raises:
         ValueError: a lake without frames, a run that was begun with another recipe or start, an unfit start.
@@ -308,7 +300,7 @@ def train_codec(
         Stopped: SIGTERM or Ctrl-C; the same call goes on.
     """
     about = json.loads(json.dumps(asdict(recipe)))
-    began = None if start is None else trained_networks(start)
+    began = None if start is None else trained_denoiser(start)
     if start is not None:
         about["start"] = Path(start).name
     run = Run(folder)
@@ -319,8 +311,9 @@ def train_codec(
     torch.manual_seed(recipe.seed)
     vae, text_model = new_autoencoder(recipe.vae_widths, recipe.channels), new_text_model()
     unet = new_unet(recipe.unet_widths, recipe.channels)
-    for network, trained in zip((vae, unet, text_model), began or (), strict=False):
+    for network, trained in zip((unet, text_model), began or (), strict=False):
         start_from(network, trained)
+    start_from_blocks(vae, pictures(clips, recipe.block_pictures, recipe, -1))
     denoiser = Denoiser(unet, text_model)
     for network in (vae, denoiser):
         cast(Any, network).to(memory_format=torch.channels_last)
@@ -356,7 +349,7 @@ def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the codec, in Stable Diffusion's layout")
     parser.add_argument(
         "--from", dest="start", metavar="CODEC",
-        help="start from the weights of this codec, of the same widths and as many channels or fewer",
+        help="start UNet and text encoder from this codec's weights, of the same widths and as many channels or fewer",
     )  # fmt: skip
     add_settings_option(parser, "vae_steps=2000", "a field of CodecRecipe")
     return run_arguments
