@@ -139,7 +139,7 @@ class Stage:
         training = Training(
             batches=lambda done: itertools.repeat(None),  # the loss makes its own
             losses=lambda step, _: self.loss(step - 1),
-            learning_rate=lambda step: min(1.0, step / 200) * cosine((step - 1) / self.steps),
+            learning_rate=lambda step: min(1.0, step / min(200, 1 + self.steps // 10)) * cosine((step - 1) / self.steps),
             gradient_clip=1.0,
             samples=self.batch,
             name=self.name,
@@ -313,7 +313,8 @@ def train_codec(
     unet = new_unet(recipe.unet_widths, recipe.channels)
     for network, trained in zip((unet, text_model), began or (), strict=False):
         start_from(network, trained)
-    start_from_blocks(vae, pictures(clips, recipe.block_pictures, recipe, -1))
+    if not Run(folder / "vae").steps():
+        start_from_blocks(vae, pictures(clips, recipe.block_pictures, recipe, -1))
     denoiser = Denoiser(unet, text_model)
     for network in (vae, denoiser):
         cast(Any, network).to(memory_format=torch.channels_last)

@@ -28,8 +28,8 @@ from storage.layout import Lake
 from tests.model.tiny_lake import make_lake
 
 TINY = CodecRecipe(
-    vae_steps=3, vae_batch=2, crop=32, unet_steps=3, unet_batch=2, sides=(32,), latents=4, save_every=2, kl_from=1,
-    hold_out=(), channels=6, vae_widths=(8, 8, 8, 8), unet_widths=(16, 16, 16),
+    vae_steps=3, vae_batch=2, crop=32, unet_steps=3, unet_batch=2, sides=(32,), latents=4, save_every=2,
+    hold_out=(), channels=6, block_pictures=64, unet_widths=(16, 16, 16),
 )  # fmt: skip
 
 
@@ -68,35 +68,23 @@ def test_the_folder_is_a_codec_with_its_text_encoder(trained: Path) -> None:
     assert not [path for path in trained.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".ckpt")]
 
 
-def test_every_channel_of_the_latents_is_normalised(trained: Path, lake: Lake) -> None:
-    made = load_file(trained.parent / "run" / "latents.safetensors")["latents32"]
-    config = json.loads((trained / "vae" / "config.json").read_text())
-    assert config["latents_mean"] == pytest.approx(made.mean((0, 2, 3)).tolist(), abs=1e-5)
-    assert config["latents_std"] == pytest.approx(made.std((0, 2, 3), correction=0).tolist(), rel=1e-4)
-    assert config["scaling_factor"] == 1
+def test_every_channel_of_the_latents_has_unit_variance(trained: Path, lake: Lake) -> None:
     # The pictures that the latents were made of, through the codec as it was written.
     random = np.random.default_rng([TINY.seed, 2, 32, 0])
     shown = torch.stack([captioned(footage([lake.root]), 32, TINY, random)[0] for _ in range(TINY.latents)]) * 2 - 1
     latents = DiffusersCodec.from_pretrained(trained, DiffusersSettings(inversion_depth=0)).encode(shown).latents
-    assert latents.mean((0, 2, 3)).abs().max() < 0.02
-    assert latents.std((0, 2, 3), correction=0).tolist() == pytest.approx([1.0] * 6, abs=0.02)
+    assert latents.std((0, 2, 3)).tolist() == pytest.approx([1.0] * 6, abs=0.02)
 
 
 def test_training_starts_from_a_codec_of_fewer_channels(trained: Path, lake: Lake, tmp_path: Path) -> None:
-    wider = dataclasses.replace(TINY, channels=8, vae_steps=1, unet_steps=1, vae_learning_rate=0, unet_learning_rate=0)
+    wider = dataclasses.replace(TINY, channels=8, vae_steps=1, unet_steps=1, unet_learning_rate=0)
     made = train_codec([lake.root], tmp_path / "run", tmp_path / "wider", wider, trained)
     assert json.loads((made / "training.json").read_text())["recipe"]["start"] == "small"
     old, new = weights(trained), weights(made)
-    narrow = {"vae/encoder.conv_out.weight": (12, 16), "vae/quant_conv.bias": (12, 16), "unet/conv_in.weight": (6, 8)}
-    for name, value in old.items():
-        if name.startswith("vae/quant_conv"):
-            kept = torch.cat([half[tuple(map(slice, value.chunk(2)[0].shape))] for half in new[name].chunk(2)])
-        else:
-            kept = new[name][tuple(map(slice, value.shape))]
-        assert torch.equal(kept, value), name
-    for name, (before, after) in narrow.items():
-        assert before in old[name].shape, name
-        assert after in new[name].shape, name
+    assert (len(old["unet/conv_out.bias"]), len(new["unet/conv_out.bias"])) == (6, 8)
+    for name in old:
+        if not name.startswith("vae/"):
+            assert torch.equal(new[name][tuple(map(slice, old[name].shape))], old[name]), name
     with pytest.raises(ValueError, match="at least its channels"):
         train_codec([lake.root], tmp_path / "other", tmp_path / "less", dataclasses.replace(TINY, channels=5), trained)
     with pytest.raises(ValueError, match="another recipe"):
