@@ -263,6 +263,7 @@ def denoiser_stage(
 ) -> Stage:
     """Mean square error of the predicted noise at levels drawn evenly."""
     levels = torch.from_numpy(noise_levels()).float()
+    layout = torch.channels_last if recipe.mixed else torch.contiguous_format
     tokenizer = bundled_tokenizer(TEXT_LENGTH)
     tokens = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
 
@@ -280,7 +281,7 @@ def denoiser_stage(
         level = levels[ddim_step].view(-1, 1, 1, 1)
         noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.mixed):
-            predicted = denoiser(noisy.contiguous(memory_format=torch.channels_last), ddim_step, tokens[number])
+            predicted = denoiser(noisy.contiguous(memory_format=layout), ddim_step, tokens[number])
         return {"loss": (predicted - noise).square().mean()}
 
     return Stage("unet", denoiser, recipe.unet_steps, recipe.unet_learning_rate, loss, recipe.unet_batch)
@@ -316,8 +317,9 @@ def train_codec(
     if not Run(folder / "vae").steps():
         start_from_blocks(vae, pictures(clips, recipe.block_pictures, recipe, -1))
     denoiser = Denoiser(unet, text_model)
-    for network in (vae, denoiser):
-        cast(Any, network).to(memory_format=torch.channels_last)
+    cast(Any, vae).to(memory_format=torch.channels_last)
+    if recipe.mixed:  # in float32 the UNet's small maps are faster as they are
+        cast(Any, denoiser).to(memory_format=torch.channels_last)
     autoencoder_stage(vae, clips, recipe).train(folder, recipe)
     sets, captions = make_latents(vae, clips, recipe, folder)
     denoiser_stage(denoiser, sets, captions, recipe).train(folder, recipe)
