@@ -136,10 +136,11 @@ class Stage:
         run = Run(folder / self.name)
         optimizer = adamw(self.network.parameters(), self.learning_rate, weight_decay=1e-2, second_beta=0.99)
         state = TrainingState(self.network, MovingAverage(self.network, recipe.ema_decay), [optimizer])
+        warm_up = min(200, 1 + self.steps // 10)
         training = Training(
             batches=lambda done: itertools.repeat(None),  # the loss makes its own
             losses=lambda step, _: self.loss(step - 1),
-            learning_rate=lambda step: min(1.0, step / min(200, 1 + self.steps // 10)) * cosine((step - 1) / self.steps),
+            learning_rate=lambda step: min(1.0, step / warm_up) * cosine((step - 1) / self.steps),
             gradient_clip=1.0,
             samples=self.batch,
             name=self.name,
