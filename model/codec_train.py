@@ -23,14 +23,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.codecs.ddim import TRAIN_STEPS, noise_levels
-from model.codecs.networks import TEXT_LENGTH, new_autoencoder, new_text_model, new_unet, write_folder
+from model.codecs.networks import (
+    TEXT_LENGTH,
+    new_autoencoder,
+    new_text_model,
+    new_unet,
+    scale_latents,
+    start_from,
+    start_from_blocks,
+    trained_denoiser,
+    write_folder,
+)
 from model.program import add_settings_option, parse_settings, run_program
 from model.progress import Progress
 from model.settings import override
 from model.stop import StopSignal
 from model.text.encoder import bundled_tokenizer
 from model.training.checkpoint import Run, load_average
-from model.training.codec_data import Footage, dead_leaves, drawn, footage, random_crop, recoloured
+from model.training.codec_data import Footage, contrasted, dead_leaves, drawn, footage, random_crop, recoloured
 from model.training.ema import MovingAverage
 from model.training.log import read_log
 from model.training.loop import Schedule, Training, run_training
@@ -44,7 +54,7 @@ EMPTY = 0
 """Number of the empty caption among the captions of a run."""
 ALONE = Processes(0, 1, torch.device("cpu"))
 """A codec is trained by one process."""
-LOSSES = {"vae": ("loss", "error", "kl"), "unet": ("loss",)}
+LOSSES = {"vae": ("loss", "error", "size"), "unet": ("loss",)}
 """The stages, and the names of their losses."""
 BAD_STEPS_ALLOWED = 10
 """Steps in a row that may be skipped because loss or gradient are not finite; one more ends the run."""
@@ -54,10 +64,14 @@ BAD_STEPS_ALLOWED = 10
 class CodecRecipe:
     """How a codec is trained."""
 
-    vae_widths: tuple[int, ...] = (16, 32, 96, 160)
-    """Channels of the autoencoder's levels, multiples of 8; four levels give the factor 8."""
+    channels: int = 24
+    """Channels of the latents: numbers kept of a block of 8 x 8 pixels."""
+    vae_widths: tuple[int, int, int] = (48, 96, 192)
+    """Channels of the autoencoder's levels at a half, a quarter and an eighth, each twice the one before."""
     unet_widths: tuple[int, ...] = (64, 112, 128)
     """Channels of the UNet's three levels, multiples of 16."""
+    block_pictures: int = 512
+    """Crops that the principal components of blocks are fitted on, with which the autoencoder begins."""
     vae_steps: int = 13_000
     """Steps of the autoencoder."""
     vae_batch: int = 8
@@ -68,10 +82,10 @@ class CodecRecipe:
     """Share of the pictures that are dead leaves."""
     uncaptioned: float = 0.4
     """Share of the UNet's pictures that are crops in other colours, mirrored or not, with the empty caption."""
-    kl_weight: float = 3e-4
-    """Weight of the KL divergence per latent value; keeps latents near unit variance and the decoder smooth."""
-    kl_from: int = 1000
-    """Steps without KL; it then rises to its weight in as many. From the start on it empties the latents for good."""
+    latent_noise: float = 0.02
+    """Standard deviation of the noise on the autoencoder's latents in training, which keeps the decoder smooth."""
+    latent_weight: float = 1e-4
+    """Weight of the latents' mean square, which keeps them near unit variance, so that the noise counts."""
     vae_learning_rate: float = 1e-3
     """Peak of AdamW's learning rate for the autoencoder."""
     unet_steps: int = 8_500
@@ -88,6 +102,10 @@ class CodecRecipe:
     """Share of the UNet's captions that are left out."""
     ema_decay: float = 0.998
     """Decay of the average of the weights, which is what is written."""
+    contrast: float = 1.4
+    """Largest factor, and 1 by it the smallest, on the contrast of the UNet's uncaptioned pictures; 1 leaves it."""
+    mixed: bool = True
+    """Whether convolutions and products compute in bfloat16: faster with AMX, four times slower on a CPU without."""
     seed: int = 0
     """Seed of weights, crops and noise."""
     save_every: int = 250
@@ -118,10 +136,11 @@ class Stage:
         run = Run(folder / self.name)
         optimizer = adamw(self.network.parameters(), self.learning_rate, weight_decay=1e-2, second_beta=0.99)
         state = TrainingState(self.network, MovingAverage(self.network, recipe.ema_decay), [optimizer])
+        warm_up = min(200, 1 + self.steps // 10)
         training = Training(
             batches=lambda done: itertools.repeat(None),  # the loss makes its own
             losses=lambda step, _: self.loss(step - 1),
-            learning_rate=lambda step: min(1.0, step / 200) * cosine((step - 1) / self.steps),
+            learning_rate=lambda step: min(1.0, step / warm_up) * cosine((step - 1) / self.steps),
             gradient_clip=1.0,
             samples=self.batch,
             name=self.name,
@@ -148,7 +167,7 @@ def cosine(share: float) -> float:
 
 def pictures(lakes: Sequence[Sequence[Footage]], count: int, recipe: CodecRecipe, step: int) -> Tensor:
     """A step's crops for the autoencoder, (count, 3, crop, crop) in [-1, 1]; lakes have equal shares."""
-    random = np.random.default_rng([recipe.seed, 1, step])
+    random = np.random.default_rng([recipe.seed, 1, step + 1])
     made = []
     for _ in range(count):
         if random.random() < recipe.leaves:
@@ -159,27 +178,18 @@ def pictures(lakes: Sequence[Sequence[Footage]], count: int, recipe: CodecRecipe
 
 
 def autoencoder_stage(vae: nn.Module, lakes: Sequence[Sequence[Footage]], recipe: CodecRecipe) -> Stage:
-    """Mean square error of the reconstruction, and the KL divergence of the latents."""
+    """Mean square error of the reconstruction from latents with a little noise, and the latents' mean square."""
     network: Any = vae
-    for norm in vae.modules():
-        if isinstance(norm, nn.GroupNorm):  # its gradient in bfloat16 takes five times as long on a CPU
-            norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
-
-    def errors(batch: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = network.encode(batch).latent_dist
-            made = network.decode(posterior.mean + posterior.std * noise).sample
-        mean, log_variance = posterior.mean.float(), posterior.logvar.float()
-        kl = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
-        return (made.float() - batch).square().mean(), kl
 
     def loss(step: int) -> dict[str, Tensor]:
         batch = pictures(lakes, recipe.vae_batch, recipe, step).contiguous(memory_format=torch.channels_last)
         generator = torch.Generator().manual_seed(mixed_seed(recipe.seed, 1, step))
-        side = recipe.crop // 8
-        error, kl = errors(batch, torch.randn(recipe.vae_batch, 4, side, side, generator=generator))
-        rise = min(1.0, max(0.0, step / max(recipe.kl_from, 1) - 1))
-        return {"loss": error + rise * recipe.kl_weight * kl, "error": error, "kl": kl}
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.mixed):
+            latents = network.encode(batch).latent
+            noise = torch.randn(latents.shape, generator=generator)
+            made = network.decode(latents + recipe.latent_noise * noise).sample
+        error, size = (made.float() - batch).square().mean(), latents.float().square().mean()
+        return {"loss": error + recipe.latent_weight * size, "error": error, "size": size}
 
     return Stage("vae", vae, recipe.vae_steps, recipe.vae_learning_rate, loss, recipe.vae_batch)
 
@@ -197,17 +207,18 @@ def captioned(
     clip = drawn(lakes, random)
     picture = random_crop(clip, side, 0.7, random)
     if kind < recipe.leaves + recipe.uncaptioned:
-        return recoloured(picture, random), ""
+        return contrasted(recoloured(picture, random), recipe.contrast, random), ""
     return picture, clip.caption
 
 
 @torch.no_grad()
 def make_latents(
     vae: nn.Module, lakes: Sequence[Sequence[Footage]], recipe: CodecRecipe, folder: Path
-) -> tuple[dict[int, tuple[Tensor, Tensor]], list[str], float]:
-    """Scaled latents (N, 4, h, h) of each side with their captions' numbers (N,); the captions; the scaling factor.
+) -> tuple[dict[int, tuple[Tensor, Tensor]], list[str]]:
+    """Normalised latents (N, C, h, h) of each side with their captions' numbers (N,); the captions.
 
-    Made once and kept in the run. The scaling factor gives the latents of the first side unit variance.
+    Made once and kept in the run. Each channel has standard deviation 1, over all sides alike, and the autoencoder is
+    left with latents that have (`scale_latents`).
     """
     network: Any = vae
     captions = ["", *sorted({clip.caption for clips in lakes for clip in clips})]
@@ -222,15 +233,16 @@ def make_latents(
                 random = np.random.default_rng([recipe.seed, 2, side, first])
                 chosen = [captioned(lakes, side, recipe, random) for _ in range(min(32, recipe.latents - first))]
                 batch = torch.stack([picture for picture, _ in chosen]) * 2 - 1
-                rows.append(network.encode(batch).latent_dist.mode().contiguous())
+                rows.append(network.encode(batch).latent.contiguous())
                 which += [numbers[caption] for _, caption in chosen]
                 progress.update(len(which))
             tensors[f"latents{side}"], tensors[f"captions{side}"] = torch.cat(rows).contiguous(), torch.tensor(which)
         save_file(tensors, file)
     tensors = load_file(file)
-    scale = 1 / float(tensors[f"latents{recipe.sides[0]}"].std())
-    sets = {side: (tensors[f"latents{side}"] * scale, tensors[f"captions{side}"]) for side in set(recipe.sides)}
-    return sets, captions, scale
+    made = {side: (tensors[f"latents{side}"], tensors[f"captions{side}"]) for side in sorted(set(recipe.sides))}
+    deviation = torch.stack([latents.var((0, 2, 3)) for latents, _ in made.values()]).mean(0).sqrt()
+    scale_latents(vae, deviation)
+    return {side: (latents / deviation.view(-1, 1, 1), which) for side, (latents, which) in made.items()}, captions
 
 
 class Denoiser(nn.Module):
@@ -241,7 +253,7 @@ class Denoiser(nn.Module):
         self.unet, self.text_model = unet, text_model
 
     def forward(self, latents: Tensor, ddim_step: Tensor, tokens: Tensor) -> Tensor:
-        """Noise (B, 4, h, w) in latents of that shape at ddim_step (B,), for captions as tokens (B, L)."""
+        """Noise (B, C, h, w) in latents of that shape at ddim_step (B,), for captions as tokens (B, L)."""
         text = self.text_model(input_ids=tokens).last_hidden_state
         noise: Tensor = self.unet(latents, ddim_step, encoder_hidden_states=text).sample
         return noise.float()
@@ -252,6 +264,7 @@ def denoiser_stage(
 ) -> Stage:
     """Mean square error of the predicted noise at levels drawn evenly."""
     levels = torch.from_numpy(noise_levels()).float()
+    layout = torch.channels_last if recipe.mixed else torch.contiguous_format
     tokenizer = bundled_tokenizer(TEXT_LENGTH)
     tokens = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
 
@@ -268,35 +281,49 @@ def denoiser_stage(
         noise = torch.randn(clean.shape, generator=generator)
         level = levels[ddim_step].view(-1, 1, 1, 1)
         noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
-        with torch.autocast("cpu", torch.bfloat16):
-            predicted = denoiser(noisy.contiguous(memory_format=torch.channels_last), ddim_step, tokens[number])
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.mixed):
+            predicted = denoiser(noisy.contiguous(memory_format=layout), ddim_step, tokens[number])
         return {"loss": (predicted - noise).square().mean()}
 
     return Stage("unet", denoiser, recipe.unet_steps, recipe.unet_learning_rate, loss, recipe.unet_batch)
 
 
-def train_codec(lakes: Sequence[str | Path], folder: Path, out: Path, recipe: CodecRecipe) -> Path:
+def train_codec(
+    lakes: Sequence[str | Path], folder: Path, out: Path, recipe: CodecRecipe, start: str | Path | None = None
+) -> Path:
     """Trains, or goes on training, in `folder`, and writes the codec to `out`.
 
+    start: a codec whose weights UNet and text encoder start from; it may have fewer channels, but no other widths.
+        None for random weights.
+
     Raises:
-        ValueError: a lake without frames, or a run that was begun with another recipe.
+        ValueError: a lake without frames, a run that was begun with another recipe or start, an unfit start.
+        CodecUnavailable: `start` is not there, or not whole.
         Stopped: SIGTERM or Ctrl-C; the same call goes on.
     """
     about = json.loads(json.dumps(asdict(recipe)))
+    began = None if start is None else trained_denoiser(start)
+    if start is not None:
+        about["start"] = Path(start).name
     run = Run(folder)
     if run.file.is_file() and run.read()["recipe"] != about:
         raise ValueError(f"the run {folder} was begun with another recipe; give another --run, or the same settings")
     run.write({"recipe": about})
     clips = footage(lakes, recipe.hold_out)
     torch.manual_seed(recipe.seed)
-    vae = new_autoencoder(recipe.vae_widths)
-    denoiser = Denoiser(new_unet(recipe.unet_widths), new_text_model())
-    for network in (vae, denoiser):
-        cast(Any, network).to(memory_format=torch.channels_last)
+    vae, text_model = new_autoencoder(recipe.vae_widths, recipe.channels), new_text_model()
+    unet = new_unet(recipe.unet_widths, recipe.channels)
+    for network, trained in zip((unet, text_model), began or (), strict=False):
+        start_from(network, trained)
+    if not Run(folder / "vae").steps():
+        start_from_blocks(vae, pictures(clips, recipe.block_pictures, recipe, -1))
+    denoiser = Denoiser(unet, text_model)
+    cast(Any, vae).to(memory_format=torch.channels_last)
+    if recipe.mixed:  # in float32 the UNet's small maps are faster as they are
+        cast(Any, denoiser).to(memory_format=torch.channels_last)
     autoencoder_stage(vae, clips, recipe).train(folder, recipe)
-    sets, captions, scale = make_latents(vae, clips, recipe, folder)
+    sets, captions = make_latents(vae, clips, recipe, folder)
     denoiser_stage(denoiser, sets, captions, recipe).train(folder, recipe)
-    cast(Any, vae).register_to_config(scaling_factor=scale)
     films = sorted({clip.film for lake in clips for clip in lake})
     record = {
         "recipe": about,
@@ -324,6 +351,10 @@ def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
     )  # fmt: skip
     parser.add_argument("--run", required=True, metavar="DIR", help="where the training is kept; it is resumed")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the codec, in Stable Diffusion's layout")
+    parser.add_argument(
+        "--from", dest="start", metavar="CODEC",
+        help="start UNet and text encoder from this codec's weights, of the same widths and as many channels or fewer",
+    )  # fmt: skip
     add_settings_option(parser, "vae_steps=2000", "a field of CodecRecipe")
     return run_arguments
 
@@ -331,7 +362,7 @@ def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
 def run_arguments(options: argparse.Namespace) -> int:
     """Train as the options say."""
     recipe = override(CodecRecipe(), parse_settings(options.settings))
-    print(train_codec(options.lake, Path(options.run), Path(options.out), recipe))
+    print(train_codec(options.lake, Path(options.run), Path(options.out), recipe, options.start))
     return 0
 
 

@@ -160,7 +160,7 @@ def demo() -> DataRecipe:
     """Small pictures through the codec that comes with this package; a CPU is enough."""
     return DataRecipe(
         name="demo",
-        codec={"kind": "diffusers", "source": "vlfm-small", "ddim_steps": 20, "inversion_depth": 2, "refinements": 3},
+        codec={"kind": "diffusers", "source": "vlfm-small-2", "ddim_steps": 20, "inversion_depth": 2, "refinements": 3},
         certify_frames=8,
     )
 

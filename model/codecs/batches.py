@@ -32,6 +32,12 @@ def gpu_compiler(mode: str = "reduce-overhead") -> Compiler:
     return partial(torch.compile, fullgraph=True, dynamic=False, mode=mode)
 
 
+def levels(vae: nn.Module) -> tuple[int, ...]:
+    """Channels of the levels of an AutoencoderKL, or of an AutoencoderDC's decoder, from fine to coarse."""
+    config: Any = vae.config
+    return tuple(config.get("block_out_channels") or config["decoder_block_out_channels"])
+
+
 class Networks:
     """VAE and UNet of a codec on one device; float32 goes in and comes out.
 
@@ -80,7 +86,7 @@ class Networks:
         """How many frames of height x width pixels go through the networks at once: a power of two, by free memory."""
         # An estimate: so many maps of the VAE's first width live at once at full resolution (its decoder).
         item = torch.finfo(self.vae_type).bits // 8
-        bytes_a_frame = 12 * item * int(self.vae.config.block_out_channels[0]) * height * width
+        bytes_a_frame = 12 * item * levels(self.vae)[0] * height * width
         free = torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else CPU_BYTES
         return min(MOST_ROWS, 1 << max(0, (free // bytes_a_frame).bit_length() - 1))
 
@@ -98,7 +104,7 @@ class Networks:
     @torch.no_grad()
     def decode(self, latents: Tensor, rows: int = 0) -> Tensor:
         """Scaled latents (N, C, h, w) to frames (N, 3, H, W) in [-1, 1] on the device. rows: as in `encode`."""
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        factor = 2 ** (len(levels(self.vae)) - 1)
         self.vae.use_tiling = max(latents.shape[2:]) * factor > LARGE
         shift, gain = self._normalisation
         raw = latents.to(self.device, torch.float32) / gain + shift
@@ -116,7 +122,8 @@ class Networks:
 
     def _encode(self, frames: Tensor) -> Tensor:
         # The mode, not a sample: the same frame always has the same latents.
-        mode: Tensor = self.vae.encode(frames.to(self.vae_type, memory_format=self._layout)).latent_dist.mode()
+        found = self.vae.encode(frames.to(self.vae_type, memory_format=self._layout))
+        mode: Tensor = found.latent if hasattr(found, "latent") else found.latent_dist.mode()
         return mode.float()
 
     def _decode(self, latents: Tensor) -> Tensor:
@@ -148,8 +155,8 @@ class Networks:
     def _normalisation(self) -> tuple[Tensor, Tensor]:
         """Shift and gain (1, C or 1, 1, 1): SD's scaling factor, SD 3's shift, SDXL variants' mean and deviation."""
         config = self.vae.config
-        shift = config.latents_mean or config.shift_factor or 0.0
-        spread = config.latents_std or 1.0
+        shift = config.get("latents_mean") or config.get("shift_factor") or 0.0
+        spread = config.get("latents_std") or 1.0
         shifts, spreads = (torch.tensor(value, device=self.device).view(1, -1, 1, 1) for value in (shift, spread))
         return shifts, float(config.scaling_factor) / spreads
 

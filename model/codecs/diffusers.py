@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model.codecs.base import Encoded, Text, check_frames, check_latents, check_size, check_spec_keys
-from model.codecs.batches import Networks, Result, gpu_compiler, in_batches
+from model.codecs.batches import Networks, Result, gpu_compiler, in_batches, levels
 from model.codecs.ddim import (
     DDIMSchedule,
     Inversion,
@@ -25,6 +25,7 @@ from model.codecs.ddim import (
     invert_checked,
     regenerate,
 )
+from model.codecs.networks import autoencoder_type
 from model.text.encoder import TextEncoder, pretrained_text_encoder
 from model.weights import CodecUnavailable, Weights, digest_tensors, find_weights, load_part
 
@@ -85,7 +86,7 @@ class DiffusersCodec:
         self.settings = settings = settings or DiffusersSettings()
         config: Any = vae.config
         self.channels = int(config.latent_channels)
-        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.factor = 2 ** (len(levels(vae)) - 1)
         self.scale = float(config.scaling_factor)
         self.schedule = DDIMSchedule(settings.ddim_steps)
         self.inversion_depth = self.schedule.depth(settings.inversion_depth)
@@ -133,14 +134,15 @@ class DiffusersCodec:
         Raises CodecUnavailable where weights are missing, ValueError for other weights. Warns where the folder's
         scheduler disagrees with the values that are used (`ddim.SCHEDULER_VALUES`).
         """
-        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from diffusers import UNet2DConditionModel
 
         settings = settings or DiffusersSettings()
         weights = find_weights(source, revision)
         vae_weights = None if vae is None else find_weights(vae, vae_revision)
         # Without this option diffusers advises to install accelerate, which it does not need here.
         plain = {"low_cpu_mem_usage": False}
-        autoencoder = load_part(AutoencoderKL.from_pretrained, *_vae_place(vae_weights or weights), options=plain)
+        place, part = _vae_place(vae_weights or weights)
+        autoencoder = load_part(autoencoder_type(place.folder / part).from_pretrained, place, part, options=plain)
         unet = None
         if settings.inversion_depth:
             _compare_scheduler(weights)

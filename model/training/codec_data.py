@@ -97,6 +97,12 @@ def recoloured(picture: Tensor, random: np.random.Generator) -> Tensor:
     return picture
 
 
+def contrasted(picture: Tensor, most: float, random: np.random.Generator) -> Tensor:
+    """The picture with its contrast around its mean colour times 1/most to most, log-uniformly, in [0, 1]."""
+    mean = picture.mean((1, 2), keepdim=True)
+    return (mean + (picture - mean) * most ** random.uniform(-1, 1)).clamp(0, 1)
+
+
 def dead_leaves(side: int, random: np.random.Generator) -> Tensor:
     """A picture of overlapping leaves, float32 (3, side, side) in [0, 1].
 

@@ -30,7 +30,7 @@ from model.video import from_frames, to_frames, write_video
 BLOCK = 8
 """Side of the blocks of the principal component analysis, in pixels: the codec's factor."""
 SIDE = 128
-"""Side of the pictures in pixels."""
+"""Side of the pictures in pixels where none is given."""
 DEPTHS = (0, 2, 5, 10, 20)
 """Inversion depths, of 20 steps, at which latents are compared in time."""
 
@@ -200,22 +200,32 @@ def depths(folder: Path, clips: Sequence[Footage]) -> list[dict[str, float]]:
 
 
 def figures(
-    folder: Path, trained: Sequence[Path], held_out: Path, generated: Path, out: Path, frames: int = 16
+    folder: Path,
+    trained: Sequence[Path],
+    held_out: Path,
+    generated: Path,
+    out: Path,
+    frames: int = 16,
+    side: int = SIDE,
 ) -> dict[str, Any]:
-    """All figures of the codec in `folder`; pictures go to `out`. Lakes as in the command's help.
+    """All figures of the codec in `folder` on pictures of side x side; pictures go to `out`. Lakes as in the command's
+    help.
 
     Raises:
-        ValueError: a lake without frames, or of another size than 128 x 128 where it is compared by pixels.
+        ValueError: a lake without frames, or of another size where it is compared by pixels.
     """
     clips = [clip for lake in footage(trained) for clip in lake]
     random = np.random.default_rng(0)
-    squares = [random_crop(clips[random.integers(len(clips))], SIDE, 0.5, random) for _ in range(1024)]
+    squares = [random_crop(clips[random.integers(len(clips))], side, 0.5, random) for _ in range(1024)]
     plain = DiffusersCodec.from_pretrained(folder, DiffusersSettings(inversion_depth=0))
     pca = BlockComponents(torch.stack(squares) * 2 - 1, plain.channels)
     films = by_film(footage([held_out])[0], frames)
     for film, (_, shown) in films.items():
-        if shown.shape[2:] != (SIDE, SIDE):
-            raise ValueError(f"{film} of {held_out} has frames of {tuple(shown.shape[2:])}; ingest with size=[128,128]")
+        if shown.shape[2:] != (side, side):
+            raise ValueError(
+                f"{film} of {held_out} has frames of {tuple(shown.shape[2:])}: ingest with size=[{side},{side}], or "
+                "give --side"
+            )
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
     if (folder / "unet").is_dir():
@@ -224,7 +234,8 @@ def figures(
         )
         found["films"] = reconstruction(plain, full, pca, films, out)
         loss = NoiseLoss(folder)
-        new = {f"{film}": value for film, value in _squares(by_film(footage([generated])[0], frames)).items()}
+        new = _squares(by_film(footage([generated])[0], frames), side)
+        found["generated"] = ceiling(plain, pca, new)
         found["noise_films"] = prediction(loss, plain, films)
         found["noise_generated"] = prediction(loss, plain, new)
         found["captions"] = captions(loss, plain, new)
@@ -235,10 +246,21 @@ def figures(
     return found
 
 
-def _squares(clips: dict[str, tuple[str, Tensor]]) -> dict[str, tuple[str, Tensor]]:
+def ceiling(
+    plain: DiffusersCodec, pca: BlockComponents, films: dict[str, tuple[str, Tensor]]
+) -> dict[str, dict[str, float]]:
+    """PSNR of the block analysis and of the autoencoder alone: mean over the films, and that of the worst film."""
+    found: dict[str, list[float]] = {"blocks": [], "autoencoder": []}
+    for _, frames in films.values():
+        found["blocks"].append(float(psnr(pca.round_trip(frames), frames).mean()))
+        found["autoencoder"].append(float(psnr(plain.decode(plain.encode(frames).latents), frames).mean()))
+    return {name: {"mean": statistics.mean(values), "worst": min(values)} for name, values in found.items()}
+
+
+def _squares(clips: dict[str, tuple[str, Tensor]], side: int) -> dict[str, tuple[str, Tensor]]:
     resize = torch.nn.functional.interpolate
     return {
-        film: (caption, resize(frames, (SIDE, SIDE), mode="bicubic", antialias=True).clamp(-1, 1))
+        film: (caption, resize(frames, (side, side), mode="bicubic", antialias=True).clamp(-1, 1))
         for film, (caption, frames) in clips.items()
     }
 
@@ -255,6 +277,12 @@ def lines(found: dict[str, Any]) -> list[str]:
             + f"   {row['noise_std']} {row['noise_correlation']:.3f}"
         )  # fmt: skip
     told.append("(PSNR in dB and SSIM, means over the frames)")
+    if "generated" in found:
+        row = found["generated"]
+        told.append(
+            "held-out generated films, mean (worst film): "
+            + ", ".join(f"{name} {row[name]['mean']:.2f} ({row[name]['worst']:.2f}) dB" for name in row)
+        )
     for name, what in (("noise_films", "held-out films"), ("noise_generated", "held-out generated films")):
         if name in found:
             row = found[name]
@@ -280,15 +308,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vlfm experiment codec", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--codec", required=True, metavar="DIR", help="the folder to judge")
     parser.add_argument("--lake", action="append", required=True, metavar="DIR", help="a lake that it was trained on")
-    parser.add_argument("--held-out", required=True, metavar="DIR", help="a lake of other films, of 128 x 128 pixels")
+    parser.add_argument(
+        "--held-out", required=True, metavar="DIR", help="a lake of other films, of --side pixels a side"
+    )
     parser.add_argument("--generated", required=True, metavar="DIR", help="a lake of generated films with new captions")
     parser.add_argument("--out", required=True, metavar="DIR", help="where pictures and figures.json are written")
     parser.add_argument("--frames", type=int, default=16, metavar="N", help="frames of a film (default 16)")
+    parser.add_argument("--side", type=int, default=SIDE, metavar="N", help=f"pixels a side (default {SIDE})")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args(arguments)
     found = figures(
         Path(options.codec), [Path(lake) for lake in options.lake], Path(options.held_out), Path(options.generated),
-        Path(options.out), options.frames,
+        Path(options.out), options.frames, options.side,
     )  # fmt: skip
     (Path(options.out) / "figures.json").write_text(json.dumps(found, indent=1))
     print(json.dumps(found, indent=1) if options.json else "\n".join(lines(found)))

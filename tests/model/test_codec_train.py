@@ -16,19 +16,20 @@ import torch
 from safetensors.torch import load_file
 
 from model import codec_train
-from model.codec_train import CodecRecipe, cosine, main, pictures, train_codec
+from model.codec_train import CodecRecipe, captioned, cosine, main, pictures, train_codec
 from model.codecs.ddim import DDIMSchedule, noise_levels
 from model.codecs.diffusers import DiffusersCodec, DiffusersSettings
 from model.settings import override
 from model.stop import Stopped
 from model.text.encoder import pretrained_text_encoder
-from model.training.codec_data import Footage, dead_leaves, footage, random_crop, recoloured
+from model.training.codec_data import Footage, contrasted, dead_leaves, footage, random_crop, recoloured
+from model.weights import CodecUnavailable
 from storage.layout import Lake
 from tests.model.tiny_lake import make_lake
 
 TINY = CodecRecipe(
-    vae_steps=3, vae_batch=2, crop=32, unet_steps=3, unet_batch=2, sides=(32,), latents=4, save_every=2, kl_from=1,
-    hold_out=(), vae_widths=(8, 8, 8, 8), unet_widths=(16, 16, 16),
+    vae_steps=3, vae_batch=2, crop=32, unet_steps=3, unet_batch=2, sides=(32,), latents=4, save_every=2,
+    hold_out=(), channels=6, block_pictures=64, unet_widths=(16, 16, 16),
 )  # fmt: skip
 
 
@@ -54,23 +55,42 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_the_folder_is_a_codec_with_its_text_encoder(trained: Path) -> None:
     plain = DiffusersCodec.from_pretrained(trained, DiffusersSettings(inversion_depth=0))
-    assert (plain.channels, plain.factor) == (4, 8)
+    assert (plain.channels, plain.factor) == (6, 8)
     frames = torch.rand(2, 3, 64, 32) * 2 - 1
     latents = plain.encode(frames).latents
-    assert latents.shape == (2, 4, 8, 4)
+    assert latents.shape == (2, 6, 8, 4)
     assert plain.decode(latents).shape == frames.shape
     full = DiffusersCodec.from_pretrained(trained, DiffusersSettings(ddim_steps=10, inversion_depth=2, refinements=1))
-    assert full.encode(frames, "a ball").latents.shape == (2, 4, 8, 4)
+    assert full.encode(frames, "a ball").latents.shape == (2, 6, 8, 4)
     embedding, _ = pretrained_text_encoder(trained).encode(["a red ball"])
     assert embedding.shape == (1, 77, 128)
     assert {value.dtype for value in weights(trained).values()} == {torch.float16}
     assert not [path for path in trained.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".ckpt")]
 
 
-def test_the_latents_of_the_first_side_have_unit_variance(trained: Path) -> None:
-    made = load_file(trained.parent / "run" / "latents.safetensors")["latents32"]
-    scale = DiffusersCodec.from_pretrained(trained, DiffusersSettings(inversion_depth=0)).scale
-    assert scale * float(made.std()) == pytest.approx(1, rel=1e-4)
+def test_every_channel_of_the_latents_has_unit_variance(trained: Path, lake: Lake) -> None:
+    # The pictures that the latents were made of, through the codec as it was written.
+    random = np.random.default_rng([TINY.seed, 2, 32, 0])
+    shown = torch.stack([captioned(footage([lake.root]), 32, TINY, random)[0] for _ in range(TINY.latents)]) * 2 - 1
+    latents = DiffusersCodec.from_pretrained(trained, DiffusersSettings(inversion_depth=0)).encode(shown).latents
+    assert latents.std((0, 2, 3)).tolist() == pytest.approx([1.0] * 6, abs=0.02)
+
+
+def test_training_starts_from_a_codec_of_fewer_channels(trained: Path, lake: Lake, tmp_path: Path) -> None:
+    wider = dataclasses.replace(TINY, channels=8, vae_steps=1, unet_steps=1, unet_learning_rate=0)
+    made = train_codec([lake.root], tmp_path / "run", tmp_path / "wider", wider, trained)
+    assert json.loads((made / "training.json").read_text())["recipe"]["start"] == "small"
+    old, new = weights(trained), weights(made)
+    assert (len(old["unet/conv_out.bias"]), len(new["unet/conv_out.bias"])) == (6, 8)
+    for name in old:
+        if not name.startswith("vae/"):
+            assert torch.equal(new[name][tuple(map(slice, old[name].shape))], old[name]), name
+    with pytest.raises(ValueError, match="at least its channels"):
+        train_codec([lake.root], tmp_path / "other", tmp_path / "less", dataclasses.replace(TINY, channels=5), trained)
+    with pytest.raises(ValueError, match="another recipe"):
+        train_codec([lake.root], tmp_path / "run", made, wider)
+    with pytest.raises(CodecUnavailable, match="neither an existing folder"):
+        train_codec([lake.root], tmp_path / "none", made, wider, "nothing")
 
 
 def test_the_record_names_films_recipe_and_losses(trained: Path, lake: Lake) -> None:
@@ -140,6 +160,19 @@ def test_crops_keep_to_the_frame_and_the_range() -> None:
         assert changed.shape == crop.shape
         assert 0 <= float(changed.min()) <= float(changed.max()) <= 1
     assert random_crop(clip, 40, 0.1, random).shape == (3, 40, 40)
+
+
+def test_contrast_goes_around_the_mean_colour() -> None:
+    random = np.random.default_rng(0)
+    picture = torch.rand(3, 8, 8) * 0.3 + torch.tensor([0.3, 0.4, 0.5]).view(3, 1, 1) - 0.15
+    around = picture - picture.mean((1, 2), keepdim=True)
+    factors = []
+    for _ in range(50):
+        changed = contrasted(picture, 1.4, random)
+        assert torch.allclose(changed.mean((1, 2)), picture.mean((1, 2)), atol=1e-4)
+        factors.append(float((changed - changed.mean((1, 2), keepdim=True)).std() / around.std()))
+    assert 1 / 1.4 - 1e-3 <= min(factors) < 0.8 < 1.25 < max(factors) <= 1.4 + 1e-3
+    assert torch.allclose(contrasted(picture, 1.0, random), picture, atol=1e-6)
 
 
 def test_leaves_are_pictures_with_edges() -> None:

@@ -6,13 +6,15 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from model.codec_train import CodecRecipe, train_codec
-from model.training.codec_data import Footage, footage
+from model.codecs.networks import new_autoencoder, scale_latents, start_from_blocks
+from model.training.codec_data import Footage, dead_leaves, footage
 from model.video import from_frames
 from pipeline.experiments import codec as experiment
 from pipeline.experiments.codec import BlockComponents, NoiseLoss, by_film, main, noise_statistics
@@ -20,7 +22,7 @@ from tests.model.tiny_lake import make_lake
 
 TINY = CodecRecipe(
     vae_steps=2, vae_batch=2, crop=32, unet_steps=2, unet_batch=2, sides=(32,), latents=4, hold_out=(),
-    vae_widths=(8, 8, 8, 8), unet_widths=(16, 16, 16),
+    channels=4, vae_learning_rate=0.1, unet_widths=(16, 16, 16),
 )  # fmt: skip
 
 
@@ -48,6 +50,30 @@ def test_blocks_are_kept_as_their_leading_components() -> None:
     spread = np.linalg.eigvalsh(np.cov(blocks.T, bias=True))
     error = (BlockComponents(pictures, 2).round_trip(pictures) - pictures).double().square().mean()
     assert float(error) == pytest.approx(spread[:-2].sum() / 192, rel=1e-3)
+
+
+def test_an_autoencoder_begins_as_the_components_of_blocks() -> None:
+    random = np.random.default_rng(0)
+    shown = torch.stack([dead_leaves(32, random) for _ in range(32)]) * 2 - 1
+    torch.manual_seed(0)
+    for channels in (4, 24):
+        vae = new_autoencoder((48, 96, 192), channels)
+        start_from_blocks(vae, shown)
+        network: Any = vae
+        with torch.no_grad():
+            latents = network.encode(shown).latent
+            made = network.decode(latents).sample
+        expected = BlockComponents(shown, channels).round_trip(shown)
+        assert float((made.clamp(-1, 1) - expected).abs().mean()) < 0.01
+        assert float((made - shown).square().mean()) < 1.05 * float((expected - shown).square().mean())
+        assert latents.std((0, 2, 3)).tolist() == pytest.approx([1.0] * channels, abs=0.02)
+        deviation = torch.rand(channels) + 0.5
+        scale_latents(vae, deviation)
+        with torch.no_grad():
+            scaled = network.encode(shown).latent
+            again = network.decode(scaled).sample
+        assert torch.allclose(scaled * deviation.view(-1, 1, 1), latents, atol=1e-4)
+        assert torch.allclose(again, made, atol=1e-3)
 
 
 def test_white_noise_is_told_from_smooth_latents() -> None:
@@ -101,9 +127,8 @@ def test_all_figures_of_a_folder(
         ]
 
     monkeypatch.setattr(experiment, "footage", larger)
-    monkeypatch.setattr(experiment, "SIDE", 64)
     monkeypatch.setattr(experiment, "DEPTHS", (0, 2))
-    assert main(options) == 0
+    assert main([*options, "--side", "64"]) == 0
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "figures.json").read_text())
     clips = footage([lake])[0]
@@ -111,6 +136,11 @@ def test_all_figures_of_a_folder(
     # Two steps of training teach nothing: the block analysis, fitted on these very frames, is far better.
     assert all(row["psnr_blocks"] > row["psnr_autoencoder"] + 3 for row in found["films"])
     assert all(row["ssim_blocks"] > row["ssim_autoencoder"] for row in found["films"])
+    generated = found["generated"]  # the very films, so the same figures
+    for name in ("blocks", "autoencoder"):
+        rows = [row[f"psnr_{name}"] for row in found["films"]]
+        assert generated[name]["mean"] == pytest.approx(np.mean(rows), abs=1e-3)
+        assert generated[name]["worst"] == pytest.approx(min(rows), abs=1e-3)
     assert found["noise_films"]["below"] < 0.15
     assert all(Path(row["film"]).with_suffix(".png").name in os.listdir(tmp_path / "out") for row in found["films"])
     assert all(row["film"] in printed for row in found["films"])
