@@ -57,6 +57,10 @@ class VLFMOptions:
     exact."""
     anchor_dropout: float = 0.1
     """Rate at which a state of the clip is shown no anchor in training."""
+    start_anywhere: float = 0.0
+    """Share of the warm-up's states whose frame is from anywhere on the clip, not its first. Where windows are cut from
+    films without regard to what they show, every frame is as good a first one: a few hundred clips then teach the
+    warm-up thousands. Of `anchor=ends` it does nothing."""
     times_per_clip: int = 4
     """Flow times drawn for each clip of a step: one read of the clip serves them all."""
     warmup_share: float = 0.3
@@ -87,7 +91,7 @@ class VLFMOptions:
     def __post_init__(self) -> None:
         """Raises ValueError for a field that cannot be, with its name, its value and what it must be."""
         not_negative = ("anchor_noise", "warmup_focus", "state_jitter", "error_focus", "derivative_weight")
-        shares = ("anchor_dropout", "caption_dropout", "clip_start_dropout", "context_dropout")
+        shares = ("anchor_dropout", "start_anywhere", "caption_dropout", "clip_start_dropout", "context_dropout")
         rules = dict.fromkeys(not_negative, AT_LEAST_0) | dict.fromkeys(shares, SHARE)
         check_settings(self, {**rules, "times_per_clip": AT_LEAST_1, "warmup_share": SHARE_BELOW_1})
         if self.anchor not in ANCHORS:
@@ -176,7 +180,11 @@ class VLFM:
         on_clip = (flow_time > 0)[:, :, None]  # (B, K, 1)
         # Each of the A frames of a state: on the warm-up the anchors, on the clip the one frame at its time.
         slots = self.slots(device)  # (A,) flow times
-        at = torch.where(on_clip, flow_time[:, :, None], slots)  # (B, K, A)
+        start = slots.expand(count, times, -1)
+        if options.start_anywhere > 0 and len(slots) == 1:
+            anywhere, place = torch.rand((2, count, times, 1), generator=generator, device=device)
+            start = torch.where(anywhere < options.start_anywhere, place, start)
+        at = torch.where(on_clip, flow_time[:, :, None], start)  # (B, K, A)
         mean, derivative = self.frames(coefficients, at)  # (B, K, A, C, h, w)
         noise = torch.randn(mean.shape, generator=generator, device=device)
         noise = torch.where(on_clip[..., None, None, None], noise[:, :, :1], noise)
