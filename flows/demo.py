@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
 
 from model.progress import Progress, clock
 from storage.fingerprint import fingerprint
-from storage.layout import write_atomic
-
-FILMS = 900
-"""Films of the corpus."""
 
 
 def demo(
@@ -30,22 +25,18 @@ def demo(
     """
     began = time.monotonic()
     base = Path(out) / (_folder_name(source) if source else "corpus")
-    recipe = "demo" if source else "combinations"
     if source is None:
         films = base / "films"
         captions = str(_corpus(films))
         source = str(films)
     lake = base / "lake"
-    number, status = _ingest(source, lake, captions, limit, recipe)
+    number, status = _ingest(source, lake, captions, limit)
     if number is None:
         return status
-    run = _train(lake, base / f"run-{number}", number, steps, recipe)
+    run = _train(lake, base / f"run-{number}", number, steps)
     report = base / f"report-{number}"
     lines = _evaluate(run, lake, report)
-    if recipe == "combinations":
-        lines += _unseen(run, base / f"samples-{number}")
-    else:
-        _samples(run, lake, number, base / f"samples-{number}")
+    _samples(run, lake, number, base / f"samples-{number}")
     print(f"\ndone in {clock(time.monotonic() - began)}")
     print("\n".join(f"  {line}" for line in lines))
     print((report / "report.html").resolve())
@@ -63,7 +54,7 @@ def _say(text: str) -> None:
 
 
 def _corpus(folder: Path) -> Path:
-    from pipeline.corpus import make_combinations
+    from pipeline.corpus import make_corpus
 
     progress: list[Progress] = []
 
@@ -72,22 +63,23 @@ def _corpus(folder: Path) -> Path:
             progress.append(Progress("corpus", total, "films", done))
         progress[0].update(done, film)
 
-    return make_combinations(folder, films=FILMS, progress=tell)
+    return make_corpus(folder, progress=tell)
 
 
-def _ingest(source: str, lake: Path, captions: str | None, limit: int | None, name: str) -> tuple[int | None, int]:
+def _ingest(source: str, lake: Path, captions: str | None, limit: int | None) -> tuple[int | None, int]:
     """The version that holds the source's films, and the exit status of the ingest."""
     from pipeline.ingest import carry_out, plan_ingest
-    from pipeline.recipes import recipe_named
+    from pipeline.recipes import demo as recipe
     from pipeline.sources.folders import discover
     from storage.layout import Lake
 
-    recipe = recipe_named(name)
-    found = discover([source], captions, recipe.captions_required)  # a slip is told before the servers start
+    found = discover(
+        [source], captions, recipe().captions_required
+    )  # a slip of the pen is told before the servers start
     if (lake / "versions").is_dir():
         opened = Lake.open(lake)
         with opened.writing():
-            plan = plan_ingest(opened, found, recipe, limit)
+            plan = plan_ingest(opened, found, recipe(), limit)
             if not plan.clips and plan.parent is not None:
                 report = carry_out(plan)
                 _say("ingest     " + report.lines()[-1])
@@ -96,19 +88,19 @@ def _ingest(source: str, lake: Path, captions: str | None, limit: int | None, na
     from flows.dataset import run_ingest
     from flows.progress import Stages
 
-    told = run_ingest(source, str(lake), captions, name, limit=limit, on_progress=Stages(), found=found)
+    told = run_ingest(source, str(lake), captions, "demo", limit=limit, on_progress=Stages(), found=found)
     _say(f"error: {told['error']}" if "error" in told else "\n".join(told["lines"]))
     return told["version"], int(told["exit_status"])
 
 
-def _train(lake: Path, run: Path, number: int, steps: int | None, name: str) -> Path:
-    from model.recipes import train_recipe
+def _train(lake: Path, run: Path, number: int, steps: int | None) -> Path:
+    from model.recipes import demo as recipe
     from model.settings import override
     from model.train import train
     from model.training.checkpoint import Run
     from model.training.record import RunRecord
 
-    chosen = override(train_recipe(name), {} if steps is None else {"steps": steps})
+    chosen = override(recipe(), {} if steps is None else {"steps": steps})
     if Run(run).file.is_file():
         try:
             other = RunRecord.read(Run(run)).differences(chosen)
@@ -119,33 +111,8 @@ def _train(lake: Path, run: Path, number: int, steps: int | None, name: str) -> 
     done = Run(run).steps()
     if done and done[-1] >= chosen.steps:
         _say(f"train      {done[-1]} steps are done already")
-    processes = _processes(chosen.batch) if name == "combinations" else 1
-    if processes > 1:
-        _train_in_processes(lake, run, number, chosen.steps, name, processes)
-    else:
-        train(lake, run, chosen, number)  # a signal raises Stopped: half a model is no demo
+    train(lake, run, chosen, number)  # a signal raises Stopped: half a model is no demo
     return run
-
-
-def _processes(batch: int) -> int:
-    """How many processes train on this machine: two on a CPU, where one with two threads leaves half of it idle."""
-    import torch
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 2 if cores > 1 and batch % 2 == 0 and not torch.cuda.is_available() else 1
-
-
-def _train_in_processes(lake: Path, run: Path, number: int, steps: int, name: str, processes: int) -> None:
-    from model.stop import STOPPED, Stopped
-    from model.training.checkpoint import Run
-    from model.training.launch import launch
-
-    command = [sys.executable, "-m", "model.train", "--lake", str(lake), "--run-dir", str(run), "--recipe", name]
-    status = launch([*command, "--set", f"steps={steps}", "--version", str(number)], processes)
-    if status == STOPPED:
-        raise Stopped((Run(run).steps() or [0])[-1])
-    if status:
-        raise ValueError(f"the training of {run} failed with status {status}; the lines above say why")
 
 
 def _evaluate(run: Path, lake: Path, out: Path) -> list[str]:
@@ -175,20 +142,3 @@ def _samples(run: Path, lake: Path, number: int, folder: Path) -> None:
         write_video(folder / f"{index + 1}-{Path(about['film']).stem}.mp4", frames, 24)
         progress.advance()
     done.write_text(json.dumps({"step": sampler.step, "captions": [clip.about["caption"] for clip in chosen]}))
-
-
-def _unseen(run: Path, folder: Path) -> list[str]:
-    """What the model makes of captions that no film was trained on: videos, and the probes' table."""
-    from model.sample import Sampler
-    from pipeline.experiments.combinations import experiment, show, table
-
-    figures = folder / "unseen.json"
-    found = json.loads(figures.read_text()) if figures.is_file() else {}
-    if found.get("step") != Sampler(run).step:
-        progress = Progress("unseen", 2, "parts")
-        show(run, folder)
-        progress.advance()
-        found = experiment(run, captions=40, seeds=1, films=FILMS)
-        progress.advance()
-        write_atomic(figures, json.dumps(found, indent=1).encode())
-    return table(found).splitlines()

@@ -231,6 +231,9 @@ def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
     parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of the noise (default 0)")
     parser.add_argument("--steps", type=int, default=defaults.steps, help="solver steps on a window (default 16)")
     parser.add_argument(
+        "--warmup-steps", type=int, default=defaults.warmup_steps, help="solver steps to the first frame (default 16)"
+    )
+    parser.add_argument(
         "--solver", default=defaults.solver, help="ddim (default), euler, midpoint, heun, rk4 or adaptive"
     )
     parser.add_argument(
@@ -243,7 +246,7 @@ def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
 def run_arguments(options: argparse.Namespace) -> int:
     """Sample as the options say."""
     check_output(options.out)  # what cannot be written is not worth the wait
-    settings = SampleSettings(steps=options.steps, solver=options.solver, guidance=options.guidance, seed=options.seed)
+    settings = SampleSettings(options.steps, options.warmup_steps, options.solver, options.guidance, options.seed)
     sampler = Sampler(options.run, options.step)
     height, width = sampler.clip["frame_shape"][:2]
     image = None if options.image is None else read_image(options.image, (height, width))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -54,10 +55,13 @@ def recipe_named(module: ModuleType, name: str, kind: type[Recipe]) -> Callable[
     functions = {
         key: value
         for key, value in vars(module).items()
-        if callable(value) and getattr(value, "__annotations__", {}).get("return") in (kind, kind.__name__)
+        if callable(value)
+        and getattr(value, "__annotations__", {}).get("return") in (kind, kind.__name__)
+        # A recipe is made from its defaults: what must be given something makes none.
+        and all(each.default is not each.empty for each in inspect.signature(value).parameters.values())
     }
     if name not in functions or name.startswith("_"):
-        known = ", ".join(sorted(key for key in functions if not key.startswith("_") and key != "override"))
+        known = ", ".join(sorted(key for key in functions if not key.startswith("_")))
         raise ValueError(f"recipe {name!r} is unknown; the recipes are: {known}")
     return cast(Callable[..., Recipe], functions[name])
 

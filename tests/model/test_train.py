@@ -225,7 +225,7 @@ def test_the_loss_of_the_truth_is_zero_and_dropping_hides(lake: Lake) -> None:
     clips = Clips(lake, version.load(lake), "train")
     batch = Collate(version.read_empty_text(lake, version.load(lake)), VLFM.members)([clips[0], clips[1]])
     mean_scale, derivative_scale = curve_scales(clips, clips.version.clip["order"])
-    options = VLFMOptions(times_per_clip=3, state_jitter=0.2, error_focus=0.0, caption_dropout=0.5, context_dropout=0.5)
+    options = VLFMOptions(times_per_clip=3, state_jitter=0.2, caption_dropout=0.5, clip_start_dropout=0.2)
     method = VLFM(options, WarmupPath(), mean_scale, derivative_scale)
     seen = {}
 
@@ -244,10 +244,11 @@ def test_the_loss_of_the_truth_is_zero_and_dropping_hides(lake: Lake) -> None:
     assert float(times.min()) >= -0.25
     assert float(times.max()) <= 1
     for row in range(6):
-        dropped = seen["named"][row] == 0
-        assert bool(dropped) == (int(seen["text_length"][row // 3]) == len(batch.empty_text))
+        dropped = int(seen["text_length"][row // 3]) == len(batch.empty_text)
+        assert not (dropped and seen["start_given"][row]), "without its caption a clip has no place either"
         assert bool(seen["context_given"][row]) == bool(seen["context"][row].abs().sum() > 0)
-    assert {0.0, 1.0} == set(seen["named"].tolist()) | set(seen["context_given"].float().flatten().tolist())
+        assert not (seen["context_given"][row] and times[row] <= 0), "the warm-up makes the anchor"
+    assert {0.0, 1.0} == set(seen["start_given"].tolist()) | set(seen["context_given"].float().flatten().tolist())
 
 
 def test_every_field_of_the_recipe_changes_something(lake: Lake, tmp_path: Path) -> None:
@@ -255,8 +256,9 @@ def test_every_field_of_the_recipe_changes_something(lake: Lake, tmp_path: Path)
     changes = {
         "name": None, "method": "per_frame",
         "width": 64, "depth": 1, "heads": 4, "patch": 4, "path": "paper", "warmup": 0.5, "sigma_end": 0.3,
-        "warmup_share": 0.6, "warmup_focus": 1.5,
-        "state_jitter": 0.0, "error_focus": 0.0, "derivative_weight": 1.0, "caption_dropout": 0.9,
+        "warmup_share": 0.6, "warmup_focus": 1.5, "anchor": "none", "anchor_noise": 0.5, "anchor_dropout": 0.9,
+        "start_anywhere": 0.5, "clip_start_dropout": 0.0,
+        "state_jitter": 0.0, "error_focus": 1.0, "derivative_weight": 1.0, "caption_dropout": 0.9,
         "context_dropout": 0.1, "batch": 2, "times_per_clip": 1, "steps": 4, "learning_rate": 1e-4,
         "matrix_learning_rate": 1e-3, "weight_decay": 0.5, "learning_rate_warmup": 1, "learning_rate_decay": 1.0,
         "gradient_clip": 1e-3, "ema_decay": 0.0, "precision": "bfloat16", "seed": 1, "checkpoint_every": 1,
@@ -276,8 +278,12 @@ def test_every_field_of_the_recipe_changes_something(lake: Lake, tmp_path: Path)
 
     reference = outcome("reference", base)
     assert reference == outcome("again", base)
+    alone, without = {"path", "context_dropout"}, override(base, {"anchor": "none"})
+    unanchored = outcome("unanchored", without)
     for name, value in changes.items():
-        if value is not None and name != "checkpoint_every":
+        if name in alone:
+            assert outcome(name, override(without, {name: value})) != unanchored, name
+        elif value is not None and name != "checkpoint_every":
             assert outcome(name, override(base, {name: value})) != reference, name
     kept_all = outcome("checkpoint_every", override(base, {"checkpoint_every": 3}))
     assert kept_all[2] == [3] != reference[2]

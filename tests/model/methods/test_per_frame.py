@@ -147,6 +147,6 @@ def test_a_run_through_the_same_commands(lake: Lake, tmp_path: Path, capsys: pyt
     assert "takes no given frame" in capsys.readouterr().err
     metrics = evaluate.evaluate(run, lake.root, tmp_path / "report", SampleSettings(warmup_steps=2), most=2)
     assert metrics["run"]["recipe"]["method"] == "per_frame"
-    assert metrics["summary"]["clips"] == 2
+    assert metrics["train"]["clips"] == 2
     assert (tmp_path / "report" / "report.html").is_file()
     assert Sampler(run).method.name == "per_frame"
