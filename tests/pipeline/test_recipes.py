@@ -19,7 +19,7 @@ def test_names() -> None:
     assert recipe_named("stable_diffusion") == stable_diffusion()
     for name in ("nope", "recipe_named", "dataclasses", "override"):
         with pytest.raises(
-            ValueError, match="is unknown; the recipes are: combinations, demo, linear, stable_diffusion"
+            ValueError, match="the recipes are: combinations, demo, linear, stable_diffusion"
         ):
             recipe_named(name)
 
