@@ -122,7 +122,8 @@ def demo() -> TrainRecipe:
         depth=6,
         heads=4,
         patch=2,
-        options=VLFMOptions(times_per_clip=2, warmup_share=0.25, context_dropout=0.9),
+        # Few films, several windows of each: a caption alone does not say which is meant.
+        options=VLFMOptions(times_per_clip=2, warmup_share=0.25, clip_start_dropout=0.2),
         batch=16,
         steps=1500,
         learning_rate=2e-3,

@@ -18,9 +18,7 @@ def test_names() -> None:
     assert recipe_named("linear") == linear()
     assert recipe_named("stable_diffusion") == stable_diffusion()
     for name in ("nope", "recipe_named", "dataclasses", "override"):
-        with pytest.raises(
-            ValueError, match="the recipes are: combinations, demo, linear, stable_diffusion"
-        ):
+        with pytest.raises(ValueError, match="the recipes are: combinations, demo, linear, stable_diffusion"):
             recipe_named(name)
 
 
