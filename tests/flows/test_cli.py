@@ -151,7 +151,7 @@ def test_the_program_ends_with_one_line_and_status_1(arguments: list[str], messa
         (["ingest", "films", "--lake", "lake"], "no films in films"),
         (
             ["ingest", "films", "--lake", "lake", "--recipe", "magic"],
-            "recipe 'magic' is unknown; the recipes are: demo",
+            "recipe 'magic' is unknown; the recipes are: combinations, demo",
         ),
         (["ingest", "films", "--lake", "lake", "--set", "rat=8"], "setting 'rat' is unknown; the fields are: below_ga"),
         (["ingest", "films", "--lake", "lake", "--set", "rate=fast"], "setting 'rate' takes float, like 16.0"),
@@ -174,7 +174,7 @@ def test_the_program_ends_with_one_line_and_status_1(arguments: list[str], messa
             "codec 'x' is neither 'pixels', a folder",
         ),
         (["interpolate", "a", "--fps", "0", "--out", "a.gif"], "fps is 0; it must be above 0 and at most 1000"),
-        (["experiment", "alchemy"], "experiment 'alchemy' is unknown; the experiments are: codec, drift"),
+        (["experiment", "alchemy"], "experiment 'alchemy' is unknown; the experiments are: codec, combinations, drift"),
         (["evaluate", "--run", "no", "--lake", "{lake}", "--out", "o"], "no is no training run"),
         (["inspect", "--lake", "films"], "vlfm ingest"),
         (["inspect", "--lake", "{lake}", "--version", "5"], "has no version 5; there are: 1"),

@@ -202,7 +202,7 @@ def test_codecs_by_name() -> None:
     assert codec_named("stabilityai/x") == {"kind": "diffusers", "source": "stabilityai/x", "inversion_depth": 0}
     with pytest.raises(
         ValueError,
-        match=r"codec 'magic' is neither 'pixels', a folder nor a hub id, .* the recipes are: demo",
+        match=r"codec 'magic' is neither 'pixels', a folder nor a hub id, .* the recipes are: combinations, demo",
     ):
         codec_named("magic")
 
