@@ -88,8 +88,8 @@ def test_calls_are_counted(made: Path) -> None:
     assert calls["sigma 0.3, no jitter", "mean, re-anchored"] == 16 + 16 + 1
     assert calls["sigma 0.1", "looks twice, 16 steps"] == 16 + 2 * 17
     assert calls["sigma 0.1", "rk4, 8 steps"] == 4 * 24 + 1
-    assert calls["paper path", "mean, re-anchored"] == 33
-    assert calls["per frame", "mean"] == 9 * KEPT, "every frame costs its own calls"
+    assert calls["paper path", "mean, re-anchored"] == 17
+    assert calls["per frame", "mean"] == 17 * KEPT, "every frame costs its own calls"
 
 
 def test_the_ceiling_is_the_projection(made: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_training_that_was_stopped_is_no_result(lake: Lake, tmp_path: Path, mo
         (["--set", "state_jitter=0"], "--set state_jitter: the experiment varies state_jitter itself"),
         (["--set", "sigma=0.2"], "setting 'sigma' is unknown"),
         (["--set", "width"], "--set takes key=value; it was given 'width'"),
-        (["--steps", "0"], "--steps is 0; it must be at least 1"),
+        (["--steps", "0"], "steps is 0; it must be at least 1"),
     ],
 )
 def test_slips_of_the_pen(
