@@ -232,7 +232,7 @@ def long_videos(judge: Judge, wanted: Sequence[Attributes], most: int = 8, windo
 
 
 def _psnr(made: Frames, true: Frames) -> float:
-    return float(psnr(from_frames(made), from_frames(true)).mean())
+    return float(psnr(from_frames(made), from_frames(true), together=True))
 
 
 def _nearest(wanted: Attributes, seen: Sequence[Attributes]) -> Attributes:
