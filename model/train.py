@@ -149,7 +149,7 @@ def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
         metavar="DIR",
         help="where the run is kept; an old one is resumed (under torchrun say --run-dir)",
     )
-    parser.add_argument("--recipe", default="base", metavar="NAME", help="training recipe: base (default), demo or combinations")
+    parser.add_argument("--recipe", default="base", metavar="NAME", help="base (default), demo or combinations")
     parser.add_argument("--version", type=int, metavar="N", help="version of the dataset (default: the newest)")
     parser.add_argument(
         "--processes",
