@@ -26,7 +26,9 @@ from model.training.record import RESUMABLE, RunRecord
 from storage.layout import Lake
 from tests.model.tiny_lake import make_lake
 
-OF_THEN = {"anchor": "none", "warmup_focus": 2.0, "error_focus": 1.0, "clip_start_dropout": 0.0}
+OF_THEN = {
+    "anchor": "none", "warmup_focus": 2.0, "error_focus": 1.0, "clip_start_dropout": 0.0, "context_dropout": 0.9,
+}  # fmt: skip
 """Options whose defaults were others, or which there were none of, when the run of tests/data/v1 was made."""
 DATA = Path(__file__).parents[2] / "data" / "v1"
 
@@ -45,7 +47,7 @@ def test_a_run_of_format_1_is_read(old: Path) -> None:
     record = RunRecord.read(Run(old / "run"))
     assert json.loads((old / "run" / "run.json").read_text())["format"] == 1
     assert (record.recipe.method, record.recipe.width, record.recipe.steps) == ("vlfm", 16, 200)
-    expected: dict[str, Any] = {"times_per_clip": 2, "warmup_share": 0.25, "context_dropout": 0.9, **OF_THEN}
+    expected: dict[str, Any] = {"times_per_clip": 2, "warmup_share": 0.25, **OF_THEN}
     assert record.recipe.options == VLFMOptions(**expected)
     assert set(record.figures) == {"mean_scale", "derivative_scale"}
     assert record.backbone.outputs == ("mean", "derivative")
