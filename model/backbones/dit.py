@@ -30,7 +30,11 @@ from model.backbones.tensors import check_tensors, read_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 """What `save_pretrained` writes."""
-QK_NORMS: Mapping[str, type[nn.Module]] = {"none": nn.Identity, "rms": nn.RMSNorm, "layer": nn.LayerNorm}
+QK_NORMS: Mapping[str, type[nn.RMSNorm | nn.LayerNorm] | None] = {
+    "none": None,
+    "rms": nn.RMSNorm,
+    "layer": nn.LayerNorm,
+}
 """Norms of each head's queries and keys."""
 ARCHITECTURES = ("vlfm", "dit")
 """`dit` has the published epsilon of the norms and the published time embedding."""
@@ -277,7 +281,7 @@ class Block(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
         self.norm = nn.LayerNorm(width, eps=config.norm_epsilon, elementwise_affine=False)
         self.qkv = nn.Linear(width, 3 * width)
-        self.norm_q, self.norm_k = head_norm(config), head_norm(config)
+        self.norm_q, self.norm_k = HeadNorm(config), HeadNorm(config)
         self.attention_out = nn.Linear(width, width)
         self.cross = CrossAttention(config)
         self.up = nn.Linear(width, 4 * width)
@@ -313,7 +317,7 @@ class CrossAttention(nn.Module):
         self.heads = config.heads
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)
-        self.norm_q, self.norm_k = head_norm(config), head_norm(config)
+        self.norm_q, self.norm_k = HeadNorm(config), HeadNorm(config)
         self.out = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor, text: Tensor, words: Tensor) -> Tensor:
@@ -330,10 +334,20 @@ class CrossAttention(nn.Module):
         return self.out(mixed.transpose(1, 2).reshape(batch, frames, count, width))
 
 
-def head_norm(config: BackboneConfig) -> nn.Module:
-    """The norm of queries or keys (..., W/heads), one for all heads of a layer."""
-    norm: nn.Module = QK_NORMS[config.qk_norm](config.width // config.heads, eps=1e-6)
-    return norm
+class HeadNorm(nn.Module):
+    """The norm of queries or keys (..., W/heads), one for all heads of a layer, in the weight's precision."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        kind = QK_NORMS[config.qk_norm]
+        self.norm = None if kind is None else kind(config.width // config.heads, eps=1e-6)
+
+    def forward(self, value: Tensor) -> Tensor:
+        """(..., W/heads) to the same shape and type."""
+        if self.norm is None:
+            return value
+        normed: Tensor = self.norm(value.to(self.norm.weight.dtype))
+        return normed.to(value.dtype)
 
 
 def position_embedding(config: BackboneConfig) -> Tensor:

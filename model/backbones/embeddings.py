@@ -43,7 +43,8 @@ class SinusoidalEmbedding(ScalarEmbedding):
 
     def sinusoids(self, value: Tensor) -> Tensor:
         """(...) to (..., 2 * count)."""
-        angle = 2 * math.pi * value.float()[..., None] / self.wavelengths  # (..., count)
+        exact = value.to(torch.promote_types(value.dtype, torch.float32))
+        angle = 2 * math.pi * exact[..., None] / self.wavelengths  # (..., count)
         return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
@@ -59,5 +60,6 @@ class StepEmbedding(ScalarEmbedding):
 
     def sinusoids(self, value: Tensor) -> Tensor:
         """(...) flow times to (..., 2 * count)."""
-        angle = STEPS_PER_FLOW_TIME * value.float()[..., None] * self.rates  # (..., count)
+        exact = value.to(torch.promote_types(value.dtype, torch.float32))
+        angle = STEPS_PER_FLOW_TIME * exact[..., None] * self.rates  # (..., count)
         return torch.cat([angle.cos(), angle.sin()], dim=-1)

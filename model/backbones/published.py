@@ -9,10 +9,11 @@ computes without a class.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -40,7 +41,7 @@ SIZES: Mapping[str, Size] = {
 }
 """The four sizes by name."""
 PATCHES = (2, 4, 8)
-"""Their patches: DiT-XL/2 is the size XL with patch 2."""
+"""Their patches: DiT-XL/2 has the size XL and patch 2."""
 NAMES: tuple[tuple[str, str], ...] = (
     (r"x_embedder\.proj\.(weight|bias)", r"embed_latents.\1"),
     (r"pos_embed", r"position"),
@@ -59,39 +60,43 @@ DROPPED = "y_embedder.embedding_table.weight"
 """The class embedding."""
 
 
-def start_from_dit(backbone: Backbone, path: Path) -> None:
-    """Set a new backbone's weights to those of an official checkpoint, and what it has beside them to no effect.
-
-    Args:
-        backbone: as its constructor leaves it, with `architecture=dit`.
-        path: `.pt` or `.safetensors` with the official names.
+def official_weights(path: Path, config: BackboneConfig) -> dict[str, Tensor]:
+    """The tensors of an official checkpoint (`.pt` or `.safetensors`), float32, under the names of a backbone.
 
     Raises:
         FileNotFoundError, ValueError: the file cannot be read or is of another size; the message says what differs.
     """
-    config = backbone.config
     if config.architecture != "dit":
         raise ValueError(f"{path.name} fits the published architecture alone: --set architecture=dit")
     if config.qk_norm != "none":
-        raise ValueError(f"{path.name} was trained without qk_norm={config.qk_norm}: --set qk_norm=none")
+        raise ValueError(f"{path.name} was trained without a norm of queries and keys: --set qk_norm=none")
     tensors = read_tensors(path)
     _check_size(tensors, config, path.name)
     found = translated(tensors, config, path.name)
-    state = backbone.state_dict()
-    check_tensors({name: state[name] for name in published_names(backbone)}, found, path.name)
-    backbone.load_state_dict(found, strict=False)
+    with torch.device("meta"):
+        expected = Backbone(config).state_dict()
+    check_tensors({name: expected[name] for name in published_names(config, expected)}, found, path.name)
+    return found
+
+
+def start_from_dit(backbone: Backbone, path: Path) -> None:
+    """Set a new backbone's weights to those of an official checkpoint, and what it has beside them to no effect.
+
+    backbone: as its constructor leaves it: gates, given frames and heads are zero. Raises as `official_weights`.
+    """
+    backbone.load_state_dict(official_weights(path, backbone.config), strict=False)
     added: list[nn.Module] = [backbone.pooled_text[-1]]
     added += [m.second for m in backbone.children() if isinstance(m, ScalarEmbedding) and m is not backbone.time]
-    for layer in added:  # all else that is new is zero from the beginning: gates, given frames, further heads
+    for layer in added:
         assert isinstance(layer, nn.Linear)
         nn.init.zeros_(layer.weight)
 
 
-def published_names(backbone: Backbone) -> list[str]:
-    """The parameters of a backbone that the published DiT has too; of the heads that is the first."""
-    ours = ["embed_latents", "position", "time", "modulation", f"{backbone.config.outputs[0]}_head"]
-    inner = r"blocks\.\d+\.(qkv|attention_out|up|down|modulation)\."
-    return [name for name in backbone.state_dict() if name.split(".")[0] in ours or re.match(inner, name)]
+def published_names(config: BackboneConfig, names: Iterable[str]) -> list[str]:
+    """Those of a backbone's parameters that the published DiT has too; of the heads that is the first."""
+    outer = {"embed_latents", "position", "time", "modulation", f"{config.outputs[0]}_head"}
+    inner = re.compile(r"blocks\.\d+\.(qkv|attention_out|up|down|modulation)\.")
+    return [name for name in names if name.split(".")[0] in outer or inner.match(name)]
 
 
 def translated(tensors: Mapping[str, Tensor], config: BackboneConfig, where: str) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); fetch it again") from None
     try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
+        values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever the unpickler meets in a file that holds more than tensors, or is damaged
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
