@@ -115,7 +115,7 @@ def test_no_import_is_lazy_to_break_a_circle() -> None:
 
 def test_the_trainer_is_lean() -> None:
     """`pip install .[train]` has none of these."""
-    programs = ["model.train", "model.sample", "model.evaluate", "storage.version", "storage.shards"]
+    programs = ["model.train", "model.sample", "model.pipeline", "model.evaluate", "storage.version", "storage.shards"]
     absent = ["ray", "prefect", "zarr", "icechunk", "ffmpeg", "imageio_ffmpeg"]
     assert loaded_by(programs, absent) == []
     assert loaded_by(programs, ["torch"]) == ["torch"], "the check itself sees nothing"
