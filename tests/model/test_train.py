@@ -64,9 +64,12 @@ def test_the_loss_falls(lake: Lake, tmp_path: Path) -> None:
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
-@pytest.mark.parametrize("matrix_learning_rate", [0.0, 1e-3])
-def test_a_resumed_run_is_the_same_run_bit_by_bit(lake: Lake, tmp_path: Path, matrix_learning_rate: float) -> None:
-    recipe = override(TINY, {"matrix_learning_rate": matrix_learning_rate, "learning_rate_decay": 0.0})
+GRAMS = {"optimizer": "grams", "weight_decay": 0.1, "qk_norm": "layer", "activation_checkpointing": True}
+
+
+@pytest.mark.parametrize("changes", [{}, {"matrix_learning_rate": 1e-3}, GRAMS], ids=["adamw", "muon", "grams"])
+def test_a_resumed_run_is_the_same_run_bit_by_bit(lake: Lake, tmp_path: Path, changes: dict[str, object]) -> None:
+    recipe = override(TINY, {**changes, "learning_rate_decay": 0.0})
     train(lake.root, tmp_path / "whole", recipe)
     train(lake.root, tmp_path / "parts", override(recipe, {"steps": 3}))
     assert Run(tmp_path / "parts").steps() == [3]
