@@ -37,10 +37,10 @@ RULES = {
     "learning_rate_decay": SHARE,
     "ema_decay": SHARE_BELOW_1,
     "precision": one_of("float32", "bfloat16"),
+    "seed": SEED,
     "qk_norm": one_of(*QK_NORMS),
     "architecture": one_of(*ARCHITECTURES),
     "optimizer": one_of("adamw", "grams"),
-    "seed": SEED,
 }
 """What the fields of a training recipe may be."""
 
