@@ -74,6 +74,7 @@ def test_override_refuses(settings: dict[str, str], message: str) -> None:
         ("steps=0", "at least 1"), ("log_every=0", "at least 1"), ("checkpoint_every=0", "at least 1"),
         ("checkpoints_kept=0", "at least 1"), ("validate_every=0", "at least 1"), ("batch=0", "at least 1"),
         ("width=0", "at least 1"), ("depth=0", "at least 1"), ("heads=0", "at least 1"), ("patch=0", "at least 1"),
+        ("architecture=unet", "vlfm or dit"), ("optimizer=sgd", "adamw or grams"),
         ("learning_rate=-1", "a number above 0"), ("learning_rate=NaN", "a number above 0"),
         ("learning_rate=Infinity", "a number above 0"), ("gradient_clip=0", "a number above 0"),
         ("matrix_learning_rate=-1", "0 or more"), ("weight_decay=NaN", "0 or more"),
@@ -82,7 +83,6 @@ def test_override_refuses(settings: dict[str, str], message: str) -> None:
         ("spike_factor=-1", "0 or more"), ("ema_decay=1", r"in \[0, 1\)"), ("ema_decay=NaN", r"in \[0, 1\)"),
         ("learning_rate_decay=1.5", r"in \[0, 1\]"), ("learning_rate_decay=-0.1", r"in \[0, 1\]"),
         ("precision=fp16", "float32 or bfloat16"), ("seed=-1", r"between 0 and 2\^62"),
-        ("architecture=unet", "vlfm or dit"), ("optimizer=sgd", "adamw or grams"),
     ],
 )  # fmt: skip
 def test_a_setting_that_cannot_be_is_one_line(setting: str, must: str) -> None:
