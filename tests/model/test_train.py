@@ -258,7 +258,8 @@ def test_every_field_of_the_recipe_changes_something(lake: Lake, tmp_path: Path)
     """No option that nothing reads: each field, changed alone, changes the run's files or its log."""
     changes = {
         "name": None, "method": "per_frame",
-        "width": 64, "depth": 1, "heads": 4, "patch": 4, "path": "paper", "warmup": 0.5, "sigma_end": 0.3,
+        "width": 64, "depth": 1, "heads": 4, "patch": 4, "qk_norm": "rms", "architecture": "dit", "optimizer": "grams",
+        "activation_checkpointing": None, "path": "paper", "warmup": 0.5, "sigma_end": 0.3,
         "warmup_share": 0.6, "warmup_focus": 1.5, "anchor": "none", "anchor_noise": 0.5, "anchor_dropout": 0.9,
         "start_anywhere": 0.5, "clip_start_dropout": 0.0,
         "state_jitter": 0.0, "error_focus": 1.0, "derivative_weight": 1.0, "caption_dropout": 0.9,
