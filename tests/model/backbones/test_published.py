@@ -15,7 +15,7 @@ from torch.nn import functional
 from model.backbones.conditioning import Conditioning
 from model.backbones.dit import Backbone, BackboneConfig
 from model.backbones.embeddings import STEPS_PER_FLOW_TIME
-from model.backbones.published import start_from_dit
+from model.backbones.published import official_weights, start_from_dit
 
 WIDTH, DEPTH, HEADS, PATCH, CHANNELS, SIDE = 24, 3, 2, 2, 4, 8
 CONFIG = BackboneConfig(
@@ -193,6 +193,13 @@ def test_a_checkpoint_of_another_size_is_one_line(tmp_path: Path, changes: dict[
     path = saved(Reference().tensors, tmp_path / "it.pt")
     with pytest.raises(ValueError, match=f"^{message}$"):
         start_from_dit(Backbone(dataclasses.replace(CONFIG, **changes)), path)  # type: ignore[arg-type]
+
+
+def test_heads_which_no_tensor_shows_are_those_of_the_published_width(tmp_path: Path) -> None:
+    tensors = {"x_embedder.proj.weight": torch.zeros(384, 4, 2, 2), "pos_embed": torch.zeros(1, 16, 384)}
+    path = saved({**tensors, "blocks.2.attn.proj.bias": torch.zeros(384)}, tmp_path / "plain.pt")
+    with pytest.raises(ValueError, match=r"^plain.pt has heads 6, not 12: --set heads=6$"):
+        official_weights(path, dataclasses.replace(CONFIG, width=384, heads=12))
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
