@@ -355,7 +355,8 @@ def position_embedding(config: BackboneConfig) -> Tensor:
     rows, columns = config.height // config.patch, config.width_latent // config.patch
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     finest, widest = math.pi, math.pi / (2 * max(rows, columns))
-    rates = torch.exp(torch.linspace(math.log(widest), math.log(finest), config.width // 4))
+    # The device is named: after transformers has loaded a model, `with torch.device(...)` passes linspace by.
+    rates = torch.exp(torch.linspace(math.log(widest), math.log(finest), config.width // 4, device=y.device))
     angles = [place.reshape(-1, 1) * rates for place in (y, x)]
     return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
 
