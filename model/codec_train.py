@@ -8,7 +8,6 @@ Films that are held out are never read.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import sys
@@ -138,7 +137,6 @@ class Stage:
         state = TrainingState(self.network, MovingAverage(self.network, recipe.ema_decay), [optimizer])
         warm_up = min(200, 1 + self.steps // 10)
         training = Training(
-            batches=lambda done: itertools.repeat(None),  # the loss makes its own
             losses=lambda step, _: self.loss(step - 1),
             learning_rate=lambda step: min(1.0, step / warm_up) * cosine((step - 1) / self.steps),
             gradient_clip=1.0,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import re
 import sys
@@ -179,7 +178,6 @@ def training_of(contrast: Contrast, lakes: Sequence[Paths], words: Words, recipe
         }
 
     return Training(
-        batches=lambda done: itertools.repeat(None),  # the losses make their own
         losses=losses,
         learning_rate=lambda step: min(1.0, step / 100) * cosine((step - 1) / recipe.steps),
         gradient_clip=1.0,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 import sys
@@ -155,10 +154,10 @@ def test_a_spike_is_skipped_like_a_bad_step_and_the_run_resumes_bit_by_bit(
             network = nn.Linear(4, 4)
             state = TrainingState(network, MovingAverage(network, 0.9), [adamw(network.parameters(), 1e-2, 0.0, 0.9)])
 
-            def losses(step: int, _: int, network: nn.Module = network) -> dict[str, Tensor]:
+            def losses(step: int, _: None, network: nn.Module = network) -> dict[str, Tensor]:
                 return {"loss": spikes.get(step, 1.0) * network(torch.linspace(-1, 1, 4)).square().mean()}
 
-            training = Training(itertools.count, losses, lambda step: 1.0, gradient_clip=1.0, samples=1)
+            training = Training(losses, lambda step: 1.0, gradient_clip=1.0, samples=1)
             plan = Schedule(steps, 1, 100, 9, allowed, spike_factor=factor)
             run_training(training, state, Run(run), plan, alone, StopSignal())
         return Run(run)

@@ -30,7 +30,7 @@ def trained(folder: Path, steps: int, **schedule: Any) -> list[dict[str, Any]]:
         return {"loss": step + 0 * network(torch.ones(1)).sum()}
 
     training = Training(
-        batches=lambda done: itertools.count(done + 1),
+        batches=lambda done: (step for step in itertools.count(done + 1)),
         losses=losses,
         learning_rate=lambda step: 1.0,
         gradient_clip=1.0,
