@@ -8,7 +8,6 @@ would score that ignores its caption, or that recalls the training film of the n
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import sys
@@ -24,7 +23,7 @@ from model.methods.base import SampleSettings
 from model.metrics.pictures import psnr
 from model.program import run_program
 from model.sample import Sampler
-from model.video import Frames, from_frames, to_frames, write_video
+from model.video import Frames, from_frames, to_frames
 from pipeline.corpus.combinations import LONG, plan_combinations, plan_film
 from pipeline.corpus.drawing import Path, draw_frames
 from pipeline.corpus.grammar import OPEN_SPEED, Attributes, combinations
@@ -242,38 +241,6 @@ def _nearest(wanted: Attributes, seen: Sequence[Attributes]) -> Attributes:
 
 def _spread(of: Sequence[Attributes], most: int) -> list[Attributes]:
     return [of[k] for k in np.unique(np.linspace(0, len(of) - 1, min(most, len(of))).astype(int))]
-
-
-def show(run: str | FilePath, folder: str | FilePath, rate: float = 24.0) -> list[FilePath]:
-    """Videos to look at, of captions that are held out, at a frame rate that nothing was trained at; their paths.
-
-    Six captions; one caption that leaves its speed open with four seeds; a picture continued, under its caption and
-    without one; and one video of three windows. `captions.json` says what each should show.
-    """
-    judge, folder = Judge(run), FilePath(folder)
-    sampler, settings, window = judge.sampler, judge.settings, judge.sampler.window
-    held = combinations(held_out=True)
-    named = [one for one in held if one.speed != OPEN_SPEED]
-    wanted: dict[str, tuple[str, Frames]] = {}
-    for number, one in enumerate(_spread(held, 6)):
-        wanted[f"caption-{number + 1}"] = (one.caption, sampler.videos([one.caption], rate, window, settings)[0])
-    free = _spread([one for one in held if one.speed == OPEN_SPEED], 3)[1].caption
-    for seed in range(4):
-        chosen = dataclasses.replace(settings, seed=seed)
-        wanted[f"seed-{seed + 1}"] = (free, sampler.videos([free], rate, window, chosen)[0])
-    film = plan_film(_spread(named, 5)[2], seed=1)
-    image = from_frames(film.draw()[:1])[0]
-    for name, caption in (("picture", film.attributes.caption), ("picture-no-caption", "")):
-        wanted[name] = (caption, sampler.videos([caption], rate, window, settings, image=image)[0])
-    steady = _spread(named, 3)[1].caption
-    wanted["long"] = (steady, sampler.videos([steady], rate, 3 * window, settings)[0])
-    paths = []
-    for name, (_, frames) in wanted.items():
-        paths.append(folder / f"{name}.mp4")
-        write_video(paths[-1], frames, rate)
-    told = {name: caption for name, (caption, _) in wanted.items()}
-    write_atomic(folder / "captions.json", json.dumps(told, indent=1).encode())
-    return paths
 
 
 def table(found: Mapping[str, Any]) -> str:
