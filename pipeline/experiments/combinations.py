@@ -23,6 +23,7 @@ from model.methods.base import SampleSettings
 from model.metrics.pictures import psnr
 from model.program import run_program
 from model.sample import Sampler
+from model.spread import spread_evenly
 from model.video import Frames, from_frames, to_frames
 from pipeline.corpus.combinations import LONG, plan_combinations, plan_film
 from pipeline.corpus.drawing import Path, draw_frames
@@ -112,7 +113,7 @@ def experiment(
     captions: how many that are held out. corpus_seed, films: of `make_combinations`, which drew the training films.
     """
     judge = Judge(run)
-    held = _spread(combinations(held_out=True), captions)
+    held = spread_evenly(combinations(held_out=True), captions)
     seen = list(dict.fromkeys(film.attributes for film in plan_combinations(corpus_seed, films)))
     drawn = list(range(seeds))
 
@@ -162,7 +163,7 @@ def diversity(judge: Judge, captions: int = 4, seeds: int = 16) -> dict[str, Any
     """
     wanted = [one for one in combinations(held_out=True) if one.speed == OPEN_SPEED]
     slides, circles = ([one for one in wanted if one.motion == motion] for motion in ("slides", "circles"))
-    chosen = _spread(slides, captions // 2) + _spread(circles, captions - captions // 2)
+    chosen = spread_evenly(slides, captions // 2) + spread_evenly(circles, captions - captions // 2)
     found: dict[str, list[float]] = {name: [] for name in OPEN}
     readable = 0
     for number, one in enumerate(chosen):
@@ -211,7 +212,7 @@ def long_videos(judge: Judge, wanted: Sequence[Attributes], most: int = 8, windo
     `third_window` beside `hold_first` (the given frame, held) and `hold_window` (the true last frame of the window
     before, held). `seam`: rms difference across a window's end over the video's median difference of neighbours.
     """
-    chosen = _spread([one for one in wanted if one.speed != OPEN_SPEED], most)
+    chosen = spread_evenly([one for one in wanted if one.speed != OPEN_SPEED], most)
     window, sampler = judge.sampler.window, judge.sampler
     times = np.arange(round(windows * window * RATE)) / RATE
     per = len(times) // windows
@@ -237,10 +238,6 @@ def _psnr(made: Frames, true: Frames) -> float:
 def _nearest(wanted: Attributes, seen: Sequence[Attributes]) -> Attributes:
     """The first of `seen` that shares most attributes."""
     return max(seen, key=lambda one: sum(getattr(one, name) == value for name, value in vars(wanted).items()))
-
-
-def _spread(of: Sequence[Attributes], most: int) -> list[Attributes]:
-    return [of[k] for k in np.unique(np.linspace(0, len(of) - 1, min(most, len(of))).astype(int))]
 
 
 def table(found: Mapping[str, Any]) -> str:
