@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from model.methods.base import SampleSettings
-from model.metrics.pictures import psnr
+from model.metrics.pictures import pooled_psnr
 from model.program import run_program
 from model.sample import Sampler
 from model.spread import spread_evenly
@@ -92,16 +92,20 @@ class Judge:
         shares = {key: statistics.fmean(each[key] for each in right) for key in right[0]}
         shares["whole"] = statistics.fmean(all(each.values()) for each in right)
         errors = [
-            self.error(frames, reading, one)
+            self.error(frames, self.times, reading, one)
             for frames, reading, one, each in zip(videos, readings, wanted, right, strict=True)
             if all(each.values())
         ]
         return Row(name, len(videos), shares, statistics.median(errors) if errors else float("nan"))
 
-    def error(self, frames: Frames, reading: Reading, wanted: Attributes) -> float:
-        """Rms difference, in grey levels, from the film of these attributes with the start and speed that were read."""
+    @staticmethod
+    def error(frames: Frames, times: np.ndarray, reading: Reading, wanted: Attributes) -> float:
+        """Rms difference, in grey levels, from the film of these attributes with the start and speed that were read.
+
+        times: (N,) seconds of the frames (N, H, W, 3).
+        """
         path = Path(wanted.motion, wanted.direction, reading.phase, reading.lane, reading.speed)
-        true = draw_frames(wanted, path, self.times, side=frames.shape[1])
+        true = draw_frames(wanted, path, times, side=frames.shape[1])
         return float(np.sqrt(np.square(frames.astype(np.float64) - true).mean()))
 
 
@@ -198,9 +202,7 @@ def between(judge: Judge, wanted: Sequence[Attributes]) -> dict[str, float]:
             frames = to_frames(judge.sampler.codec.decode(latents, text=captions[k]))
             reading = reading or read_attributes(frames, places * window)
             if np.isfinite(reading.phase) and reading.motion == one.motion:
-                path = Path(one.motion, one.direction, reading.phase, reading.lane, reading.speed)
-                true = draw_frames(one, path, places * window, side=frames.shape[1])
-                errors.append(float(np.square(frames.astype(np.float64) - true).mean()) ** 0.5)
+                errors.append(judge.error(frames, places * window, reading, one))
         if len(errors) == 2:
             ratios.append(errors[1] / errors[0])
     return {"ratio": statistics.median(ratios) if ratios else float("nan"), "videos": len(ratios)}
@@ -223,16 +225,13 @@ def long_videos(judge: Judge, wanted: Sequence[Attributes], most: int = 8, windo
         image = from_frames(true[:1])[0]
         (made,) = sampler.videos([one.caption], RATE, windows * window, judge.settings, image=image)
         last = slice(2 * per, 3 * per)
-        figures["third_window"].append(_psnr(made[last], true[last]))
-        figures["hold_first"].append(_psnr(np.repeat(true[:1], per, 0), true[last]))
-        figures["hold_window"].append(_psnr(np.repeat(true[2 * per - 1 : 2 * per], per, 0), true[last]))
+        held = {"hold_first": true[:1], "hold_window": true[2 * per - 1 : 2 * per]}
+        for name, frames in {"third_window": made[last], **held}.items():
+            shown = from_frames(np.broadcast_to(frames, true[last].shape))
+            figures[name].append(pooled_psnr(shown, from_frames(true[last])))
         steps = np.sqrt(np.square(np.diff(made.astype(np.float64), axis=0)).mean(axis=(1, 2, 3)))
         figures["seam"].append(max(steps[per - 1], steps[2 * per - 1]) / float(np.median(steps)))
     return {name: statistics.fmean(values) for name, values in figures.items()} | {"films": len(chosen)}
-
-
-def _psnr(made: Frames, true: Frames) -> float:
-    return float(psnr(from_frames(made), from_frames(true), together=True))
 
 
 def _nearest(wanted: Attributes, seen: Sequence[Attributes]) -> Attributes:
