@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.codec_train import ALONE, cosine
 from model.legs import evaluate
 from model.program import add_settings_option, parse_settings, run_program
 from model.settings import override
@@ -34,7 +33,8 @@ from model.training.data import Clips, lake_and_version
 from model.training.ema import MovingAverage
 from model.training.log import read_log
 from model.training.loop import Schedule, Training, run_training
-from model.training.optimizers import adamw
+from model.training.optimizers import adamw, cosine
+from model.training.processes import ALONE
 from model.training.seeds import mixed_seed
 from model.training.state import TrainingState
 from storage.fingerprint import fingerprint
@@ -228,9 +228,8 @@ def train_text(lakes: Sequence[str | Path], folder: Path, out: Path, recipe: Tex
     )  # fmt: skip
     state = TrainingState(contrast, MovingAverage(contrast, recipe.ema_decay), [optimizer])
     schedule = Schedule(
-        steps=recipe.steps, log_every=50, checkpoint_every=recipe.save_every, checkpoints_kept=1,
-        bad_steps_allowed=10, mean_losses=True,
-    )  # fmt: skip
+        steps=recipe.steps, log_every=50, checkpoint_every=recipe.save_every, checkpoints_kept=1, mean_losses=True
+    )
     with StopSignal() as stop:
         run_training(training_of(contrast, clips, words, recipe), state, run, schedule, ALONE, stop)
     state.average.copy_to(contrast)

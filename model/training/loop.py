@@ -36,7 +36,7 @@ class Schedule:
     """Steps between two checkpoints; the last step has one too."""
     checkpoints_kept: int
     """Newest checkpoints that stay on disk."""
-    bad_steps_allowed: int
+    bad_steps_allowed: int = 10
     """Steps in a row that may be skipped because loss or gradient are not finite or a spike; one more ends the run."""
     validate_every: int = 1
     """Steps between two validations; there is one after the last step too."""
