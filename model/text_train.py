@@ -201,6 +201,7 @@ def train_text(lakes: Sequence[str | Path], folder: Path, out: Path, recipe: Tex
 
     Raises:
         ValueError: lakes whose latents differ in channels, one without clips, or a run begun with another recipe.
+        LakeBusy: another trainer holds the run; the message has its process id.
         Stopped: SIGTERM or Ctrl-C; the same call goes on.
         FloatingPointError: too many steps in a row are not finite; the last good checkpoint stays.
     """
@@ -230,7 +231,7 @@ def train_text(lakes: Sequence[str | Path], folder: Path, out: Path, recipe: Tex
     schedule = Schedule(
         steps=recipe.steps, log_every=50, checkpoint_every=recipe.save_every, checkpoints_kept=1, mean_losses=True
     )
-    with StopSignal() as stop:
+    with StopSignal() as stop, run.lock():
         run_training(training_of(contrast, clips, words, recipe), state, run, schedule, ALONE, stop)
     state.average.copy_to(contrast)
     rows = [row for row in read_log(run.log) if "contrast" in row][-10:]
