@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCE ?=
 CAPTIONS ?=
+WORKERS ?= 2
 
 .PHONY: setup demo test test-perturbed bench bench-gpu lint clean
 
@@ -27,11 +28,11 @@ lint: setup
 	@$(BIN)/lint-imports
 
 test: lint
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 # Once more as on another processor: every embedding and latent is off by one unit in the last place (tests/perturb).
 test-perturbed: setup
-	@VLFM_TEST_PERTURB=1 $(BIN)/python -m pytest
+	@VLFM_TEST_PERTURB=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 bench: setup
 	@$(BIN)/python -m tests.bench

@@ -8,9 +8,7 @@ Films that are held out are never read.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -44,20 +42,16 @@ from model.training.codec_data import Footage, contrasted, dead_leaves, drawn, f
 from model.training.ema import MovingAverage
 from model.training.log import read_log
 from model.training.loop import Schedule, Training, run_training
-from model.training.optimizers import adamw
-from model.training.processes import Processes
+from model.training.optimizers import adamw, cosine
+from model.training.processes import ALONE
 from model.training.seeds import mixed_seed
 from model.training.state import TrainingState
 from storage.fingerprint import fingerprint
 
 EMPTY = 0
 """Number of the empty caption among the captions of a run."""
-ALONE = Processes(0, 1, torch.device("cpu"))
-"""A codec is trained by one process."""
 LOSSES = {"vae": ("loss", "error", "size"), "unet": ("loss",)}
 """The stages, and the names of their losses."""
-BAD_STEPS_ALLOWED = 10
-"""Steps in a row that may be skipped because loss or gradient are not finite; one more ends the run."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +132,6 @@ class Stage:
         state = TrainingState(self.network, MovingAverage(self.network, recipe.ema_decay), [optimizer])
         warm_up = min(200, 1 + self.steps // 10)
         training = Training(
-            batches=lambda done: itertools.repeat(None),  # the loss makes its own
             losses=lambda step, _: self.loss(step - 1),
             learning_rate=lambda step: min(1.0, step / warm_up) * cosine((step - 1) / self.steps),
             gradient_clip=1.0,
@@ -151,18 +144,12 @@ class Stage:
             log_every=50,
             checkpoint_every=recipe.save_every,
             checkpoints_kept=1,
-            bad_steps_allowed=BAD_STEPS_ALLOWED,
             mean_losses=True,
         )
         with StopSignal() as stop, run.lock():
             last = run_training(training, state, run, schedule, ALONE, stop)
         load_average(last, self.network)
         self.network.eval()
-
-
-def cosine(share: float) -> float:
-    """From 1 at 0 down to 0.01 at 1."""
-    return 0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2
 
 
 def pictures(lakes: Sequence[Sequence[Footage]], count: int, recipe: CodecRecipe, step: int) -> Tensor:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from model.evaluation.catalogue import Catalogue
 from model.evaluation.figures import GOALS, ClipResult, Shown, measure, show, summarise
@@ -22,6 +21,7 @@ from model.methods.base import SampleSettings
 from model.program import run_program
 from model.progress import Progress
 from model.sample import Sampler
+from model.spread import spread_evenly
 from model.training.checkpoint import Run
 from model.training.data import Clip, Clips, lake_and_version
 from model.training.log import read_log
@@ -81,15 +81,14 @@ def evaluate(
         )
     clips = Clips(opened, version)
     catalogue = Catalogue.of(clips)
-    train = np.flatnonzero(catalogue.complete & catalogue.training)
-    unseen = np.flatnonzero(catalogue.complete & ~catalogue.training)
-    if not len(train):
+    train = np.flatnonzero(catalogue.complete & catalogue.training).tolist()
+    unseen = np.flatnonzero(catalogue.complete & ~catalogue.training).tolist()
+    if not train:
         raise ValueError(
             f"no training clip of version {version.number} kept its frames and latents; "
             "ingest with --set store_latents=true --set preview_clips=64"
         )
-    numbers = [*train[_evenly(len(train), most)], *unseen[_evenly(len(unseen), most)]]
-    chosen = [catalogue.read(int(number)) for number in numbers]
+    chosen = [catalogue.read(number) for number in spread_evenly(train, most) + spread_evenly(unseen, most)]
     pictures = {clip.clip_id for clip in _spread(chosen, shown)}
 
     results: list[ClipResult] = []
@@ -182,10 +181,6 @@ def evaluate_runs(
     return found
 
 
-def _evenly(count: int, most: int) -> NDArray[np.intp]:
-    return np.unique(np.linspace(0, count - 1, min(most, count)).astype(int))
-
-
 def _spread(clips: Sequence[Clip], count: int) -> list[Clip]:
     """Clips from different films as far as there are any."""
     films: dict[str, list[Clip]] = {}
@@ -195,7 +190,7 @@ def _spread(clips: Sequence[Clip], count: int) -> list[Clip]:
     if len(firsts) < count:
         taken = {clip.clip_id for clip in firsts}
         firsts += [clip for clip in clips if clip.clip_id not in taken][: count - len(firsts)]
-    return [firsts[i] for i in _evenly(len(firsts), count)]
+    return spread_evenly(firsts, count)
 
 
 def _made_before(out: Path, made_of: str) -> dict[str, Any] | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import re
 import sys
@@ -22,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.codec_train import ALONE, cosine
 from model.legs import evaluate
 from model.program import add_settings_option, parse_settings, run_program
 from model.settings import override
@@ -35,7 +33,8 @@ from model.training.data import Clips, lake_and_version
 from model.training.ema import MovingAverage
 from model.training.log import read_log
 from model.training.loop import Schedule, Training, run_training
-from model.training.optimizers import adamw
+from model.training.optimizers import adamw, cosine
+from model.training.processes import ALONE
 from model.training.seeds import mixed_seed
 from model.training.state import TrainingState
 from storage.fingerprint import fingerprint
@@ -179,7 +178,6 @@ def training_of(contrast: Contrast, lakes: Sequence[Paths], words: Words, recipe
         }
 
     return Training(
-        batches=lambda done: itertools.repeat(None),  # the losses make their own
         losses=losses,
         learning_rate=lambda step: min(1.0, step / 100) * cosine((step - 1) / recipe.steps),
         gradient_clip=1.0,
@@ -203,6 +201,7 @@ def train_text(lakes: Sequence[str | Path], folder: Path, out: Path, recipe: Tex
 
     Raises:
         ValueError: lakes whose latents differ in channels, one without clips, or a run begun with another recipe.
+        LakeBusy: another trainer holds the run; the message has its process id.
         Stopped: SIGTERM or Ctrl-C; the same call goes on.
         FloatingPointError: too many steps in a row are not finite; the last good checkpoint stays.
     """
@@ -230,10 +229,9 @@ def train_text(lakes: Sequence[str | Path], folder: Path, out: Path, recipe: Tex
     )  # fmt: skip
     state = TrainingState(contrast, MovingAverage(contrast, recipe.ema_decay), [optimizer])
     schedule = Schedule(
-        steps=recipe.steps, log_every=50, checkpoint_every=recipe.save_every, checkpoints_kept=1,
-        bad_steps_allowed=10, mean_losses=True,
-    )  # fmt: skip
-    with StopSignal() as stop:
+        steps=recipe.steps, log_every=50, checkpoint_every=recipe.save_every, checkpoints_kept=1, mean_losses=True
+    )
+    with StopSignal() as stop, run.lock():
         run_training(training_of(contrast, clips, words, recipe), state, run, schedule, ALONE, stop)
     state.average.copy_to(contrast)
     rows = [row for row in read_log(run.log) if "contrast" in row][-10:]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,14 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.backbones.dit import Backbone, BackboneConfig
 from model.backbones.published import official_weights, start_from_dit
-from model.methods.base import Batch, Method
+from model.methods.base import Method
 from model.methods.registry import method_named
 from model.program import add_settings_option, parse_settings, run_program
 from model.recipes import TrainRecipe, train_recipe, train_recipes
 from model.settings import override
 from model.stop import STOPPED, Stopped, StopSignal
 from model.training.checkpoint import Run
-from model.training.data import Clips, Collate, Steps, lake_and_version, loader
+from model.training.data import Clips, Collate, Loader, Steps, lake_and_version
 from model.training.ema import MovingAverage
 from model.training.launch import launch
 from model.training.loop import Schedule, Training, run_training
@@ -102,10 +102,9 @@ def _train(
     trained = DistributedDataParallel(backbone) if processes.world > 1 else backbone
     objective = Objective(record.method(), recipe, processes)
 
-    def batches(done: int) -> Iterator[Batch]:
+    def batches(done: int) -> Loader:
         steps = Steps(len(clips), recipe.batch, recipe.seed, done, recipe.steps, processes.rank, processes.world)
-        read = loader(clips, steps, collate, recipe.loader_workers)
-        return (batch.to(processes.device) for batch in read)
+        return Loader(clips, steps, collate, recipe.loader_workers, processes.device)
 
     training = Training(
         batches=batches,

@@ -172,7 +172,6 @@ def combinations() -> DataRecipe:
         rate=8.0,
         observe="all",
         text={"kind": "pretrained", "source": "vlfm-text"},
-        store_latents=False,
         validation_fraction=0.05,
         preview_clips=16,
         certify_frames=2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 from pathlib import Path
 
@@ -30,6 +31,11 @@ if PERTURBED := bool(os.environ.get("VLFM_TEST_PERTURB")):
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "bit_identical: compares two computations on one machine bit for bit")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """A thread or a process that a test left, which Python waits for at its end, is a failure that says where."""
+    faulthandler.dump_traceback_later(120, exit=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_unshuffle
 
 from model.codecs.ddim import SCHEDULER_VALUES
-from model.text.encoder import END, START, bundled_tokenizer
+from model.text.encoder import bundled_tokenizer, new_clip_text_model
 from model.text.words import vocabulary
 from model.weights import find_weights, load_part
 
@@ -159,16 +159,7 @@ def new_unet(widths: tuple[int, ...], channels: int = 4) -> nn.Module:
 
 def new_text_model() -> nn.Module:
     """An untrained CLIPTextModel over the bundled vocabulary."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    numbers = vocabulary()
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(numbers), hidden_size=TEXT_WIDTH, intermediate_size=2 * TEXT_WIDTH, num_hidden_layers=3,
-            num_attention_heads=4, max_position_embeddings=TEXT_LENGTH,
-            bos_token_id=numbers[START], eos_token_id=numbers[END], pad_token_id=numbers[END],
-        )
-    )  # fmt: skip
+    return new_clip_text_model(vocabulary(), TEXT_WIDTH, layers=3, heads=4, length=TEXT_LENGTH)
 
 
 @torch.no_grad()

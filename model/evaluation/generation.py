@@ -24,6 +24,7 @@ from model.metrics.base import Metric
 from model.metrics.paths import mean_pairwise, path_rows, quadrature
 from model.metrics.pictures import pooled_psnr, psnr
 from model.sample import Sampler
+from model.spread import spread_evenly
 from model.training.data import Clip
 from model.video import Frames, from_frames, to_frames
 
@@ -134,11 +135,6 @@ def one_of_each_caption(clips: Sequence[Clip], catalogue: Catalogue) -> list[Cli
     alone = [clip for clip in firsts if clip not in shared]
     chosen = spread_evenly(shared, CAPTIONS)
     return chosen + spread_evenly(alone, CAPTIONS - len(chosen))
-
-
-def spread_evenly(clips: Sequence[Clip], most: int) -> list[Clip]:
-    """At most `most` of the clips, the first and the last among them."""
-    return [clips[i] for i in np.unique(np.linspace(0, len(clips) - 1, min(most, len(clips))).astype(int))]
 
 
 def seed_figures(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.legs import basis_torch, derivative_torch
 from model.methods.base import Clip
+from model.spread import spread_evenly
 
 
 def curve(coefficients: Tensor, flow_time: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,7 +31,7 @@ def curve_scales(clips: Sequence[Clip], order: int, most: int = 4096) -> tuple[f
     Exact for each clip: the basis is orthonormal, so the mean square of a curve is the sum of its squared coefficients,
     and Gauss-Legendre quadrature of the derivative is exact for polynomials.
     """
-    chosen = np.unique(np.linspace(0, len(clips) - 1, min(len(clips), most)).astype(int))
+    chosen = spread_evenly(range(len(clips)), most)
     nodes, weights = np.polynomial.legendre.leggauss(order + 1)
     at = torch.from_numpy((nodes + 1) / 2)
     gram = torch.from_numpy(weights / 2)
@@ -38,7 +39,7 @@ def curve_scales(clips: Sequence[Clip], order: int, most: int = 4096) -> tuple[f
     gram_matrix = (slopes.T * gram) @ slopes  # (order, order): integral of g'_n g'_m
     values = torch.zeros(2, dtype=torch.float64)
     for index in chosen:
-        flat = torch.from_numpy(clips[int(index)].members["coefficients"].astype(np.float64)).flatten(1)
+        flat = torch.from_numpy(clips[index].members["coefficients"].astype(np.float64)).flatten(1)
         energy = flat @ flat.T / flat.shape[1]
         values += torch.stack([energy.trace(), (gram_matrix * energy).sum()])
     mean, derivative = (values / len(chosen)).sqrt().tolist()

@@ -29,10 +29,8 @@ neighbours on one side only. The beginning needs none, the warm-up trains it."""
 LEAST_SIGNAL = 0.1
 """Norm of the signal over the noise's along it from which on the warm-up's times are spread evenly: at 1 two frames can
 just be told apart."""
-
-
-ANCHORS: Mapping[str, tuple[float, ...]] = {"none": (), "first": (0.0,), "ends": (0.0, 1.0)}
-"""What a state can be shown of its clip: flow times of frames."""
+ANCHORS: Mapping[str, int] = {"none": 0, "first": 1, "ends": 2}
+"""What a state can be shown of its clip: how many frames, the first of them and the last."""
 FIRST_GIVEN = 0.25
 """With several anchors, the share of the warm-up's states that are shown the first frame: for image to video the others
 are generated from it."""
@@ -143,7 +141,12 @@ class VLFM:
     @property
     def temporal(self) -> bool:
         """Whether a state has several frames."""
-        return len(ANCHORS[self.options.anchor]) > 1
+        return self.frames_of_a_state > 1
+
+    @property
+    def frames_of_a_state(self) -> int:
+        """Frames A that the warm-up makes together: the anchors, or the clip's first frame alone."""
+        return max(1, ANCHORS[self.options.anchor])
 
     @property
     def clip_start_dropout(self) -> float:
@@ -174,8 +177,7 @@ class VLFM:
         latents per unit of flow time, squared: what the paper's equation calls the loss, for the record.
         """
         options, coefficients = self.options, batch.part("coefficients")
-        device = coefficients.device
-        count, times = coefficients.shape[0], options.times_per_clip
+        device, count, times = coefficients.device, coefficients.shape[0], options.times_per_clip
         flow_time = self.draw_times(count, generator, device)  # (B, K)
         on_clip = (flow_time > 0)[:, :, None]  # (B, K, 1)
         # Each of the A frames of a state: on the warm-up the anchors, on the clip the one frame at its time.
@@ -197,13 +199,10 @@ class VLFM:
         latents = centre + sigma * noise
 
         given = self.conditioning(batch, flow_time, generator)
-        frame_time = (slots * batch.duration[:, None]).repeat_interleave(times, 0) if self.temporal else None
-        states = flow_time.reshape(-1, 1).expand(-1, len(slots))
-        found = backbone(
-            latents.flatten(0, 1), states, given, **({} if frame_time is None else {"frame_time": frame_time})
-        )
-        predicted = found["mean"].unflatten(0, (count, times)).float() * self.mean_scale
-        slope = found["derivative"].unflatten(0, (count, times)).float() * self.derivative_scale
+        asked_at = flow_time.reshape(-1, 1).expand(-1, len(slots))
+        heads = self.ask(backbone, latents.flatten(0, 1), asked_at, given, batch.duration.repeat_interleave(times))
+        predicted, slope = (head.unflatten(0, (count, times)) for head in heads)
+        predicted, slope = predicted * self.mean_scale, slope * self.derivative_scale
 
         errors = (predicted - mean).square().mean(dim=(2, 3, 4, 5)) / self.mean_scale**2  # (B, K)
         weights = (errors.detach() / errors.detach().mean().clamp(min=1e-12)) ** options.error_focus
@@ -278,14 +277,13 @@ class VLFM:
                 )
             shown = batch.given[:, :1, None].expand(count, times, 1)
         text, length = drop_captions(batch, dropped)
-        context = frames * shown[..., None, None, None]
         return Conditioning(
             text=text,
             text_length=length,
             clip_start=batch.clip_start.float().repeat_interleave(times),
             start_given=(~start_dropped).float().repeat_interleave(times),
             log_duration=batch.duration.log().float().repeat_interleave(times),
-            context=context.flatten(0, 1),
+            context=(frames * shown[..., None, None, None]).flatten(0, 1),
             context_given=shown.flatten(0, 1),
         )
 
@@ -315,21 +313,15 @@ class VLFM:
                 return self.predict(backbone, latents, flow_time, told, untold, guidance if flow_time < 0 else 1.0)
 
             return solve(
-                self.path,
-                predict,
-                noise,
-                grid,
-                method=settings.solver,
-                reanchor=settings.reanchor,
-                start_mean=mean,
-                start_state=state,
-            )
+                self.path, predict, noise, grid, method=settings.solver, reanchor=settings.reanchor,
+                start_mean=mean, start_state=state,
+            )  # fmt: skip
 
-        noise = request.noises(len(self.slots()))  # (B, A, C, h, w)
+        noise = request.noises(self.frames_of_a_state)  # (B, A, C, h, w)
         on_clip = torch.linspace(0, 1, settings.steps + 1, dtype=torch.float64)
         warmup = self.warmup_grid(settings.warmup_steps)
         given = None if first_frame is None else first_frame[:, None]
-        if self.path.start == 0 or (given is not None and len(self.slots()) == 1):
+        if self.path.start == 0 or (given is not None and not self.temporal):
             trajectory = integrate(on_clip, noise[:, 0], given, mean=first_frame)
         elif self.options.anchor == "none":
             trajectory = integrate(torch.cat([warmup[:-1], on_clip]), noise[:, 0], None)
@@ -359,15 +351,12 @@ class VLFM:
         latents: (B, A, C, h, w) on the warm-up, or (B, C, h, w). Guidance other than 1 asks for `untold`, the empty
         caption's conditioning, too.
         """
-        slots = self.slots(latents.device)
         single = latents.ndim == 4
-        states = latents[:, None].expand(-1, len(slots), -1, -1, -1) if single else latents
+        states = latents[:, None].expand(-1, self.frames_of_a_state, -1, -1, -1) if single else latents
         time = torch.full(states.shape[:2], flow_time, device=latents.device)
 
         def heads(given: Conditioning) -> tuple[Tensor, Tensor]:
-            placed = {"frame_time": slots * given.log_duration.exp()[:, None]} if self.temporal else {}
-            found = backbone(states, time, given, **placed)
-            mean, slope = found["mean"].float(), found["derivative"].float()
+            mean, slope = self.ask(backbone, states, time, given, given.log_duration.exp())
             return (mean.mean(1), slope.mean(1)) if single else (mean, slope)
 
         mean, slope = heads(told)
@@ -377,9 +366,20 @@ class VLFM:
             mean, slope = free + guidance * (mean - free), free_slope + guidance * (slope - free_slope)
         return mean * self.mean_scale, slope * self.derivative_scale
 
-    def slots(self, device: torch.device | None = None) -> Tensor:
-        """(A,) flow times of the frames that a state has: the anchors, which the warm-up makes together, or r = 0."""
-        return torch.tensor(ANCHORS[self.options.anchor] or (0.0,), device=device)
+    def ask(
+        self, backbone: nn.Module, states: Tensor, flow_time: Tensor, given: Conditioning, duration: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The heads `mean` and `derivative` of states (N, A, C, h, w) at (N, A), float32, in units of their scales.
+
+        duration: (N,) seconds of the clips. Not read off `given`, whose logarithm would round what training has.
+        """
+        placed = {"frame_time": self.slots(states.device) * duration[:, None]} if self.temporal else {}
+        found = backbone(states, flow_time, given, **placed)
+        return found["mean"].float(), found["derivative"].float()
+
+    def slots(self, device: torch.device) -> Tensor:
+        """(A,) flow times of the frames that a state has: the anchors', or r = 0."""
+        return torch.linspace(0, 1, self.frames_of_a_state, device=device)
 
     @staticmethod
     def frames(coefficients: Tensor, flow_time: Tensor) -> tuple[Tensor, Tensor]:
@@ -389,10 +389,9 @@ class VLFM:
 
     def shown(self, given: Conditioning, frames: Tensor | None) -> Conditioning:
         """The conditioning with the first anchors (B, up to A, C, h, w) as its context, where there are any."""
-        count = len(self.slots())
-        if frames is None and count == 1:
+        if frames is None and not self.temporal:
             return given
-        context = given.context.new_zeros((len(given.context), count, *given.context.shape[2:]))
+        context = given.context.new_zeros((len(given.context), self.frames_of_a_state, *given.context.shape[2:]))
         flags = torch.zeros(context.shape[:2], dtype=torch.bool, device=context.device)
         if frames is not None:
             context[:, : frames.shape[1]], flags[:, : frames.shape[1]] = frames, True

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.text.encoder import new_clip_text_model
+
 LARGEST_SCALE = 100.0
 """Bound of the factor before the softmax, the temperature's inverse."""
 
@@ -113,16 +115,7 @@ def new_text_model(numbers: dict[str, int], width: int, layers: int, heads: int,
 
     numbers: the vocabulary.  length: most tokens of a caption.
     """
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    start, end = numbers["<|startoftext|>"], numbers["<|endoftext|>"]
-    model: Any = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(numbers), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-            num_attention_heads=heads, max_position_embeddings=length,
-            bos_token_id=start, eos_token_id=end, pad_token_id=end,
-        )
-    )  # fmt: skip
+    model: Any = new_clip_text_model(numbers, width, layers, heads, length)
     nn.init.normal_(model.embeddings.token_embedding.weight, std=WORD_SPREAD)
     model.final_layer_norm.requires_grad_(False)
     network: nn.Module = model

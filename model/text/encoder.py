@@ -121,6 +121,31 @@ def bundled_tokenizer(length: int = 77, more: str = "") -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary(more), merges=pairs, model_max_length=length)
 
 
+def new_clip_text_model(
+    numbers: Mapping[str, int],
+    width: int,
+    layers: int,
+    heads: int,
+    length: int,
+    expansion: int = 2,
+    activation: str = "quick_gelu",
+) -> nn.Module:
+    """An untrained CLIPTextModel.
+
+    numbers: the vocabulary, which holds START and END.  width: of an embedding.  length: most tokens of a caption.
+    expansion: width of the MLPs' hidden layers over that of an embedding.  activation: theirs, as CLIP names it.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(numbers), hidden_size=width, intermediate_size=expansion * width, num_hidden_layers=layers,
+            num_attention_heads=heads, hidden_act=activation, max_position_embeddings=length,
+            bos_token_id=numbers[START], eos_token_id=numbers[END], pad_token_id=numbers[END],
+        )
+    )  # fmt: skip
+
+
 def builtin_text_encoder(device: str = "cpu", digest: str | None = None) -> TextEncoder:
     """A CLIP text encoder that needs no download: 64 wide, 4 layers, fixed pseudo-random weights, a bundled vocabulary.
 
@@ -131,17 +156,10 @@ def builtin_text_encoder(device: str = "cpu", digest: str | None = None) -> Text
     The weights come from SHAKE-256, not from a library's random generator, so they are the same bits on every machine
     and with every version. digest: the one they must have, if given; raises ValueError where it differs.
     """
-    from transformers import CLIPTextConfig, CLIPTextModel
-
     numbers, tokenizer = vocabulary(), bundled_tokenizer()
-    config = CLIPTextConfig(
-        vocab_size=len(numbers), hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-        hidden_act="tanh", max_position_embeddings=77,
-        bos_token_id=numbers[START], eos_token_id=numbers[END], pad_token_id=numbers[END],
-    )  # fmt: skip
     # Building the model draws from the global generator; the caller's random numbers must not depend on it.
     with torch.random.fork_rng(devices=[]):
-        model = CLIPTextModel(config)
+        model = new_clip_text_model(numbers, 64, layers=4, heads=4, length=77, expansion=4, activation="tanh")
     _set_fixed_weights(model, [numbers[START], numbers[END]])
     return _checked(TextEncoder(model, tokenizer, "builtin", {"kind": "builtin"}, device), digest)
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from model.methods.base import Batch
 from model.stop import end_with_trainer
@@ -215,31 +216,39 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def loader(clips: Clips, steps: Steps, collate: Collate, workers: int) -> Iterator[Batch]:
-    """Batches of the steps, in order; with workers they are read ahead, by processes that end with this one.
+class Loader(Iterator[Batch]):
+    """The batches of the steps on a device, in order; with workers they are read ahead, by processes of their own."""
 
-    Raises:
-        DamagedShard: (on its turn) a clip cannot be read.
-    """
-    batches = iter(
-        DataLoader(
-            _Batches(clips, collate),
-            batch_sampler=steps,
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            persistent_workers=False,
-            pin_memory=torch.cuda.is_available(),
-            multiprocessing_context="spawn" if workers else None,
-            worker_init_fn=end_with_trainer if workers else None,
+    def __init__(self, clips: Clips, steps: Steps, collate: Collate, workers: int, device: torch.device) -> None:
+        self._device = device
+        self._batches = iter(
+            DataLoader(
+                _Batches(clips, collate),
+                batch_sampler=steps,
+                collate_fn=_as_it_is,
+                num_workers=workers,
+                persistent_workers=False,
+                pin_memory=torch.cuda.is_available(),
+                multiprocessing_context="spawn" if workers else None,
+                worker_init_fn=end_with_trainer if workers else None,
+            )
         )
-    )
-    return map(_raised, batches)
 
+    def __next__(self) -> Batch:
+        """Raises DamagedShard where a clip cannot be read."""
+        batch = next(self._batches)
+        if isinstance(batch, Exception):
+            raise batch
+        return batch.to(self._device)
 
-def _raised(batch: Batch | Exception) -> Batch:
-    if isinstance(batch, Exception):
-        raise batch
-    return batch
+    def close(self) -> None:
+        """End the workers.
+
+        Left to garbage collection they could stay as long as a traceback holds this object, and Python waits for them
+        at its end: its SIGTERM does not end a worker that holds signals (model.stop.signals_held).
+        """
+        if isinstance(self._batches, _MultiProcessingDataLoaderIter):
+            self._batches._shutdown_workers()
 
 
 def lake_and_version(lake: str | Path, number: int | None) -> tuple[Lake, Version]:

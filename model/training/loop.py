@@ -6,10 +6,11 @@ The trainer of backbones and that of codecs both run it; what differs between th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -35,7 +36,7 @@ class Schedule:
     """Steps between two checkpoints; the last step has one too."""
     checkpoints_kept: int
     """Newest checkpoints that stay on disk."""
-    bad_steps_allowed: int
+    bad_steps_allowed: int = 10
     """Steps in a row that may be skipped because loss or gradient are not finite or a spike; one more ends the run."""
     validate_every: int = 1
     """Steps between two validations; there is one after the last step too."""
@@ -45,12 +46,18 @@ class Schedule:
     """Whether a line of the log has the mean of the losses since the line before, instead of its own step's."""
 
 
+class Batches(Protocol):
+    """Batches one after the other, from a reader that must be closed."""
+
+    def __next__(self) -> Any: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Training:
     """What one training does that another does not."""
 
-    batches: Callable[[int], Iterator[Any]]
-    """The batches that follow so many done steps, on the device."""
     losses: Callable[[int, Any], dict[str, Tensor]]
     """Named scalars of a step, counted from 1, and its batch: `loss`, the first, is minimised."""
     learning_rate: Callable[[int], float]
@@ -59,6 +66,8 @@ class Training:
     """Largest global gradient norm."""
     samples: int
     """Samples of a step over all processes, for the throughput in the log."""
+    batches: Callable[[int], Batches] | None = None
+    """The batches that follow so many done steps, on the device; None where the losses make their own."""
     validate: Callable[[], float | None] | None = None
     """A loss on clips that are not trained on; None where a stop is more urgent."""
     name: str = "train"
@@ -98,14 +107,15 @@ def run_training(
     if processes.any(stop.seen)[0]:
         raise Stopped(state.step, training.part)
     progress = Progress(training.name, schedule.steps, "steps", state.step) if processes.first else None
-    with Log(run, state.step, enabled=processes.first) as log:
+    with ExitStack() as held:
+        log = held.enter_context(Log(run, state.step, enabled=processes.first))
         log.event(event="start", step=state.step, **training.facts)
         with signals_held():  # a signal to the whole process group must not end the loader's workers
-            batches = training.batches(state.step)
+            batches = held.enter_context(closing(training.batches(state.step))) if training.batches else None
         recent, due = Recent(schedule.mean_losses), False
         for step in range(state.step + 1, schedule.steps + 1):
             before = time.perf_counter()
-            batch = next(batches)
+            batch = next(batches) if batches is not None else None
             recent.waited += time.perf_counter() - before
             for optimizer in state.optimizers:
                 set_learning_rate(optimizer, training.learning_rate(step))

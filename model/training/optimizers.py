@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,11 @@ def learning_rate_factor(step: int, recipe: TrainRecipe) -> float:
     rise = min(1.0, step / max(recipe.learning_rate_warmup, 1))
     falling = max(recipe.learning_rate_decay * recipe.steps, 1.0)
     return rise * min(1.0, (recipe.steps + 1 - step) / falling)
+
+
+def cosine(share: float) -> float:
+    """Share of the peak learning rate at a share of the run, in [0, 1]: from 1 down to 0.01."""
+    return 0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2
 
 
 def set_learning_rate(optimizer: Optimizer, factor: float) -> None:

@@ -83,6 +83,10 @@ class Processes:
         return dict(zip(values, joined / self.world, strict=True))
 
 
+ALONE = Processes(0, 1, torch.device("cpu"))
+"""The only process of a training on the CPU."""
+
+
 def given_rank() -> int:
     """This process's number in the environment of torchrun or model.training.launch; 0 where there is none."""
     return int(os.environ.get("RANK", "0"))

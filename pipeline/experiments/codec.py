@@ -23,6 +23,7 @@ from model.codecs.ddim import TRAIN_STEPS, noise_levels
 from model.codecs.diffusers import DiffusersCodec, DiffusersSettings
 from model.legs import evaluate, project, projection_matrix
 from model.metrics.pictures import psnr, ssim
+from model.spread import spread_evenly
 from model.text.encoder import TextEncoder, pretrained_text_encoder
 from model.training.codec_data import Footage, footage, random_crop
 from model.video import from_frames, to_frames, write_video
@@ -70,7 +71,7 @@ def by_film(clips: Sequence[Footage], most: int) -> dict[str, tuple[str, Tensor]
     for film in sorted({clip.film for clip in clips}):
         own = [clip for clip in clips if clip.film == film]
         frames = np.concatenate([clip.frames for clip in own])
-        chosen = np.unique(np.linspace(0, len(frames) - 1, min(most, len(frames))).astype(int))
+        chosen = spread_evenly(range(len(frames)), most)
         found[film] = (own[0].caption, from_frames(frames[chosen]))
     return found
 

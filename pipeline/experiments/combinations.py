@@ -8,7 +8,6 @@ would score that ignores its caption, or that recalls the training film of the n
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import sys
@@ -21,10 +20,11 @@ import numpy as np
 import torch
 
 from model.methods.base import SampleSettings
-from model.metrics.pictures import psnr
+from model.metrics.pictures import pooled_psnr
 from model.program import run_program
 from model.sample import Sampler
-from model.video import Frames, from_frames, to_frames, write_video
+from model.spread import spread_evenly
+from model.video import Frames, from_frames, to_frames
 from pipeline.corpus.combinations import LONG, plan_combinations, plan_film
 from pipeline.corpus.drawing import Path, draw_frames
 from pipeline.corpus.grammar import OPEN_SPEED, Attributes, combinations
@@ -92,16 +92,20 @@ class Judge:
         shares = {key: statistics.fmean(each[key] for each in right) for key in right[0]}
         shares["whole"] = statistics.fmean(all(each.values()) for each in right)
         errors = [
-            self.error(frames, reading, one)
+            self.error(frames, self.times, reading, one)
             for frames, reading, one, each in zip(videos, readings, wanted, right, strict=True)
             if all(each.values())
         ]
         return Row(name, len(videos), shares, statistics.median(errors) if errors else float("nan"))
 
-    def error(self, frames: Frames, reading: Reading, wanted: Attributes) -> float:
-        """Rms difference, in grey levels, from the film of these attributes with the start and speed that were read."""
+    @staticmethod
+    def error(frames: Frames, times: np.ndarray, reading: Reading, wanted: Attributes) -> float:
+        """Rms difference, in grey levels, from the film of these attributes with the start and speed that were read.
+
+        times: (N,) seconds of the frames (N, H, W, 3).
+        """
         path = Path(wanted.motion, wanted.direction, reading.phase, reading.lane, reading.speed)
-        true = draw_frames(wanted, path, self.times, side=frames.shape[1])
+        true = draw_frames(wanted, path, times, side=frames.shape[1])
         return float(np.sqrt(np.square(frames.astype(np.float64) - true).mean()))
 
 
@@ -113,7 +117,7 @@ def experiment(
     captions: how many that are held out. corpus_seed, films: of `make_combinations`, which drew the training films.
     """
     judge = Judge(run)
-    held = _spread(combinations(held_out=True), captions)
+    held = spread_evenly(combinations(held_out=True), captions)
     seen = list(dict.fromkeys(film.attributes for film in plan_combinations(corpus_seed, films)))
     drawn = list(range(seeds))
 
@@ -163,7 +167,7 @@ def diversity(judge: Judge, captions: int = 4, seeds: int = 16) -> dict[str, Any
     """
     wanted = [one for one in combinations(held_out=True) if one.speed == OPEN_SPEED]
     slides, circles = ([one for one in wanted if one.motion == motion] for motion in ("slides", "circles"))
-    chosen = _spread(slides, captions // 2) + _spread(circles, captions - captions // 2)
+    chosen = spread_evenly(slides, captions // 2) + spread_evenly(circles, captions - captions // 2)
     found: dict[str, list[float]] = {name: [] for name in OPEN}
     readable = 0
     for number, one in enumerate(chosen):
@@ -198,9 +202,7 @@ def between(judge: Judge, wanted: Sequence[Attributes]) -> dict[str, float]:
             frames = to_frames(judge.sampler.codec.decode(latents, text=captions[k]))
             reading = reading or read_attributes(frames, places * window)
             if np.isfinite(reading.phase) and reading.motion == one.motion:
-                path = Path(one.motion, one.direction, reading.phase, reading.lane, reading.speed)
-                true = draw_frames(one, path, places * window, side=frames.shape[1])
-                errors.append(float(np.square(frames.astype(np.float64) - true).mean()) ** 0.5)
+                errors.append(judge.error(frames, places * window, reading, one))
         if len(errors) == 2:
             ratios.append(errors[1] / errors[0])
     return {"ratio": statistics.median(ratios) if ratios else float("nan"), "videos": len(ratios)}
@@ -212,7 +214,7 @@ def long_videos(judge: Judge, wanted: Sequence[Attributes], most: int = 8, windo
     `third_window` beside `hold_first` (the given frame, held) and `hold_window` (the true last frame of the window
     before, held). `seam`: rms difference across a window's end over the video's median difference of neighbours.
     """
-    chosen = _spread([one for one in wanted if one.speed != OPEN_SPEED], most)
+    chosen = spread_evenly([one for one in wanted if one.speed != OPEN_SPEED], most)
     window, sampler = judge.sampler.window, judge.sampler
     times = np.arange(round(windows * window * RATE)) / RATE
     per = len(times) // windows
@@ -223,57 +225,18 @@ def long_videos(judge: Judge, wanted: Sequence[Attributes], most: int = 8, windo
         image = from_frames(true[:1])[0]
         (made,) = sampler.videos([one.caption], RATE, windows * window, judge.settings, image=image)
         last = slice(2 * per, 3 * per)
-        figures["third_window"].append(_psnr(made[last], true[last]))
-        figures["hold_first"].append(_psnr(np.repeat(true[:1], per, 0), true[last]))
-        figures["hold_window"].append(_psnr(np.repeat(true[2 * per - 1 : 2 * per], per, 0), true[last]))
+        held = {"hold_first": true[:1], "hold_window": true[2 * per - 1 : 2 * per]}
+        for name, frames in {"third_window": made[last], **held}.items():
+            shown = from_frames(np.broadcast_to(frames, true[last].shape))
+            figures[name].append(pooled_psnr(shown, from_frames(true[last])))
         steps = np.sqrt(np.square(np.diff(made.astype(np.float64), axis=0)).mean(axis=(1, 2, 3)))
         figures["seam"].append(max(steps[per - 1], steps[2 * per - 1]) / float(np.median(steps)))
     return {name: statistics.fmean(values) for name, values in figures.items()} | {"films": len(chosen)}
 
 
-def _psnr(made: Frames, true: Frames) -> float:
-    return float(psnr(from_frames(made), from_frames(true), together=True))
-
-
 def _nearest(wanted: Attributes, seen: Sequence[Attributes]) -> Attributes:
     """The first of `seen` that shares most attributes."""
     return max(seen, key=lambda one: sum(getattr(one, name) == value for name, value in vars(wanted).items()))
-
-
-def _spread(of: Sequence[Attributes], most: int) -> list[Attributes]:
-    return [of[k] for k in np.unique(np.linspace(0, len(of) - 1, min(most, len(of))).astype(int))]
-
-
-def show(run: str | FilePath, folder: str | FilePath, rate: float = 24.0) -> list[FilePath]:
-    """Videos to look at, of captions that are held out, at a frame rate that nothing was trained at; their paths.
-
-    Six captions; one caption that leaves its speed open with four seeds; a picture continued, under its caption and
-    without one; and one video of three windows. `captions.json` says what each should show.
-    """
-    judge, folder = Judge(run), FilePath(folder)
-    sampler, settings, window = judge.sampler, judge.settings, judge.sampler.window
-    held = combinations(held_out=True)
-    named = [one for one in held if one.speed != OPEN_SPEED]
-    wanted: dict[str, tuple[str, Frames]] = {}
-    for number, one in enumerate(_spread(held, 6)):
-        wanted[f"caption-{number + 1}"] = (one.caption, sampler.videos([one.caption], rate, window, settings)[0])
-    free = _spread([one for one in held if one.speed == OPEN_SPEED], 3)[1].caption
-    for seed in range(4):
-        chosen = dataclasses.replace(settings, seed=seed)
-        wanted[f"seed-{seed + 1}"] = (free, sampler.videos([free], rate, window, chosen)[0])
-    film = plan_film(_spread(named, 5)[2], seed=1)
-    image = from_frames(film.draw()[:1])[0]
-    for name, caption in (("picture", film.attributes.caption), ("picture-no-caption", "")):
-        wanted[name] = (caption, sampler.videos([caption], rate, window, settings, image=image)[0])
-    steady = _spread(named, 3)[1].caption
-    wanted["long"] = (steady, sampler.videos([steady], rate, 3 * window, settings)[0])
-    paths = []
-    for name, (_, frames) in wanted.items():
-        paths.append(folder / f"{name}.mp4")
-        write_video(paths[-1], frames, rate)
-    told = {name: caption for name, (caption, _) in wanted.items()}
-    write_atomic(folder / "captions.json", json.dumps(told, indent=1).encode())
-    return paths
 
 
 def table(found: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from model.training.ema import MovingAverage
 from model.training.log import read_log
 from model.training.loop import Schedule, Training, run_training
 from model.training.optimizers import adamw
-from model.training.processes import Processes
+from model.training.processes import ALONE
 from model.training.state import TrainingState
 from storage.layout import Lake
 from tests.model.test_train import TINY, environment, logged, weights
@@ -145,7 +144,6 @@ def test_a_spike_is_skipped_like_a_bad_step_and_the_run_resumes_bit_by_bit(
 ) -> None:
     """A gradient norm above 20 times its running mean; below, before there was a mean, or where it is off, is none."""
     monkeypatch.setattr("model.training.state.WINDOW", 8)
-    alone = Processes(0, 1, torch.device("cpu"))
 
     def trained(
         run: Path, parts: Sequence[int], spikes: dict[int, float], factor: float = 20.0, allowed: int = 2
@@ -155,12 +153,12 @@ def test_a_spike_is_skipped_like_a_bad_step_and_the_run_resumes_bit_by_bit(
             network = nn.Linear(4, 4)
             state = TrainingState(network, MovingAverage(network, 0.9), [adamw(network.parameters(), 1e-2, 0.0, 0.9)])
 
-            def losses(step: int, _: int, network: nn.Module = network) -> dict[str, Tensor]:
+            def losses(step: int, _: None, network: nn.Module = network) -> dict[str, Tensor]:
                 return {"loss": spikes.get(step, 1.0) * network(torch.linspace(-1, 1, 4)).square().mean()}
 
-            training = Training(itertools.count, losses, lambda step: 1.0, gradient_clip=1.0, samples=1)
+            training = Training(losses, lambda step: 1.0, gradient_clip=1.0, samples=1)
             plan = Schedule(steps, 1, 100, 9, allowed, spike_factor=factor)
-            run_training(training, state, Run(run), plan, alone, StopSignal())
+            run_training(training, state, Run(run), plan, ALONE, StopSignal())
         return Run(run)
 
     spikes = {4: 1e3, 12: 10.0, 15: 1e3, 18: 1e3, 19: 1e4}

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from model import codec_train
-from model.codec_train import CodecRecipe, captioned, cosine, main, pictures, train_codec
+from model.codec_train import CodecRecipe, captioned, main, pictures, train_codec
 from model.codecs.ddim import DDIMSchedule, noise_levels
 from model.codecs.diffusers import DiffusersCodec, DiffusersSettings
 from model.settings import override
@@ -206,9 +206,3 @@ def test_sides_and_films_are_set_in_any_number() -> None:
     assert (recipe.sides, recipe.hold_out) == ((64,), ("a", "b", "c"))
     with pytest.raises(ValueError, match="any number of values"):
         override(CodecRecipe(), {"sides": "64"})
-
-
-def test_the_learning_rate_falls_to_a_hundredth() -> None:
-    assert cosine(0) == 1
-    assert cosine(1) == pytest.approx(0.01)
-    assert all(cosine(k / 10) > cosine((k + 1) / 10) for k in range(10))

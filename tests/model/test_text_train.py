@@ -20,8 +20,10 @@ from model.stop import Stopped
 from model.text.encoder import pretrained_text_encoder, text_encoder_from_spec
 from model.text.words import vocabulary
 from model.text_train import TextRecipe, main, read_paths, replaced, train_text, words_of
+from model.training.checkpoint import Run
 from model.training.loop import Training
 from storage.layout import Lake
+from storage.store import LakeBusy
 from tests.model.tiny_lake import make_lake
 
 TINY = TextRecipe(
@@ -95,6 +97,14 @@ def test_another_recipe_or_other_clips_are_refused(trained: Path, lake: Lake) ->
         train_text([lake.root], run, trained, dataclasses.replace(TINY, seed=1))
     with pytest.raises(ValueError, match="another recipe or other clips"):
         train_text([lake.root], run, trained, dataclasses.replace(TINY, hold_out=("film-0",)))
+
+
+def test_a_second_trainer_is_refused(trained: Path, lake: Lake, tmp_path: Path) -> None:
+    run = trained.parent / "run"
+    told = rf"run is in use by process {os.getpid()}; wait until that run ends, or stop it"
+    with Run(run).lock(), pytest.raises(LakeBusy, match=told):
+        train_text([lake.root], run, tmp_path / "text", TINY)
+    assert not (tmp_path / "text").exists()
 
 
 def test_films_that_are_held_out_are_never_read(lake: Lake, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

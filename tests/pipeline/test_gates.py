@@ -19,7 +19,7 @@ from storage.failures import read_failures
 from storage.layout import Lake
 from storage.verify import verify
 from storage.version import load, read_manifest
-from tests.pipeline.ingest.test_steps import RECIPE, InProcess, NoWork
+from tests.pipeline.ingest.in_process import RECIPE, InProcess, NoWork
 
 Film = Callable[..., Path]
 

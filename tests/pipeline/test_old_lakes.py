@@ -16,7 +16,7 @@ from storage.layout import Lake
 from storage.schema import CERTIFICATE, CLIP_SCHEMA
 from storage.verify import verify
 from storage.version import load, read_manifest
-from tests.pipeline.ingest.test_steps import InProcess, NoWork
+from tests.pipeline.ingest.in_process import InProcess, NoWork
 
 Film = Callable[..., Path]
 OLD = {"size": (16, 16), "duration": 1.0, "rate": 8.0, "method": "cubic", "block_clips": 3, "preview_clips": 1}

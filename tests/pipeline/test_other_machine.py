@@ -24,7 +24,7 @@ from storage.shards import ShardReader
 from storage.verify import verify
 from storage.version import list_versions, load, read_empty_text, read_manifest
 from tests.perturb.hook import neighbours
-from tests.pipeline.ingest.test_steps import RECIPE, InProcess
+from tests.pipeline.ingest.in_process import RECIPE, InProcess
 from tests.pipeline.test_old_lakes import RECIPE as OLD_RECIPE
 from tests.pipeline.test_old_lakes import old
 

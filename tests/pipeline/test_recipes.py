@@ -22,6 +22,15 @@ def test_names() -> None:
             recipe_named(name)
 
 
+@pytest.mark.parametrize("name", ["combinations", "demo", "linear", "stable_diffusion"])
+def test_what_every_recipe_makes_can_be_evaluated(name: str) -> None:
+    """`vlfm evaluate` needs training clips that kept their frames and latents, and others to compare with."""
+    recipe = recipe_named(name)
+    assert recipe.store_latents
+    assert recipe.preview_clips > 0
+    assert recipe.validation_fraction > 0
+
+
 def test_sizes_follow_from_the_window() -> None:
     recipe = demo()
     assert (recipe.frames_max, recipe.observed_max, recipe.coefficients) == (32, 17, 34)

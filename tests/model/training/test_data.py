@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import pickle
 import re
@@ -18,7 +19,7 @@ import torch
 from model.settings import override
 from model.train import main, train
 from model.training import data
-from model.training.data import Clips, Collate, Steps, lake_and_version, loader
+from model.training.data import Clips, Collate, Loader, Steps, lake_and_version
 from storage import version
 from storage.layout import Lake, LakeError
 from storage.shards import ShardReader, write_shard
@@ -169,12 +170,26 @@ def test_a_clip_that_cannot_be_read_is_one_line(
     )
 
 
+def test_a_training_that_fails_leaves_no_worker(lake: Lake, tmp_path: Path) -> None:
+    """Python would wait for it at its end, and it holds the signal that is to end it."""
+
+    class Failing(Wrapper):
+        def loss(self, *given: Any) -> Any:
+            raise ValueError("the method's own fault")
+
+    recipe = override(TINY, {"loader_workers": 2})
+    with vlfm_wrapped(Failing), pytest.raises(ValueError, match="own fault") as held:
+        train(lake.root, tmp_path / "run", recipe)
+    assert held.traceback  # with all that its frames hold
+    assert multiprocessing.active_children() == []
+
+
 def test_workers_bring_the_same_batches(lake: Lake) -> None:
     made = version.load(lake)
     clips, collate = Clips(lake, made, "train"), Collate(version.read_empty_text(lake, made), ["coefficients"])
     steps = Steps(len(clips), 2, seed=3, first=0, last=4)
-    here = list(loader(clips, steps, collate, workers=0))
-    there = list(loader(clips, steps, collate, workers=1))
+    here = list(Loader(clips, steps, collate, 0, torch.device("cpu")))
+    there = list(Loader(clips, steps, collate, 1, torch.device("cpu")))
     assert [batch.clip_ids for batch in here] == [batch.clip_ids for batch in there]
     assert len(here) == 4
     for one, other in zip(here, there, strict=True):

@@ -16,7 +16,7 @@ from model.training.checkpoint import Run
 from model.training.ema import MovingAverage
 from model.training.loop import Recent, Schedule, Training, run_training
 from model.training.optimizers import adamw
-from model.training.processes import Processes
+from model.training.processes import ALONE
 from model.training.state import TrainingState
 
 
@@ -30,7 +30,7 @@ def trained(folder: Path, steps: int, **schedule: Any) -> list[dict[str, Any]]:
         return {"loss": step + 0 * network(torch.ones(1)).sum()}
 
     training = Training(
-        batches=lambda done: itertools.count(done + 1),
+        batches=lambda done: (step for step in itertools.count(done + 1)),
         losses=losses,
         learning_rate=lambda step: 1.0,
         gradient_clip=1.0,
@@ -42,7 +42,7 @@ def trained(folder: Path, steps: int, **schedule: Any) -> list[dict[str, Any]]:
         steps, log_every=4, checkpoint_every=100, checkpoints_kept=1, bad_steps_allowed=0, validate_every=5, **schedule
     )
     run = Run(folder)
-    run_training(training, state, run, plan, Processes(0, 1, torch.device("cpu")), StopSignal())
+    run_training(training, state, run, plan, ALONE, StopSignal())
     assert state.step == steps
     assert run.steps() == [steps]
     return [json.loads(line) for line in run.log.read_text().splitlines()]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from model.methods.base import SampleSettings
+from model.spread import spread_evenly
 from model.video import from_frames
 from pipeline.corpus.combinations import plan_film
 from pipeline.corpus.drawing import draw_frames
@@ -48,7 +49,7 @@ class Artist:
     def videos(self, captions: Sequence[str], rate: float, duration: float, settings: Any, image: torch.Tensor) -> Any:
         """Goes on rightly from the picture of the film that `long_videos` draws, but for a jump at each seam."""
         one = attributes_of(captions[0])
-        number = experiment._spread([each for each in HELD if each.speed], 8).index(one)
+        number = spread_evenly([each for each in HELD if each.speed], 8).index(one)
         film = plan_film(one, seed=number, seconds=experiment.LONG)
         times = np.arange(round(duration * rate)) / rate
         jumped = times + self.step * np.floor(times / WINDOW)

@@ -24,7 +24,7 @@ from storage.layout import Lake
 from storage.staging import read_block, write_block
 from storage.verify import verify
 from storage.version import list_versions, load, read_manifest
-from tests.pipeline.ingest.test_steps import InProcess, NoWork
+from tests.pipeline.ingest.in_process import InProcess, NoWork
 
 Film = Callable[..., Path]
 Use = Callable[[str], None]

@@ -21,7 +21,7 @@ from storage.failures import read_failures
 from storage.layout import Lake
 from storage.verify import verify
 from storage.version import load
-from tests.pipeline.ingest.test_steps import InProcess, NoWork, rows
+from tests.pipeline.ingest.in_process import InProcess, NoWork, rows
 
 Film = Callable[..., Path]
 RECIPE = dataclasses.replace(linear(), size=(16, 16), duration=1.0, rate=8.0, tolerate=0.9)
