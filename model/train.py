@@ -73,19 +73,17 @@ def _train(lake: Lake, run: Run, recipe: TrainRecipe, version: Version, processe
     collate = Collate(read_empty_text(lake, version), method_named(recipe.method).members)
     clips = Clips(lake, version, "train", collate.arrays)
     validation = Clips(lake, version, "validation", collate.arrays)
-    record = run_record(recipe, version, clips, run)
-    if processes.first and not run.file.is_file():
-        run.write(record.to_json())
+    record = processes.by_first(lambda: run_record(recipe, version, clips, run))
+    objective = Objective(record.method(), recipe, processes)
 
     torch.manual_seed(recipe.seed)
-    backbone = Backbone(record.backbone).to(processes.device)
+    backbone = Backbone(record.backbone).to(processes.device, objective.dtype)
     state = TrainingState(backbone, MovingAverage(backbone, recipe.ema_decay), make_optimizers(backbone, recipe))
     trained = DistributedDataParallel(backbone) if processes.world > 1 else backbone
-    objective = Objective(record.method(), recipe, processes)
 
     def batches(done: int) -> Loader:
         steps = Steps(len(clips), recipe.batch, recipe.seed, done, recipe.steps, processes.rank, processes.world)
-        return Loader(clips, steps, collate, recipe.loader_workers, processes.device)
+        return Loader(clips, steps, collate, recipe.loader_workers, processes.device, objective.dtype)
 
     training = Training(
         batches=batches,
@@ -109,7 +107,9 @@ def _train(lake: Lake, run: Run, recipe: TrainRecipe, version: Version, processe
 
 
 def run_record(recipe: TrainRecipe, version: Version, clips: Clips, run: Run) -> RunRecord:
-    """The record of a run that is about to start, or of the one that is about to go on.
+    """The record of a run that is about to start, which is written, or of the one that is about to go on.
+
+    Only the first reads clips, for the figures that the method needs.
 
     Raises:
         ValueError: the run was started with other settings or on another version.
@@ -134,7 +134,10 @@ def run_record(recipe: TrainRecipe, version: Version, clips: Clips, run: Run) ->
         outputs=method.heads,
         temporal=method.temporal,
     )
-    return RunRecord(recipe, figures, backbone, version.clip, version.codec, version.text, reference)
+    record = RunRecord(recipe, figures, backbone, version.clip, version.codec, version.text, reference)
+    if before is None:
+        run.write(record.to_json())
+    return record
 
 
 def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:

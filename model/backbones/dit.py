@@ -269,7 +269,8 @@ class SinusoidalEmbedding(nn.Module):
 
     def forward(self, value: Tensor) -> Tensor:
         """(...) to (..., width)."""
-        angle = 2 * math.pi * value.float()[..., None] / self.wavelengths
+        exact = value.to(torch.promote_types(value.dtype, torch.float32))
+        angle = 2 * math.pi * exact[..., None] / self.wavelengths
         sinusoids = torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.first.weight.dtype)
         return self.second(functional.silu(self.first(sinusoids)))
 
