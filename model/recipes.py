@@ -11,6 +11,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from model.backbones.dit import ARCHITECTURES, QK_NORMS
+from model.backbones.published import SIZES
 from model.methods.registry import method_named
 from model.methods.vlfm import VLFMOptions
 from model.settings import (
@@ -23,6 +25,7 @@ from model.settings import (
     check_settings,
     one_of,
     recipe_named,
+    recipe_names,
 )
 
 RULES = {
@@ -35,6 +38,9 @@ RULES = {
     "ema_decay": SHARE_BELOW_1,
     "precision": one_of("float32", "bfloat16", "float64"),
     "seed": SEED,
+    "qk_norm": one_of(*QK_NORMS),
+    "architecture": one_of(*ARCHITECTURES),
+    "optimizer": one_of("adamw", "grams"),
 }
 """What the fields of a training recipe may be."""
 
@@ -57,16 +63,24 @@ class TrainRecipe:
     """Attention heads; divides the width."""
     patch: int = 2
     """Side of a square latent patch that makes one token; divides the latent's height and width."""
+    qk_norm: str = "none"
+    """Norm of each head's queries and keys: `none`, `rms` or `layer`."""
+    architecture: str = "vlfm"
+    """`vlfm`, or `dit`: norms and time embedding of the published DiT, which `--init-from` needs."""
+    activation_checkpointing: bool = False
+    """Whether a block is computed again in the backward pass, which saves its memory and costs a third more work."""
     batch: int = 64
     """Clips in one step, over all processes together."""
     steps: int = 100_000
     """Optimiser steps of the whole run."""
     learning_rate: float = 3e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of the optimiser."""
     matrix_learning_rate: float = 0.0
-    """Peak learning rate of Muon for the blocks' matrices; 0 trains them with AdamW too."""
+    """Peak learning rate of Muon for the blocks' matrices; 0 trains them with the optimiser too."""
+    optimizer: str = "adamw"
+    """`adamw`, or `grams`: the sign of the gradient with the size of Adam's step (arXiv 2412.17107)."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of the matrices."""
+    """Decoupled weight decay of the matrices; position embeddings, biases and norms have none."""
     learning_rate_warmup: int = 200
     """Steps over which the learning rate rises from 0."""
     learning_rate_decay: float = 0.5
@@ -160,6 +174,86 @@ def combinations() -> TrainRecipe:
         log_every=10,
         validate_every=250,
     )
+
+
+def tiny_cpu() -> TrainRecipe:
+    """The smallest backbone that shows the whole chain at work, in about a minute on one CPU core."""
+    return TrainRecipe(
+        name="tiny_cpu",
+        width=64,
+        depth=2,
+        heads=2,
+        options=VLFMOptions(times_per_clip=2),
+        batch=8,
+        steps=300,
+        learning_rate=2e-3,
+        learning_rate_warmup=20,
+        ema_decay=0.98,
+        checkpoint_every=100,
+        log_every=10,
+        validate_every=100,
+    )
+
+
+def vlfm_s() -> TrainRecipe:
+    """A backbone of DiT-S's size, about 41 million parameters with cross-attention; there `patch` is 2, 4 or 8."""
+    return _of_size("vlfm_s", "S")
+
+
+def vlfm_b() -> TrainRecipe:
+    """A backbone of DiT-B's size, about 161 million parameters with cross-attention."""
+    return _of_size("vlfm_b", "B")
+
+
+def vlfm_l() -> TrainRecipe:
+    """A backbone of DiT-L's size, about 563 million parameters with cross-attention."""
+    return _of_size("vlfm_l", "L")
+
+
+def vlfm_xl() -> TrainRecipe:
+    """A backbone of DiT-XL's size, about 829 million parameters with cross-attention."""
+    return _of_size("vlfm_xl", "XL")
+
+
+def paper_xl() -> TrainRecipe:
+    """What arXiv 2502.00500 prints: DiT-XL/2, Grams, its path with sigma_min 0.01 and alpha 10, times even over a clip.
+
+    It prints neither batch, learning rate nor steps: those are DiT's. Its path cannot be sampled between frames, which
+    docs/method.md explains: this recipe is for comparison. The mean and its derivative are predicted, and the printed
+    loss of the velocity assembled from them is the `velocity` of the log.
+    """
+    options = VLFMOptions(
+        path="paper", anchor="none", times_per_clip=1, state_jitter=0.0, caption_dropout=0.0, clip_start_dropout=1.0,
+        context_dropout=1.0,
+    )  # fmt: skip
+    return dataclasses.replace(_of_size("paper_xl", "XL"), options=options, architecture="dit", optimizer="grams")
+
+
+def _of_size(name: str, size: str) -> TrainRecipe:
+    """Widths of the published DiT and its optimiser's settings (arXiv 2212.09748, section 4)."""
+    width, depth, heads = SIZES[size]
+    return TrainRecipe(
+        name=name,
+        width=width,
+        depth=depth,
+        heads=heads,
+        patch=2,
+        batch=256,
+        steps=400_000,
+        learning_rate=1e-4,
+        learning_rate_warmup=1000,
+        learning_rate_decay=0.0,
+        ema_decay=0.9999,
+        precision="bfloat16",
+        checkpoint_every=5000,
+        validate_every=5000,
+        loader_workers=4,
+    )
+
+
+def train_recipes() -> list[str]:
+    """Names of the training recipes."""
+    return recipe_names(sys.modules[__name__], TrainRecipe)
 
 
 def train_recipe(name: str) -> TrainRecipe:

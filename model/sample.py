@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from model.text.encoder import TextEncoder, text_encoder_from_spec
 from model.training.checkpoint import Run, load_average
 from model.training.record import RunRecord
 from model.video import Frames, check_output, from_frames, to_frames, write_video
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 READ_AT_ONCE = 64
 """Frames of a clip that are read and decoded together."""
@@ -104,15 +108,17 @@ class Sampler:
         seeds: Sequence[int],
         settings: SampleSettings,
         first_frames: Tensor | None = None,
+        negative: Sequence[str] | None = None,
     ) -> Sample:
         """One window of latents for each prompt, readable at any time.
 
         starts: seconds into their films that the clips are to be from; None leaves it open.
         first_frames: (B, C, h, w) latents, for the image-to-video task.
+        negative: captions that guidance leads away from; None for the empty one.
         """
         empty = None
         if settings.guidance != 1.0:
-            empty = self.conditioning([""] * len(prompts), None, start_given=False)
+            empty = self.conditioning(negative or [""] * len(prompts), None, start_given=False)
         request = Request(
             conditioning=self.conditioning(prompts, starts),
             seeds=tuple(seeds),
@@ -137,6 +143,8 @@ class Sampler:
         settings: SampleSettings | None = None,
         start: float | None = None,
         image: Tensor | None = None,
+        seeds: Sequence[int] | None = None,
+        negative: Sequence[str] | None = None,
     ) -> list[Frames]:
         """A video for each prompt, `duration` seconds at `rate` frames per second, at least one frame.
 
@@ -149,6 +157,8 @@ class Sampler:
             settings: how to integrate.
             start: seconds into the film that the clip is to be from; None leaves it open.
             image: (3, H, W) in [-1, 1], a first frame to start from.
+            seeds: the seed of each video's noise; None for the settings' seed and those after it.
+            negative: a caption for each video that guidance leads away from; None for the empty one.
 
         Raises:
             ValueError: a rate or duration that is not positive, or a start that is no number.
@@ -168,10 +178,10 @@ class Sampler:
             first = torch.cat(encoded)
         parts: list[list[Frames]] = [[] for _ in prompts]
         windows = math.floor(times[-1] / self.window + 1e-9) + 1
+        seeds = [settings.seed + index for index in range(len(prompts))] if seeds is None else seeds
         for number in range(windows):
-            seeds = [settings.seed + index for index in range(len(prompts))]
             starts = None if start is None else [start + number * self.window] * len(prompts)
-            sample = self.sample(prompts, starts, seeds, settings, first)
+            sample = self.sample(prompts, starts, seeds, settings, first, negative)
             inside = np.floor(times / self.window + 1e-9).astype(int) == number
             flow_times = torch.from_numpy((times[inside] / self.window - number).clip(0, 1))
             # A few frames at a time: at high rates a whole window of pictures would not fit the memory.
@@ -192,20 +202,25 @@ def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
         ValueError: the file is no picture, or a damaged one.
         FileNotFoundError: there is no such file.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    size = (size[1], size[0])
+    from PIL import Image, UnidentifiedImageError
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"--image {path}: there is no such file")
     try:
         with Image.open(path) as picture:
-            upright = ImageOps.exif_transpose(picture)
-            fitted = ImageOps.fit(upright.convert("RGB"), size, Image.Resampling.LANCZOS)
+            return fit_picture(picture, size)
     except UnidentifiedImageError:
         raise ValueError(f"--image {path} is no picture that can be read; use a png or jpeg") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"--image {path} cannot be read ({error}); use another picture") from None
+
+
+def fit_picture(picture: PIL.Image.Image, size: tuple[int, int]) -> Tensor:
+    """A picture as (3, H, W) in [-1, 1], upright, scaled to cover `size` (H, W) and cropped at the centre."""
+    from PIL import Image, ImageOps
+
+    upright = ImageOps.exif_transpose(picture)
+    fitted = ImageOps.fit(upright.convert("RGB"), (size[1], size[0]), Image.Resampling.LANCZOS)
     return from_frames(np.asarray(fitted)[None])[0]
 
 

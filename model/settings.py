@@ -46,24 +46,29 @@ def check_settings(recipe: Any, rules: Mapping[str, Rule]) -> None:
             raise ValueError(f"{name} is {value!r}; it must be {rule.words}")
 
 
+def recipe_names(module: ModuleType, kind: type[Any]) -> list[str]:
+    """Names of the recipe functions of `module`, sorted: its public functions that are annotated to return `kind`."""
+    return sorted(
+        key
+        for key, value in vars(module).items()
+        if callable(value)
+        and not key.startswith("_")
+        and getattr(value, "__annotations__", {}).get("return") in (kind, kind.__name__)
+        # A recipe is made from its defaults: what must be given something makes none.
+        and all(each.default is not each.empty for each in inspect.signature(value).parameters.values())
+    )
+
+
 def recipe_named(module: ModuleType, name: str, kind: type[Recipe]) -> Callable[..., Recipe]:
-    """The recipe function `name` of `module`: any public function there that is annotated to return `kind`.
+    """The recipe function `name` of `module`, one of `recipe_names`.
 
     Raises:
         ValueError: there is no such recipe; the message lists those there are.
     """
-    functions = {
-        key: value
-        for key, value in vars(module).items()
-        if callable(value)
-        and getattr(value, "__annotations__", {}).get("return") in (kind, kind.__name__)
-        # A recipe is made from its defaults: what must be given something makes none.
-        and all(each.default is not each.empty for each in inspect.signature(value).parameters.values())
-    }
-    if name not in functions or name.startswith("_"):
-        known = ", ".join(sorted(key for key in functions if not key.startswith("_")))
-        raise ValueError(f"recipe {name!r} is unknown; the recipes are: {known}")
-    return cast(Callable[..., Recipe], functions[name])
+    known = recipe_names(module, kind)
+    if name not in known:
+        raise ValueError(f"recipe {name!r} is unknown; the recipes are: {', '.join(known)}")
+    return cast(Callable[..., Recipe], getattr(module, name))
 
 
 def override(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:

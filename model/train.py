@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,10 +19,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from model.backbones.dit import Backbone, BackboneConfig
+from model.backbones.published import official_weights, start_from_dit
 from model.methods.base import Method
 from model.methods.registry import method_named
 from model.program import add_settings_option, parse_settings, run_program
-from model.recipes import TrainRecipe, train_recipe
+from model.recipes import TrainRecipe, train_recipe, train_recipes
 from model.settings import override
 from model.stop import STOPPED, Stopped, StopSignal
 from model.training.checkpoint import Run
@@ -35,12 +36,18 @@ from model.training.optimizers import learning_rate_factor, make_optimizers
 from model.training.processes import FirstFailed, Processes, end_program, given_rank, join_processes
 from model.training.record import DatasetVersion, RunRecord
 from model.training.state import TrainingState
+from storage.fingerprint import stream_digest
 from storage.layout import Lake
 from storage.version import Version, read_empty_text
 
 
-def train(lake: str | Path, run: str | Path, recipe: TrainRecipe, version: int | None = None) -> Path:
+def train(
+    lake: str | Path, run: str | Path, recipe: TrainRecipe, version: int | None = None, init_from: Path | None = None
+) -> Path:
     """Train on one version of a lake until the recipe's last step, resuming where the run stands.
+
+    init_from: an official DiT checkpoint for the first weights (model/backbones/published.py); a run that has a
+    checkpoint of its own goes on from that.
 
     A step whose loss or gradient is not finite changes nothing and is logged. SIGTERM and Ctrl-C end the run after the
     step in flight, with a checkpoint.
@@ -63,21 +70,33 @@ def train(lake: str | Path, run: str | Path, recipe: TrainRecipe, version: int |
         try:
             with ExitStack() as held:
                 processes.by_first(lambda: held.enter_context(folder.lock()))
-                return _train(opened, folder, recipe, chosen, processes, stop)
+                return _train(opened, folder, recipe, chosen, processes, stop, init_from)
         finally:
             if processes.world > 1:
                 dist.destroy_process_group()
 
 
-def _train(lake: Lake, run: Run, recipe: TrainRecipe, version: Version, processes: Processes, stop: StopSignal) -> Path:
+def _train(
+    lake: Lake,
+    run: Run,
+    recipe: TrainRecipe,
+    version: Version,
+    processes: Processes,
+    stop: StopSignal,
+    init_from: Path | None,
+) -> Path:
     collate = Collate(read_empty_text(lake, version), method_named(recipe.method).members)
     clips = Clips(lake, version, "train", collate.arrays)
     validation = Clips(lake, version, "validation", collate.arrays)
-    record = processes.by_first(lambda: run_record(recipe, version, clips, run))
+    record = processes.by_first(lambda: run_record(recipe, version, clips, run, init_from))
     objective = Objective(record.method(), recipe, processes)
 
     torch.manual_seed(recipe.seed)
-    backbone = Backbone(record.backbone).to(processes.device, objective.dtype)
+    backbone = Backbone(record.backbone)
+    if init_from is not None and not run.steps():
+        start_from_dit(backbone, init_from)
+    backbone.activation_checkpointing = recipe.activation_checkpointing
+    backbone = backbone.to(processes.device, objective.dtype)
     state = TrainingState(backbone, MovingAverage(backbone, recipe.ema_decay), make_optimizers(backbone, recipe))
     trained = DistributedDataParallel(backbone) if processes.world > 1 else backbone
 
@@ -106,7 +125,9 @@ def _train(lake: Lake, run: Run, recipe: TrainRecipe, version: Version, processe
     return run_training(training, state, run, schedule, processes, stop)
 
 
-def run_record(recipe: TrainRecipe, version: Version, clips: Clips, run: Run) -> RunRecord:
+def run_record(
+    recipe: TrainRecipe, version: Version, clips: Clips, run: Run, init_from: Path | None = None
+) -> RunRecord:
     """The record of a run that is about to start, which is written, or of the one that is about to go on.
 
     Only the first reads clips, for the figures that the method needs.
@@ -118,6 +139,10 @@ def run_record(recipe: TrainRecipe, version: Version, clips: Clips, run: Run) ->
     reference = DatasetVersion(version.number, version.merkle_root, version.recipe_fingerprint)
     if before is not None:
         before.check_resumable(recipe, reference, run)
+    start: Mapping[str, str] | None = None if init_from is None else _named_with_digest(init_from)
+    if before is not None:
+        before.check_start(start, run)
+        start = start or before.initialised_from
     kind = method_named(recipe.method)
     figures = kind.prepare(clips, version.clip) if before is None else before.figures
     method: Method = kind.build(recipe.options, figures, version.clip)
@@ -133,11 +158,23 @@ def run_record(recipe: TrainRecipe, version: Version, clips: Clips, run: Run) ->
         patch=recipe.patch,
         outputs=method.heads,
         temporal=method.temporal,
+        qk_norm=recipe.qk_norm,
+        architecture=recipe.architecture,
     )
-    record = RunRecord(recipe, figures, backbone, version.clip, version.codec, version.text, reference)
+    if before is None and init_from is not None:
+        official_weights(init_from, backbone)  # a file that does not fit is told before the run is described
+    record = RunRecord(recipe, figures, backbone, version.clip, version.codec, version.text, reference, start)
     if before is None:
         run.write(record.to_json())
     return record
+
+
+def _named_with_digest(path: Path) -> dict[str, str]:
+    """A file's name, without where it lies, and its sha256. Raises FileNotFoundError where there is none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--init-from {path}: there is no such file")
+    with open(path, "rb") as file:
+        return {"name": path.name, "sha256": stream_digest(file)}
 
 
 def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
@@ -151,8 +188,15 @@ def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
         metavar="DIR",
         help="where the run is kept; an old one is resumed (under torchrun say --run-dir)",
     )
-    parser.add_argument("--recipe", default="base", metavar="NAME", help="base (default), demo or combinations")
+    parser.add_argument(
+        "--recipe", default="base", metavar="NAME", help=f"{', '.join(train_recipes())} (default: base)"
+    )
     parser.add_argument("--version", type=int, metavar="N", help="version of the dataset (default: the newest)")
+    parser.add_argument(
+        "--init-from",
+        metavar="FILE",
+        help="an official DiT checkpoint (.pt or .safetensors) for the first weights; wants --set architecture=dit",
+    )
     parser.add_argument(
         "--processes",
         type=int,
@@ -174,7 +218,8 @@ def run_arguments(options: argparse.Namespace) -> int:
     if options.processes != 1:
         return run_processes(options, recipe)
     try:
-        folder = train(options.lake, options.run, recipe, options.version)
+        start = None if options.init_from is None else Path(options.init_from)
+        folder = train(options.lake, options.run, recipe, options.version, start)
     except (Stopped, FloatingPointError, FirstFailed) as end:
         if given_rank() == 0:
             raise
@@ -202,6 +247,7 @@ def run_processes(options: argparse.Namespace, recipe: TrainRecipe) -> int:
     command = [sys.executable, "-m", "model.train", "--lake", options.lake, "--run-dir", options.run]
     command += ["--recipe", options.recipe, *(f"--set={pair}" for pair in options.settings)]
     command += [] if options.version is None else ["--version", str(options.version)]
+    command += [] if options.init_from is None else ["--init-from", options.init_from]
     return launch(command, count)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from tests.bench import gpu
 from tests.bench.sd15 import TINY, Plan, count_tflop
+from tests.bench.sizes import published_config, work_of
 
 
 def bench(**changes: Any) -> gpu.Bench:
@@ -101,3 +102,17 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main([]) == 2
     assert capsys.readouterr().err == "error: there is no GPU here; --tiny runs the same code on the CPU\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "million", "gmac"),
+    [("S/4", 256, 33, 1.41), ("B/8", 256, 131, 1.42), ("XL/2", 256, 675, 118.64), ("XL/2", 512, 675, 524.60)],
+)
+def test_the_published_sizes_and_their_work(name: str, pixels: int, million: float, gmac: float) -> None:
+    """arXiv 2212.09748, table 4, where parameters are rounded and count the class embedding, which is dropped here."""
+    work = work_of(published_config(name, pixels))
+    classes = 1001 * published_config(name).width
+    assert (work.published_parameters + classes) / 1e6 == pytest.approx(million, rel=5e-3, abs=0.5)
+    assert work.published_gmac == pytest.approx(gmac, rel=5e-3)
+    assert 1.15 < work.gmac / work.published_gmac < 2, "caption and given frames cost something"
+    assert 1.2 < work.parameters / work.published_parameters < 1.3

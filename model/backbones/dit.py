@@ -4,22 +4,40 @@ It predicts what a method asks for, by named heads: VLFM's are the clip's mean l
 time. Flow time has the shape (B, L), one value for each frame of a sequence; VLFM uses L = 1, methods that give every
 frame its own time use more, and set `temporal`, so that frames are told apart by their place in the clip. Every block
 modulates its tokens by adaLN-Zero (Peebles and Xie 2023, arXiv 2212.09748, section 3.2) and reads the caption by
-cross-attention; the heads start at zero.
+cross-attention; the heads start at zero. `architecture=dit` has the published norms and time embedding, so that an
+official checkpoint fits (model/backbones/published.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from model.backbones.conditioning import Conditioning
+from model.backbones.embeddings import SinusoidalEmbedding, StepEmbedding
+from model.backbones.tensors import check_tensors, read_tensors
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+"""What `save_pretrained` writes."""
+QK_NORMS: Mapping[str, type[nn.RMSNorm | nn.LayerNorm] | None] = {
+    "none": None,
+    "rms": nn.RMSNorm,
+    "layer": nn.LayerNorm,
+}
+"""Norms of each head's queries and keys."""
+ARCHITECTURES = ("vlfm", "dit")
+"""`dit` has the published epsilon of the norms and the published time embedding."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +64,10 @@ class BackboneConfig:
     """Names of the heads; each gives latents."""
     temporal: bool = False
     """Whether frames have a place in time (`frame_time`); a sequence of frames needs it."""
+    qk_norm: str = "none"
+    """Norm of each head's queries and keys: `none`, `rms` or `layer`."""
+    architecture: str = "vlfm"
+    """`vlfm`, or `dit`: norms and time embedding as published, which official checkpoints need."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -53,6 +75,12 @@ class BackboneConfig:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if not self.outputs:
             raise ValueError("outputs is empty; a backbone needs a head")
+        for name, value, known in (
+            ("qk_norm", self.qk_norm, QK_NORMS),
+            ("architecture", self.architecture, ARCHITECTURES),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
         if self.height % self.patch or self.width_latent % self.patch:
             raise ValueError(
                 f"patch {self.patch} does not divide the latents {self.height}x{self.width_latent}; "
@@ -67,6 +95,11 @@ class BackboneConfig:
     def tokens(self) -> int:
         """Tokens of one frame."""
         return (self.height // self.patch) * (self.width_latent // self.patch)
+
+    @property
+    def norm_epsilon(self) -> float:
+        """Epsilon of the norms of tokens."""
+        return 1e-6 if self.architecture == "dit" else 1e-5
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, enough to build the backbone again."""
@@ -84,6 +117,9 @@ class BackboneConfig:
 class Backbone(nn.Module):
     """Noisy latents (B, L, C, h, w) at flow times (B, L) to latents of that shape, by the name of each head."""
 
+    activation_checkpointing: bool = False
+    """Whether training keeps each block's input alone and computes the block again in the backward pass."""
+
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
@@ -91,15 +127,16 @@ class Backbone(nn.Module):
         self.embed_latents = nn.Linear(pixels, width)
         self.embed_context = nn.Linear(pixels, width)
         self.position = nn.Parameter(torch.empty(config.tokens, width))
-        self.time = SinusoidalEmbedding(width, longest=4.0, shortest=1 / 32)
+        published = config.architecture == "dit"
+        self.time = StepEmbedding(width) if published else SinusoidalEmbedding(width, longest=4.0, shortest=1 / 32)
         self.duration = SinusoidalEmbedding(width, longest=16.0, shortest=0.5)
         self.clip_start = SinusoidalEmbedding(width, longest=4096.0, shortest=0.5)
         self.pooled_text = nn.Sequential(nn.LayerNorm(config.text_dim), nn.Linear(config.text_dim, width))
         self.context_flag = nn.Parameter(torch.empty(width))
         self.text = nn.Sequential(nn.LayerNorm(config.text_dim), nn.Linear(config.text_dim, width))
-        self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.modulation = nn.Linear(width, 2 * width)
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.norm = nn.LayerNorm(width, eps=config.norm_epsilon, elementwise_affine=False)
         for name in config.outputs:
             self.add_module(f"{name}_head", nn.Linear(width, pixels))
         # Only where it is used: a backbone of single states has no parameter that never learns.
@@ -160,29 +197,64 @@ class Backbone(nn.Module):
         tokens = self.embed_latents(self.patchify(latents))  # (B, L, n, W)
         context = self.embed_context(self.patchify(given.context))  # (B, L or 1, n, W)
         shown = given.context_given.to(context.dtype)  # (B, L or 1)
-        tokens = tokens + self.position + context * shown[:, :, None, None]
+        tokens = tokens + self.position + context * shown[:, :, None, None]  # (B, L, n, W)
 
-        pooled = self.pooled_text(last_rows(given.text, given.text_length))
-        clip = self.duration(given.log_duration) + pooled.repeat_interleave(batch // len(pooled), 0)
+        pooled = self.pooled_text(last_rows(given.text, given.text_length))  # (B or B/K, W)
+        clip = self.duration(given.log_duration) + pooled.repeat_interleave(batch // len(pooled), 0)  # (B, W)
         clip = clip + self.clip_start(given.clip_start) * given.start_given[:, None]  # (B, W)
         frame = clip[:, None] + self.context_flag * shown[:, :, None]  # (B, L or 1, W)
         if self.frame_time is not None:
             assert frame_time is not None
-            frame = frame + self.frame_time(frame_time)
+            frame = frame + self.frame_time(frame_time)  # (B, L, W)
         condition = functional.silu(self.time(flow_time) + frame)  # (B, L, W)
 
-        text = self.text(given.text)  # (B, M, W)
-        words = torch.arange(text.shape[1], device=text.device) < given.text_length[:, None]  # (B, M)
+        text = self.text(given.text)  # (B or B/K, M, W)
+        words = torch.arange(text.shape[1], device=text.device) < given.text_length[:, None]  # (B or B/K, M)
         seen = attention_mask(frames, self.config.tokens, valid, causal, tokens.device)  # (B or 1, 1, L*n, L*n) or None
+        again = self.activation_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            tokens = block(tokens, condition, text, words, seen)
+            args = (tokens, condition, text, words, seen)
+            # Nothing in a block is random, so there is no random state to keep.
+            tokens = (  # (B, L, n, W)
+                checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False) if again else block(*args)
+            )
 
         shift, scale = self.modulation(condition)[:, :, None].chunk(2, dim=-1)  # (B, L, 1, W) each
-        tokens = self.norm(tokens) * (1 + scale) + shift
-        flat = {name: head(tokens) for name, head in zip(self.config.outputs, self.heads, strict=True)}
+        tokens = self.norm(tokens) * (1 + scale) + shift  # (B, L, n, W)
+        flat = {
+            name: head(tokens) for name, head in zip(self.config.outputs, self.heads, strict=True)
+        }  # (B, L, n, Cpp)
         return {
             name: self.unpatchify(value.view(batch, frames, self.config.tokens, -1)) for name, value in flat.items()
         }
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config and weights into a folder, as `config.json` and `model.safetensors`."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
+        (path / CONFIG_FILE).write_text(json.dumps(self.config.to_json(), indent=1) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Backbone:
+        """The backbone of `save_pretrained`, in evaluation mode.
+
+        Raises:
+            FileNotFoundError, ValueError: a file is missing, damaged or of another backbone; the message names it.
+        """
+        path = Path(folder) / CONFIG_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; give a folder that Backbone.save_pretrained wrote")
+        try:
+            config = BackboneConfig.from_json(json.loads(path.read_text()))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} describes no backbone ({error}); write it again with save_pretrained") from None
+        backbone = cls(config)
+        tensors = read_tensors(Path(folder) / WEIGHTS_FILE)
+        check_tensors(backbone.state_dict(), tensors, str(Path(folder) / WEIGHTS_FILE))
+        backbone.load_state_dict(tensors)
+        return backbone.eval()
 
     def patchify(self, latents: Tensor) -> Tensor:
         """(B, L, C, h, w) to (B, L, n, C*p*p)."""
@@ -202,14 +274,16 @@ class Backbone(nn.Module):
 class Block(nn.Module):
     """Self-attention over all tokens of all frames, cross-attention to the caption, and a feed-forward layer."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
-        self.heads = heads
+        width = config.width
+        self.heads = config.heads
         self.modulation = nn.Linear(width, 6 * width)
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.norm = nn.LayerNorm(width, eps=config.norm_epsilon, elementwise_affine=False)
         self.qkv = nn.Linear(width, 3 * width)
+        self.norm_q, self.norm_k = HeadNorm(config), HeadNorm(config)
         self.attention_out = nn.Linear(width, width)
-        self.cross = CrossAttention(width, heads)
+        self.cross = CrossAttention(config)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
@@ -220,59 +294,60 @@ class Block(nn.Module):
         parts = self.modulation(condition)[:, :, None].chunk(6, dim=-1)  # six of (B, L, 1, W)
         shift, scale, gate, shift_up, scale_up, gate_up = parts
 
-        inner = self.norm(tokens) * (1 + scale) + shift
+        inner = self.norm(tokens) * (1 + scale) + shift  # (B, L, n, W)
         qkv = self.qkv(inner).view(batch, frames * count, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L*n, W/heads)
-        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-        mixed = mixed.transpose(1, 2).reshape(batch, frames, count, width)
+        q, k = self.norm_q(q), self.norm_k(k)
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)  # (B, heads, L*n, W/heads)
+        mixed = mixed.transpose(1, 2).reshape(batch, frames, count, width)  # (B, L, n, W)
         tokens = tokens + gate * self.attention_out(mixed)
 
         tokens = tokens + self.cross(self.norm(tokens), text, words)
 
-        inner = self.norm(tokens) * (1 + scale_up) + shift_up
+        inner = self.norm(tokens) * (1 + scale_up) + shift_up  # (B, L, n, W)
         return tokens + gate_up * self.down(functional.gelu(self.up(inner), approximate="tanh"))
 
 
 class CrossAttention(nn.Module):
     """Tokens read the caption."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
-        self.heads = heads
+        width = config.width
+        self.heads = config.heads
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)
+        self.norm_q, self.norm_k = HeadNorm(config), HeadNorm(config)
         self.out = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor, text: Tensor, words: Tensor) -> Tensor:
         """Tokens (B, L, n, W), text (B/K, M, W), words (B/K, M), true for valid rows, to (B, L, n, W)."""
         batch, frames, count, width = tokens.shape
         size, texts = width // self.heads, text.shape[0]
-        q = self.query(tokens).view(texts, -1, self.heads, size).transpose(1, 2)  # K states' tokens in one row
-        k, v = self.key_value(text).view(texts, -1, 2, self.heads, size).permute(2, 0, 3, 1, 4)
+        # K states' tokens in one row: (B/K, heads, K*L*n, W/heads)
+        q = self.query(tokens).view(texts, -1, self.heads, size).transpose(1, 2)
+        k, v = (
+            self.key_value(text).view(texts, -1, 2, self.heads, size).permute(2, 0, 3, 1, 4)
+        )  # (B/K, heads, M, W/heads)
+        q, k = self.norm_q(q), self.norm_k(k)
         mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=words[:, None, None])
         return self.out(mixed.transpose(1, 2).reshape(batch, frames, count, width))
 
 
-class SinusoidalEmbedding(nn.Module):
-    """A scalar as sines and cosines of wavelengths from `shortest` to `longest`, then two layers."""
+class HeadNorm(nn.Module):
+    """The norm of queries or keys (..., W/heads), one for all heads of a layer, in the weight's precision."""
 
-    wavelengths: Tensor
-
-    def __init__(self, width: int, longest: float, shortest: float) -> None:
+    def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
-        count = width // 4
-        steps = torch.arange(count, dtype=torch.float64) / max(count - 1, 1)
-        wavelengths = torch.exp(math.log(longest) + steps * (math.log(shortest) - math.log(longest)))
-        self.register_buffer("wavelengths", wavelengths.float(), persistent=False)
-        self.first = nn.Linear(2 * count, width)
-        self.second = nn.Linear(width, width)
+        kind = QK_NORMS[config.qk_norm]
+        self.norm = None if kind is None else kind(config.width // config.heads, eps=1e-6)
 
     def forward(self, value: Tensor) -> Tensor:
-        """(...) to (..., width)."""
-        exact = value.to(torch.promote_types(value.dtype, torch.float32))
-        angle = 2 * math.pi * exact[..., None] / self.wavelengths
-        sinusoids = torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.first.weight.dtype)
-        return self.second(functional.silu(self.first(sinusoids)))
+        """(..., W/heads) to the same shape and type."""
+        if self.norm is None:
+            return value
+        normed: Tensor = self.norm(value.to(self.norm.weight.dtype))
+        return normed.to(value.dtype)
 
 
 def position_embedding(config: BackboneConfig) -> Tensor:
@@ -280,7 +355,8 @@ def position_embedding(config: BackboneConfig) -> Tensor:
     rows, columns = config.height // config.patch, config.width_latent // config.patch
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     finest, widest = math.pi, math.pi / (2 * max(rows, columns))
-    rates = torch.exp(torch.linspace(math.log(widest), math.log(finest), config.width // 4))
+    # The device is named: after transformers has loaded a model, `with torch.device(...)` passes linspace by.
+    rates = torch.exp(torch.linspace(math.log(widest), math.log(finest), config.width // 4, device=y.device))
     angles = [place.reshape(-1, 1) * rates for place in (y, x)]
     return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from model.backbones.dit import Backbone
 from model.recipes import TrainRecipe
+from model.training.grams import Grams
 from model.training.processes import Processes
 from model.training.state import TrainingState
 
@@ -22,12 +23,16 @@ SPIKE = "the gradient's norm is more than {:g} times its running mean"
 
 
 def make_optimizers(backbone: Backbone, recipe: TrainRecipe) -> list[Optimizer]:
-    """AdamW, and Muon for the matrices inside the blocks when the recipe gives it a learning rate."""
+    """The recipe's optimiser, and Muon for the matrices inside the blocks when the recipe gives it a learning rate."""
     inner = [p for p in backbone.blocks.parameters() if p.ndim == 2]
     use_muon = recipe.matrix_learning_rate > 0
     held = {id(p) for p in inner} if use_muon else set()
     rest = [p for p in backbone.parameters() if id(p) not in held]
-    optimizers: list[Optimizer] = [adamw(rest, recipe.learning_rate, recipe.weight_decay, 0.95)]
+    # Where nothing decays the groups are those of older checkpoints, which know parameters by their places in them.
+    spared = [backbone.position] if recipe.weight_decay > 0 else []
+    groups = decay_groups(rest, recipe.weight_decay, spared)
+    kind = Grams if recipe.optimizer == "grams" else AdamW
+    optimizers: list[Optimizer] = [kind(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))]
     if use_muon:
         optimizers.append(
             Muon(
@@ -44,14 +49,21 @@ def make_optimizers(backbone: Backbone, recipe: TrainRecipe) -> list[Optimizer]:
 
 def adamw(parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float, second_beta: float) -> AdamW:
     """AdamW whose weight decay leaves out vectors (biases, norms); `set_learning_rate` knows its peak."""
-    held = list(parameters)
-    groups = [
-        {"params": [p for p in held if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in held if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = AdamW(groups, lr=learning_rate, betas=(0.9, second_beta))
+    optimizer = AdamW(decay_groups(parameters, weight_decay), lr=learning_rate, betas=(0.9, second_beta))
     _remember_peak(optimizer)
     return optimizer
+
+
+def decay_groups(
+    parameters: Iterable[nn.Parameter], weight_decay: float, spared: Iterable[nn.Parameter] = ()
+) -> list[dict[str, Any]]:
+    """Two groups of an optimiser: matrices, which decay, and vectors (biases, norms) and the `spared`, which do not."""
+    free = {id(p) for p in spared}
+    held = [(p, p.ndim > 1 and id(p) not in free) for p in parameters]
+    return [
+        {"params": [p for p, decays in held if decays], "weight_decay": weight_decay},
+        {"params": [p for p, decays in held if not decays], "weight_decay": 0.0},
+    ]
 
 
 def _remember_peak(optimizer: Optimizer) -> None:

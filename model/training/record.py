@@ -29,6 +29,7 @@ RESUMABLE = frozenset(
         "loader_workers",
         "bad_steps_allowed",
         "spike_factor",
+        "activation_checkpointing",
     ]
 )
 """Fields of the recipe that a resumed run may change."""
@@ -60,6 +61,8 @@ class RunRecord:
     text: Mapping[str, Any]
     """The dataset's text encoder: `id, dim, length, spec, empty`."""
     version: DatasetVersion
+    initialised_from: Mapping[str, str] | None = None
+    """`name` and `sha256` of the checkpoint that the first weights are from; None where they are random."""
 
     def method(self) -> Method:
         """The method with its options and figures. Raises ValueError for options that cannot be."""
@@ -105,6 +108,29 @@ class RunRecord:
     def read(cls, run: Run) -> RunRecord:
         """The record of a run's folder. Raises FileNotFoundError and ValueError as `Run.read` and `from_json`."""
         return cls.from_json(run.read(), str(run.file))
+
+    def check_start(self, start: Mapping[str, str] | None, run: Run) -> None:
+        """Refuses to go on with this run from another checkpoint's weights than it was started with.
+
+        start: `name` and `sha256` of what is given now; none need be, once the run has a checkpoint of its own.
+
+        Raises:
+            ValueError: what differs, and the remedy.
+        """
+        before = self.initialised_from
+        if start is None and (before is None or run.steps()):
+            return
+        if before is None:
+            raise ValueError(f"the run {run.root} was started without --init-from; leave it out, or give another --run")
+        if start is None:
+            raise ValueError(
+                f"the run {run.root} starts from {before['name']} and has no checkpoint yet: give --init-from again"
+            )
+        if before["sha256"] != start["sha256"]:
+            raise ValueError(
+                f"the run {run.root} was started from {before['name']} (sha256 {before['sha256'][:12]}), not from "
+                f"{start['name']} ({start['sha256'][:12]}); leave --init-from out, or give another --run"
+            )
 
     def differences(self, recipe: TrainRecipe) -> list[tuple[str, Any, Any]]:
         """Settings that must stay as they are in a run and that another recipe changes: (name, before, now)."""

@@ -6,19 +6,44 @@ import dataclasses
 
 import pytest
 
+from model.flow.path import PaperPath
 from model.methods.per_frame import PerFrameOptions
 from model.methods.registry import METHODS
-from model.recipes import TrainRecipe, base, demo, train_recipe
+from model.methods.vlfm import VLFM
+from model.recipes import TrainRecipe, base, demo, train_recipe, train_recipes
 from model.settings import override
 
 
 def test_named_recipes() -> None:
     assert train_recipe("demo") == demo()
     assert train_recipe("base") == base()
-    with pytest.raises(ValueError, match=r"'nope' is unknown; the recipes are: base, combinations, demo$"):
+    assert train_recipes() == [
+        "base", "combinations", "demo", "paper_xl", "tiny_cpu", "vlfm_b", "vlfm_l", "vlfm_s", "vlfm_xl",
+    ]  # fmt: skip
+    assert [train_recipe(name).name for name in train_recipes()] == train_recipes()
+    with pytest.raises(ValueError, match=rf"'nope' is unknown; the recipes are: {', '.join(train_recipes())}$"):
         train_recipe("nope")
     with pytest.raises(ValueError, match="is unknown"):
         train_recipe("override")
+
+
+def test_the_published_sizes() -> None:
+    """Width, depth and heads of arXiv 2212.09748, table 1; patches of 2, 4 and 8."""
+    sizes = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
+    for letter, size in sizes.items():
+        recipe = train_recipe(f"vlfm_{letter}")
+        assert (recipe.width, recipe.depth, recipe.heads) == size
+        for patch in (2, 4, 8):
+            assert override(recipe, {"patch": str(patch)}).patch == patch
+
+
+def test_what_the_paper_prints() -> None:
+    recipe = train_recipe("paper_xl")
+    assert (recipe.width, recipe.depth, recipe.heads, recipe.patch) == (1152, 28, 16, 2)
+    assert (recipe.architecture, recipe.optimizer) == ("dit", "grams")
+    clip = {"frames_observed_max": 48, "duration": 2.0, "latent_shape": [4, 8, 8]}
+    method = VLFM.build(recipe.options, {"mean_scale": 1.0, "derivative_scale": 1.0}, clip)
+    assert method.path == PaperPath(frames=48, duration=2.0, sigma_min=0.01, alpha=10.0)
 
 
 def test_override_parses_by_type() -> None:
@@ -49,6 +74,7 @@ def test_override_refuses(settings: dict[str, str], message: str) -> None:
         ("steps=0", "at least 1"), ("log_every=0", "at least 1"), ("checkpoint_every=0", "at least 1"),
         ("checkpoints_kept=0", "at least 1"), ("validate_every=0", "at least 1"), ("batch=0", "at least 1"),
         ("width=0", "at least 1"), ("depth=0", "at least 1"), ("heads=0", "at least 1"), ("patch=0", "at least 1"),
+        ("architecture=unet", "vlfm or dit"), ("optimizer=sgd", "adamw or grams"),
         ("learning_rate=-1", "a number above 0"), ("learning_rate=NaN", "a number above 0"),
         ("learning_rate=Infinity", "a number above 0"), ("gradient_clip=0", "a number above 0"),
         ("matrix_learning_rate=-1", "0 or more"), ("weight_decay=NaN", "0 or more"),

@@ -65,9 +65,12 @@ def test_the_loss_falls(lake: Lake, tmp_path: Path) -> None:
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
-@pytest.mark.parametrize("matrix_learning_rate", [0.0, 1e-3])
-def test_a_resumed_run_is_the_same_run_bit_by_bit(lake: Lake, tmp_path: Path, matrix_learning_rate: float) -> None:
-    recipe = override(TINY, {"matrix_learning_rate": matrix_learning_rate, "learning_rate_decay": 0.0})
+GRAMS = {"optimizer": "grams", "weight_decay": 0.1, "qk_norm": "layer", "activation_checkpointing": True}
+
+
+@pytest.mark.parametrize("changes", [{}, {"matrix_learning_rate": 1e-3}, GRAMS], ids=["adamw", "muon", "grams"])
+def test_a_resumed_run_is_the_same_run_bit_by_bit(lake: Lake, tmp_path: Path, changes: dict[str, object]) -> None:
+    recipe = override(TINY, {**changes, "learning_rate_decay": 0.0})
     train(lake.root, tmp_path / "whole", recipe)
     train(lake.root, tmp_path / "parts", override(recipe, {"steps": 3}))
     assert Run(tmp_path / "parts").steps() == [3]
@@ -256,7 +259,8 @@ def test_every_field_of_the_recipe_changes_something(lake: Lake, tmp_path: Path)
     """No option that nothing reads: each field, changed alone, changes the run's files or its log."""
     changes = {
         "name": None, "method": "per_frame",
-        "width": 64, "depth": 1, "heads": 4, "patch": 4, "path": "paper", "warmup": 0.5, "sigma_end": 0.3,
+        "width": 64, "depth": 1, "heads": 4, "patch": 4, "qk_norm": "rms", "architecture": "dit", "optimizer": "grams",
+        "activation_checkpointing": None, "path": "paper", "warmup": 0.5, "sigma_end": 0.3,
         "warmup_share": 0.6, "warmup_focus": 1.5, "anchor": "none", "anchor_noise": 0.5, "anchor_dropout": 0.9,
         "start_anywhere": 0.5, "clip_start_dropout": 0.0,
         "state_jitter": 0.0, "error_focus": 1.0, "derivative_weight": 1.0, "caption_dropout": 0.9,

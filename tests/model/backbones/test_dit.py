@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,6 +156,8 @@ def test_every_parameter_learns(awake: Backbone) -> None:
         ({"heads": 0}, "heads is 0; it must be at least 1"),
         ({"depth": -1}, "depth is -1; it must be at least 1"),
         ({"outputs": ()}, "outputs is empty; a backbone needs a head"),
+        ({"qk_norm": "batch"}, "qk_norm is .batch.; it must be one of none, rms, layer"),
+        ({"architecture": "unet"}, "architecture is .unet.; it must be one of vlfm, dit"),
     ],
 )
 def test_shapes_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -165,8 +168,9 @@ def test_shapes_that_cannot_be_are_refused(changes: dict[str, Any], message: str
 def test_a_config_survives_json() -> None:
     for config in (CONFIG, dataclasses.replace(CONFIG, outputs=("rate",), temporal=True)):
         assert BackboneConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
-    old = {name: value for name, value in CONFIG.to_json().items() if name not in ("outputs", "temporal")}
-    assert BackboneConfig.from_json(old) == CONFIG, "a run.json of before named neither"
+    new = ("outputs", "temporal", "qk_norm", "architecture")
+    old = {name: value for name, value in CONFIG.to_json().items() if name not in new}
+    assert BackboneConfig.from_json(old) == CONFIG, "a run.json of before named none of them"
 
 
 def test_states_that_share_a_caption_may_have_it_once(awake: Backbone) -> None:
@@ -271,3 +275,75 @@ def test_every_frame_may_have_its_own_given_frame(temporal: Backbone) -> None:
     after = temporal(x, r, given(context=visible, context_given=shown), TIMES)["velocity"]
     assert float((before[0] - after[0]).detach().abs().max()) > 1e-3
     assert torch.equal(before[1], after[1])
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_queries_and_keys_are_normed_by_head(kind: str) -> None:
+    """Scaled queries then change nothing, which they do without a norm; an older config has none."""
+    x, r = latents()
+
+    def moved(config: BackboneConfig) -> float:
+        torch.manual_seed(0)
+        backbone = Backbone(config).eval()
+        with torch.no_grad():
+            for parameter in backbone.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+            before = backbone(x, r, given())
+            for block in backbone.blocks:
+                for layer, rows in ((block.qkv, 2 * config.width), (block.cross.query, None)):
+                    layer.weight[:rows] *= 3  # queries, and in self-attention keys
+                    layer.bias[:rows] *= 3
+            return differs(before, backbone(x, r, given()), 0)
+
+    assert moved(dataclasses.replace(CONFIG, qk_norm=kind)) < 1e-4
+    assert moved(CONFIG) > 1e-3
+    backbone = Backbone(dataclasses.replace(CONFIG, qk_norm=kind))
+    assert backbone.blocks[0].norm_q.norm.weight.shape == (CONFIG.width // CONFIG.heads,)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(bool(value.isfinite().all()) for value in backbone(x, r, given()).values())
+
+
+@pytest.mark.bit_identical
+def test_activation_checkpointing_changes_no_gradient(awake: Backbone) -> None:
+    x, r = latents(3)
+    gradients = []
+    for again in (False, True):
+        awake.zero_grad()
+        awake.activation_checkpointing = again
+        calls: list[int] = []
+        hook = awake.blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        sum(value.square().mean() for value in awake(x, r, given()).values()).backward()
+        hook.remove()
+        gradients.append([value.grad for value in awake.parameters()])
+        assert len(calls) == 1 + again, "the block is computed again"
+    awake.activation_checkpointing = False
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_a_backbone_is_saved_and_comes_back(awake: Backbone, tmp_path: Path) -> None:
+    awake.save_pretrained(tmp_path / "kept")
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["config.json", "model.safetensors"]
+    again = Backbone.from_pretrained(tmp_path / "kept")
+    assert again.config == awake.config
+    assert not again.training
+    x, r = latents()
+    assert differs(awake(x, r, given()), again(x, r, given()), 0) == 0
+
+
+def test_a_folder_that_holds_no_backbone_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config.json is missing; give a folder that Backbone.save_pretrained"):
+        Backbone.from_pretrained(tmp_path)
+    Backbone(CONFIG).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for changes, message in (
+        ({"magic": 1}, r"config.json describes no backbone \(.*magic"),
+        ({"depth": 3}, r"model.safetensors is of another network: it lacks blocks.2.\w+.\w+, .* and \d+ more$"),
+        ({"text_dim": 12}, r"it has another shape of pooled_text.0.weight \(10,\), not \(12,\)"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+        with pytest.raises(ValueError, match=message):
+            Backbone.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model.safetensors: there is no such file"):
+        Backbone.from_pretrained(tmp_path)
