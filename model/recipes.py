@@ -36,7 +36,7 @@ RULES = {
     **dict.fromkeys(("learning_rate", "gradient_clip"), ABOVE_0),
     "learning_rate_decay": SHARE,
     "ema_decay": SHARE_BELOW_1,
-    "precision": one_of("float32", "bfloat16"),
+    "precision": one_of("float32", "bfloat16", "float64"),
     "seed": SEED,
     "qk_norm": one_of(*QK_NORMS),
     "architecture": one_of(*ARCHITECTURES),
@@ -94,7 +94,9 @@ class TrainRecipe:
     ema_decay: float = 0.999
     """Decay of the exponential moving average of the weights, per step; sampling uses the average."""
     precision: str = "float32"
-    """`float32`, or `bfloat16` for autocast."""
+    """Type of weights and computation: `float32`; `bfloat16` for autocast; `float64`, slow, for comparing programs. The
+    stored coefficients are float16, which all of them but bfloat16 hold exactly; `float64` starts from the weights and
+    draws of `float32`."""
     seed: int = 0
     """Seed of initialisation, order, noise and times."""
     checkpoint_every: int = 1000

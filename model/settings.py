@@ -32,7 +32,7 @@ SEED = Rule(lambda value: 0 <= value < 2**62, "between 0 and 2^62")
 
 def one_of(*values: str) -> Rule:
     """One of some words."""
-    return Rule(lambda value: value in values, " or ".join(values))
+    return Rule(lambda value: value in values, f"{', '.join(values[:-1])} or {values[-1]}")
 
 
 def check_settings(recipe: Any, rules: Mapping[str, Rule]) -> None:

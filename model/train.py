@@ -88,23 +88,21 @@ def _train(
     collate = Collate(read_empty_text(lake, version), method_named(recipe.method).members)
     clips = Clips(lake, version, "train", collate.arrays)
     validation = Clips(lake, version, "validation", collate.arrays)
-    record = run_record(recipe, version, clips, run, init_from)
-    if processes.first and not run.file.is_file():
-        run.write(record.to_json())
+    record = processes.by_first(lambda: run_record(recipe, version, clips, run, init_from))
+    objective = Objective(record.method(), recipe, processes)
 
     torch.manual_seed(recipe.seed)
     backbone = Backbone(record.backbone)
     if init_from is not None and not run.steps():
         start_from_dit(backbone, init_from)
     backbone.activation_checkpointing = recipe.activation_checkpointing
-    backbone = backbone.to(processes.device)
+    backbone = backbone.to(processes.device, objective.dtype)
     state = TrainingState(backbone, MovingAverage(backbone, recipe.ema_decay), make_optimizers(backbone, recipe))
     trained = DistributedDataParallel(backbone) if processes.world > 1 else backbone
-    objective = Objective(record.method(), recipe, processes)
 
     def batches(done: int) -> Loader:
         steps = Steps(len(clips), recipe.batch, recipe.seed, done, recipe.steps, processes.rank, processes.world)
-        return Loader(clips, steps, collate, recipe.loader_workers, processes.device)
+        return Loader(clips, steps, collate, recipe.loader_workers, processes.device, objective.dtype)
 
     training = Training(
         batches=batches,
@@ -130,7 +128,9 @@ def _train(
 def run_record(
     recipe: TrainRecipe, version: Version, clips: Clips, run: Run, init_from: Path | None = None
 ) -> RunRecord:
-    """The record of a run that is about to start, or of the one that is about to go on.
+    """The record of a run that is about to start, which is written, or of the one that is about to go on.
+
+    For a new one clips are read, for the figures that the method needs: the first process alone does it.
 
     Raises:
         ValueError: the run was started with other settings or on another version.
@@ -163,7 +163,10 @@ def run_record(
     )
     if before is None and init_from is not None:
         official_weights(init_from, backbone)  # a file that does not fit is told before the run is described
-    return RunRecord(recipe, figures, backbone, version.clip, version.codec, version.text, reference, start)
+    record = RunRecord(recipe, figures, backbone, version.clip, version.codec, version.text, reference, start)
+    if before is None:
+        run.write(record.to_json())
+    return record
 
 
 def _named_with_digest(path: Path) -> dict[str, str]:

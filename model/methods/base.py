@@ -18,11 +18,15 @@ from torch import Tensor, nn
 
 from model.backbones.conditioning import Conditioning
 from model.flow.solver import METHODS as SOLVERS
+from model.methods.draws import Draws
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips as a method trains on them; every tensor has the batch first, N is the most frames of a clip."""
+    """Clips as a method trains on them; every tensor has the batch first, N is the most frames of a clip.
+
+    From the loader captions, coefficients and latents are float16, as in the shards; a method gets what `to` makes.
+    """
 
     clip_ids: tuple[str, ...]
     """Names of the clips."""
@@ -49,9 +53,14 @@ class Batch:
     given: Tensor | None = None
     """(B, N) bool: which frames the task gives; None leaves the draw to the method."""
 
-    def to(self, device: torch.device) -> Batch:
-        """The same clips on `device`; from pinned memory the host does not wait for the copy."""
-        return self._each(lambda value: value.to(device, non_blocking=value.is_pinned()))
+    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Batch:
+        """The same clips on `device`, with floating-point numbers as `dtype`.
+
+        They travel in the type that they have, such as the shards' float16, which both others hold exactly; from pinned
+        memory the host does not wait for the copy.
+        """
+        here = self._each(lambda value: value.to(device, non_blocking=value.is_pinned()))
+        return here._each(lambda value: value.to(dtype) if value.is_floating_point() else value)
 
     def pin_memory(self) -> Batch:
         """The same clips in pinned memory, as a DataLoader asks for it."""
@@ -213,8 +222,13 @@ class Method(Protocol):
         """The method with these options on a version's clips. Raises ValueError for options that cannot be."""
         ...
 
-    def loss(self, backbone: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Named scalars; `loss`, the first, is minimised, the second is shown beside it."""
+    def loss(self, backbone: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Named scalars; `loss`, the first, is minimised, the second is shown beside it.
+
+        `batch` is this process's share of the step's, and each scalar the mean over its clips. What chance decides is
+        from `draws`, what normalises over a batch from `draws.mean`: the losses and gradients of the processes then
+        average to those of one process that has the whole batch.
+        """
         ...
 
     def sample(self, backbone: nn.Module, request: Request) -> Sample:

@@ -14,6 +14,7 @@ from model.flow.path import WarmupPath
 from model.flow.solver import solve
 from model.methods.base import Batch, Clip, Request
 from model.methods.curves import curve
+from model.methods.draws import Draws
 from model.methods.vlfm import VLFM, VLFMOptions
 from model.settings import AT_LEAST_0, AT_LEAST_1, SHARE, check_settings
 
@@ -95,12 +96,12 @@ class PerFrame:
         still = VLFMOptions(**chosen, warmup_share=1 - 1e-6, context_dropout=1.0, anchor="none", state_jitter=0.0)
         return cls(options, VLFM.build(still, figures, clip_format))
 
-    def loss(self, backbone: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+    def loss(self, backbone: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """As `VLFM.loss`, over frames of the clips drawn from the times that VLFM draws on a clip."""
         coefficients, repeats = batch.part("coefficients"), self.options.times_per_clip
         spread = dataclasses.replace(self.stills.options, warmup_share=0.0, times_per_clip=repeats)
         on_clip = dataclasses.replace(self.stills, options=spread)
-        times = on_clip.draw_times(coefficients.shape[0], generator, coefficients.device)  # (B, K)
+        times = on_clip.draw_times(draws)  # (B, K)
         frames, _ = curve(coefficients, times)
 
         def repeated(values: Tensor) -> Tensor:
@@ -115,7 +116,7 @@ class PerFrame:
             clip_start=repeated(batch.clip_start),
             duration=(PLACE_WAVES * times.flatten()).exp(),
         )
-        return self.stills.loss(backbone, stills, generator)
+        return self.stills.loss(backbone, stills, draws.repeated(repeats))
 
     def sample(self, backbone: nn.Module, request: Request) -> FrameSample:
         """Clips whose frames are made when they are read. Raises ValueError where a frame is given, or with guidance

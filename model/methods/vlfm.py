@@ -21,6 +21,7 @@ from model.flow.path import PaperPath, WarmupPath
 from model.flow.solver import Trajectory, solve
 from model.methods.base import Batch, Clip, Request, drop_captions
 from model.methods.curves import curve, curve_scales
+from model.methods.draws import Draws
 from model.settings import AT_LEAST_0, AT_LEAST_1, SHARE, SHARE_BELOW_1, check_settings
 
 END_SHARE, END_FROM = 0.06, 0.9
@@ -170,7 +171,7 @@ class VLFM:
         values = math.prod(clip_format["latent_shape"])
         return cls(options, path, figures["mean_scale"], figures["derivative_scale"], values)
 
-    def loss(self, backbone: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+    def loss(self, backbone: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """The flow-matching loss of a batch: `loss`, and its parts `mean`, `derivative` and `velocity`.
 
         `mean` and `derivative` are relative mean squared errors; `velocity` is the error of the assembled velocity in
@@ -178,35 +179,33 @@ class VLFM:
         """
         options, coefficients = self.options, batch.part("coefficients")
         device, count, times = coefficients.device, coefficients.shape[0], options.times_per_clip
-        flow_time = self.draw_times(count, generator, device)  # (B, K)
+        flow_time = self.draw_times(draws)  # (B, K)
         on_clip = (flow_time > 0)[:, :, None]  # (B, K, 1)
         # Each of the A frames of a state: on the warm-up the anchors, on the clip the one frame at its time.
         slots = self.slots(device)  # (A,) flow times
         start = slots.expand(count, times, -1)
         if options.start_anywhere > 0 and len(slots) == 1:
-            anywhere, place = torch.rand((2, count, times, 1), generator=generator, device=device)
-            start = torch.where(anywhere < options.start_anywhere, place, start)
+            start = torch.where(draws.rand(times, 1) < options.start_anywhere, draws.rand(times, 1), start)
         at = torch.where(on_clip, flow_time[:, :, None], start)  # (B, K, A)
         mean, derivative = self.frames(coefficients, at)  # (B, K, A, C, h, w)
-        noise = torch.randn(mean.shape, generator=generator, device=device)
+        noise = draws.randn(*mean.shape[1:])
         noise = torch.where(on_clip[..., None, None, None], noise[:, :, :1], noise)
         wide = flow_time[:, :, None, None, None, None]
         shown = mean
         if options.state_jitter > 0:
-            step = options.state_jitter * torch.randn(flow_time.shape, generator=generator, device=device)[:, :, None]
+            step = options.state_jitter * draws.randn(times, 1)
             shown, _ = self.frames(coefficients, torch.where(on_clip, (at + step).clamp(0, 1), at))
         centre, sigma = self.path.evaluate(wide, shown)
         latents = centre + sigma * noise
 
-        given = self.conditioning(batch, flow_time, generator)
+        given = self.conditioning(batch, flow_time, draws)
         asked_at = flow_time.reshape(-1, 1).expand(-1, len(slots))
         heads = self.ask(backbone, latents.flatten(0, 1), asked_at, given, batch.duration.repeat_interleave(times))
         predicted, slope = (head.unflatten(0, (count, times)) for head in heads)
         predicted, slope = predicted * self.mean_scale, slope * self.derivative_scale
 
         errors = (predicted - mean).square().mean(dim=(2, 3, 4, 5)) / self.mean_scale**2  # (B, K)
-        weights = (errors.detach() / errors.detach().mean().clamp(min=1e-12)) ** options.error_focus
-        mean_loss = (errors * weights / weights.mean().clamp(min=1e-12)).mean()
+        mean_loss = (errors * self.weights(errors, draws)).mean()
         derivative_loss = (slope - derivative).square().mean() / self.derivative_scale**2
         with torch.no_grad():
             target = self.path.velocity(latents, wide, mean, derivative)
@@ -218,17 +217,22 @@ class VLFM:
             "velocity": velocity_loss,
         }
 
-    def draw_times(self, count: int, generator: torch.Generator, device: torch.device) -> Tensor:
-        """(count, K) flow times: stratified over the clips, `warmup_share` of them before 0."""
-        total = count * self.options.times_per_clip
-        order = torch.randperm(total, generator=generator, device=device)
-        even = (order + torch.rand(total, generator=generator, device=device)) / total
+    def weights(self, errors: Tensor, draws: Draws) -> Tensor:
+        """Weights of the states (B, K) of these errors: with `error_focus`, whose mean over the whole batch is 1."""
+        if self.options.error_focus == 0:
+            return torch.ones_like(errors)
+        weights = (errors.detach() / draws.mean(errors).clamp(min=1e-12)) ** self.options.error_focus
+        return weights / draws.mean(weights).clamp(min=1e-12)
+
+    def draw_times(self, draws: Draws) -> Tensor:
+        """(B, K) flow times: stratified over the whole batch, `warmup_share` of them before 0."""
+        even = draws.even(self.options.times_per_clip)
         share = self.options.warmup_share if self.path.start < 0 else 0.0
         early = self.early((even / max(share, 1e-9)).clamp(max=1))
         place = ((even - share) / (1 - share)).clamp(0, 1)
         spread, at_end = place / (1 - END_SHARE), 1 - (1 - END_FROM) * (1 - place) / END_SHARE
         late = torch.where(spread < 1, spread, at_end)
-        return torch.where(even < share, early, late).reshape(count, self.options.times_per_clip)
+        return torch.where(even < share, early, late)
 
     def early(self, place: Tensor) -> Tensor:
         """Flow times of the warm-up, of the shape of `place` in [0, 1], from pure noise (0) to r = 0 (1)."""
@@ -243,7 +247,7 @@ class VLFM:
         # Runs of before spread them evenly over flow time, whatever the training's focus was.
         return self.path.start * (1 - place) if self.options.warmup_focus else self.early(place)
 
-    def conditioning(self, batch: Batch, flow_time: Tensor, generator: torch.Generator) -> Conditioning:
+    def conditioning(self, batch: Batch, flow_time: Tensor, draws: Draws) -> Conditioning:
         """What the network is told of each state (B * K) in training, with captions and anchors dropped.
 
         flow_time: (B, K). A state of the clip is shown its anchors, with some noise; the warm-up, which makes them, is
@@ -251,23 +255,18 @@ class VLFM:
         """
         options, coefficients = self.options, batch.part("coefficients")
         device, (count, times) = coefficients.device, flow_time.shape
-
-        def draw(*shape: int) -> Tensor:
-            return torch.rand(shape, generator=generator, device=device)
-
-        dropped = draw(count) < options.caption_dropout
-        start_dropped = dropped | (draw(count) < options.clip_start_dropout)
+        dropped = draws.rand() < options.caption_dropout
+        start_dropped = dropped | (draws.rand() < options.clip_start_dropout)
         slots = self.slots(device)
         frames, _ = self.frames(coefficients, slots.expand(count, times, -1))  # (B, K, A, C, h, w)
         if options.anchor == "none":
-            shown = (draw(count) >= options.context_dropout)[:, None].expand(count, times)
+            shown = (draws.rand() >= options.context_dropout)[:, None].expand(count, times)
         else:
-            shown = (flow_time > 0) & (draw(count, times) >= options.anchor_dropout)
-            noise = torch.randn(frames.shape, generator=generator, device=device)
-            frames = frames + options.anchor_noise * noise
+            shown = (flow_time > 0) & (draws.rand(times) >= options.anchor_dropout)
+            frames = frames + options.anchor_noise * draws.randn(*frames.shape[1:])
         shown = shown[:, :, None].repeat(1, 1, len(slots))  # (B, K, A)
         if len(slots) > 1:
-            shown[:, :, 0] |= (flow_time <= 0) & (draw(count, times) < FIRST_GIVEN)
+            shown[:, :, 0] |= (flow_time <= 0) & (draws.rand(times) < FIRST_GIVEN)
         if batch.given is not None:
             if bool(batch.given[:, 1:].any()):
                 raise ValueError("the batch gives other frames than the first; vlfm can be given the first frame alone")
@@ -280,9 +279,9 @@ class VLFM:
         return Conditioning(
             text=text,
             text_length=length,
-            clip_start=batch.clip_start.float().repeat_interleave(times),
-            start_given=(~start_dropped).float().repeat_interleave(times),
-            log_duration=batch.duration.log().float().repeat_interleave(times),
+            clip_start=batch.clip_start.repeat_interleave(times),
+            start_given=(~start_dropped).to(batch.clip_start.dtype).repeat_interleave(times),
+            log_duration=batch.duration.log().repeat_interleave(times),
             context=(frames * shown[..., None, None, None]).flatten(0, 1),
             context_given=shown.flatten(0, 1),
         )
@@ -369,13 +368,15 @@ class VLFM:
     def ask(
         self, backbone: nn.Module, states: Tensor, flow_time: Tensor, given: Conditioning, duration: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The heads `mean` and `derivative` of states (N, A, C, h, w) at (N, A), float32, in units of their scales.
+        """The heads `mean` and `derivative` of states (N, A, C, h, w) at (N, A), in units of their scales.
 
+        They are float32, also under autocast; float64 from a network that answers so.
         duration: (N,) seconds of the clips. Not read off `given`, whose logarithm would round what training has.
         """
         placed = {"frame_time": self.slots(states.device) * duration[:, None]} if self.temporal else {}
         found = backbone(states, flow_time, given, **placed)
-        return found["mean"].float(), found["derivative"].float()
+        kind = torch.promote_types(found["mean"].dtype, torch.float32)
+        return found["mean"].to(kind), found["derivative"].to(kind)
 
     def slots(self, device: torch.device) -> Tensor:
         """(A,) flow times of the frames that a state has: the anchors', or r = 0."""

@@ -129,7 +129,8 @@ class Steps(Sampler[list[int]]):
         batch: clips of a step over all processes.
         seed: seed of the order.
         first, last: steps to go through, `last` excluded.
-        rank, world: this process and how many there are; `world` divides `batch`.
+        rank, world: this process and how many there are; `world` divides `batch`. It gets the positions rank,
+            rank + world, ... of each step's batch, as `model.methods.draws.Draws` takes it.
     """
 
     def __init__(self, clips: int, batch: int, seed: int, first: int, last: int, rank: int = 0, world: int = 1) -> None:
@@ -158,13 +159,15 @@ class Steps(Sampler[list[int]]):
 class Collate:
     """Joins clips into a batch; the empty caption's embedding goes with every batch.
 
+    Numbers stay in the type that they are stored in, float16 for the most part: `Batch.to` widens them on the device.
+
     Args:
         empty_text: (E, D) embedding of the empty caption.
         members: what the method reads: of `coefficients, latents, frame_time, observed`.
     """
 
     def __init__(self, empty_text: NDArray[np.float16], members: Sequence[str]) -> None:
-        self.empty_text = torch.from_numpy(empty_text.astype(np.float32))
+        self.empty_text = torch.from_numpy(np.array(empty_text))
         self.members = tuple(members)
 
     @property
@@ -173,15 +176,13 @@ class Collate:
         return ("text", *self.members)
 
     def __call__(self, clips: Sequence[Clip]) -> Batch:
-        texts = [torch.from_numpy(clip.members["text"].astype(np.float32)) for clip in clips]
+        texts = [torch.from_numpy(np.array(clip.members["text"])) for clip in clips]
         asked: dict[str, torch.Tensor] = {}
         if "coefficients" in self.members:
-            coefficients = np.stack([clip.members["coefficients"] for clip in clips]).astype(np.float32)
-            asked["coefficients"] = torch.from_numpy(coefficients)
+            asked["coefficients"] = torch.from_numpy(np.stack([clip.members["coefficients"] for clip in clips]))
         by_frame = [name for name in ("latents", "frame_time", "observed") if name in self.members]
         for name in by_frame:
-            kind = bool if name == "observed" else np.float32
-            rows = [torch.from_numpy(clip.members[name].astype(kind)) for clip in clips]
+            rows = [torch.from_numpy(np.array(clip.members[name])) for clip in clips]
             asked[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         if by_frame:
             kept = torch.tensor([len(clip.members[by_frame[0]]) for clip in clips])
@@ -217,10 +218,21 @@ def _as_it_is(batch: Any) -> Any:
 
 
 class Loader(Iterator[Batch]):
-    """The batches of the steps on a device, in order; with workers they are read ahead, by processes of their own."""
+    """The batches of the steps on a device, in order; with workers they are read ahead, by processes of their own.
 
-    def __init__(self, clips: Clips, steps: Steps, collate: Collate, workers: int, device: torch.device) -> None:
-        self._device = device
+    Numbers come to the device in the type that they are stored in, and are `dtype` there.
+    """
+
+    def __init__(
+        self,
+        clips: Clips,
+        steps: Steps,
+        collate: Collate,
+        workers: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._device, self._dtype = device, dtype
         self._batches = iter(
             DataLoader(
                 _Batches(clips, collate),
@@ -239,7 +251,7 @@ class Loader(Iterator[Batch]):
         batch = next(self._batches)
         if isinstance(batch, Exception):
             raise batch
-        return batch.to(self._device)
+        return batch.to(self._device, self._dtype)
 
     def close(self) -> None:
         """End the workers.

@@ -8,12 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from model.methods.base import Batch, Method
+from model.methods.draws import Draws
 from model.recipes import TrainRecipe
 from model.stop import StopSignal
 from model.training.data import Clips, Collate
 from model.training.processes import Processes
 from model.training.seeds import mixed_seed
 from model.training.state import TrainingState
+
+VALIDATED, VALIDATED_AT_ONCE = 256, 16
+"""Clips of a validation, at most, and how many of them make one batch: so few that several processes share them out."""
 
 
 @dataclass(frozen=True)
@@ -24,37 +28,52 @@ class Objective:
     recipe: TrainRecipe
     processes: Processes
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of weights and batches."""
+        return torch.float64 if self.recipe.precision == "float64" else torch.float32
+
     def losses(self, network: nn.Module, step: int, batch: Batch) -> dict[str, Tensor]:
-        """A step's losses by name; noise and times depend on seed, step and process alone."""
-        return self._losses(network, batch, mixed_seed(self.recipe.seed, step, self.processes.rank))
+        """A step's losses by name, each the mean over this process's clips.
+
+        What is drawn for a clip depends on seed, step and the clip's position in the batch of all processes alone.
+        """
+        seed, at = mixed_seed(self.recipe.seed, step), self.processes
+        draws = Draws(seed, self.recipe.batch, at.rank, at.world, at.device, self.dtype, at.total)
+        return self._losses(network, batch, draws)
 
     @torch.no_grad()
-    def validate(
-        self, state: TrainingState, clips: Clips, collate: Collate, stop: StopSignal, most: int = 256
-    ) -> float | None:
-        """Loss of the averaged weights on the first clips, at most `most`, with the same times and noise every time.
+    def validate(self, state: TrainingState, clips: Clips, collate: Collate, stop: StopSignal) -> float | None:
+        """Loss of the averaged weights on the first clips, with the same times and noise every time.
 
-        None where a signal came meanwhile: the checkpoint is more urgent.
+        Each process takes some of the batches and the sum is of all, in one order: the same figure in every process and
+        for any number of them. None where a signal came to any of them: the checkpoint is more urgent. They wait for
+        each other once, at the end, where one that is stopped goes at once.
         """
-        network = state.network
+        network, processes = state.network, self.processes
         weights = {name: value.detach().clone() for name, value in network.named_parameters()}
         state.average.copy_to(network)
         network.eval()
-        chosen = range(min(len(clips), most))
-        total = 0.0
-        for start in range(0, len(chosen), self.recipe.batch):
+        count = min(len(clips), VALIDATED)
+        starts = range(0, count, VALIDATED_AT_ONCE)
+        # The last number says that a process was stopped.
+        sums = torch.zeros(len(starts) + 1, dtype=torch.float64, device=processes.device)
+        for number in range(processes.rank, len(starts), processes.world):
             if stop.seen:
                 break
-            part = [clips[i] for i in chosen[start : start + self.recipe.batch]]
-            batch = collate(part).to(self.processes.device)
-            total += float(self._losses(network, batch, mixed_seed(self.recipe.seed, start, -1))["loss"]) * len(part)
+            part = [clips[i] for i in range(starts[number], min(starts[number] + VALIDATED_AT_ONCE, count))]
+            batch = collate(part).to(processes.device, self.dtype)
+            draws = Draws(
+                mixed_seed(self.recipe.seed, -1, number), len(part), device=processes.device, dtype=self.dtype
+            )
+            sums[number] = self._losses(network, batch, draws)["loss"] * len(part)
         network.train()
         for name, value in network.named_parameters():
             value.copy_(weights[name])
-        return None if stop.seen else total / len(chosen)
+        sums[-1] = float(stop.seen)
+        *found, stopped = processes.total(sums).tolist()
+        return None if stopped else sum(found) / count
 
-    def _losses(self, network: nn.Module, batch: Batch, seed: int) -> dict[str, Tensor]:
-        device = self.processes.device
-        generator = torch.Generator(device).manual_seed(seed)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
-            return self.method.loss(network, batch, generator)
+    def _losses(self, network: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
+            return self.method.loss(network, batch, draws)

@@ -74,13 +74,19 @@ class Processes:
         if self.world > 1:
             dist.barrier()
 
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over the processes, a new tensor; no gradient passes, and the host does not wait."""
+        total = values.detach().clone()
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total
+
     def mean(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The mean of named scalars over the processes."""
         if self.world == 1 or not values:
             return dict(values)
-        joined = torch.stack([value.float() for value in values.values()])
-        dist.all_reduce(joined)
-        return dict(zip(values, joined / self.world, strict=True))
+        joined = torch.stack([value.double() for value in values.values()])
+        return dict(zip(values, self.total(joined) / self.world, strict=True))
 
 
 ALONE = Processes(0, 1, torch.device("cpu"))

@@ -27,8 +27,10 @@ from model.backbones.dit import Backbone, BackboneConfig
 from model.legs import basis_torch
 from model.methods.base import Batch, Request, SampleSettings
 from model.methods.curves import curve_scales
+from model.methods.draws import Draws
 from model.methods.vlfm import VLFM, VLFMOptions
 from model.program import run_program
+from model.training.seeds import mixed_seed
 from storage.layout import write_atomic
 
 SIDE, RADIUS, ORDER = 8, 1.2, 16
@@ -198,7 +200,7 @@ def train(coefficients: Tensor, options: VLFMOptions, steps: int, seed: int) -> 
             ("",) * 32, torch.zeros(32, 1, 8), torch.ones(32, dtype=torch.long), torch.zeros(1, 8), torch.zeros(32),
             torch.ones(32), coefficients=coefficients[chosen],
         )  # fmt: skip
-        loss = method.loss(network, batch, generator)["loss"]
+        loss = method.loss(network, batch, Draws(mixed_seed(seed, step), 32))["loss"]
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

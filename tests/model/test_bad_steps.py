@@ -53,8 +53,8 @@ class Spoiled(Wrapper):
         super().__init__(method)
         self.bad, self.kind, self.step = bad, kind, done
 
-    def loss(self, backbone: nn.Module, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        losses: dict[str, Tensor] = self.method.loss(backbone, batch, generator)
+    def loss(self, backbone: nn.Module, batch: Any, draws: Any) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = self.method.loss(backbone, batch, draws)
         if torch.is_grad_enabled():
             self.step += 1
             if self.step in self.bad:

@@ -82,7 +82,7 @@ def test_override_refuses(settings: dict[str, str], message: str) -> None:
         ("bad_steps_allowed=-1", "0 or more"),
         ("spike_factor=-1", "0 or more"), ("ema_decay=1", r"in \[0, 1\)"), ("ema_decay=NaN", r"in \[0, 1\)"),
         ("learning_rate_decay=1.5", r"in \[0, 1\]"), ("learning_rate_decay=-0.1", r"in \[0, 1\]"),
-        ("precision=fp16", "float32 or bfloat16"), ("seed=-1", r"between 0 and 2\^62"),
+        ("precision=fp16", "float32, bfloat16 or float64"), ("seed=-1", r"between 0 and 2\^62"),
     ],
 )  # fmt: skip
 def test_a_setting_that_cannot_be_is_one_line(setting: str, must: str) -> None:

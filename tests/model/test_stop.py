@@ -232,12 +232,12 @@ class Interrupted(Wrapper):
         super().__init__(method)
         self.step, self.validating, self.calls = step, validating, 0
 
-    def loss(self, backbone: nn.Module, batch: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def loss(self, backbone: nn.Module, batch: Any, draws: Any) -> dict[str, torch.Tensor]:
         self.calls += torch.is_grad_enabled()
         if self.calls == self.step if torch.is_grad_enabled() else self.validating:
             for number in self.signals:
                 os.kill(os.getpid(), number)
-        losses: dict[str, torch.Tensor] = self.method.loss(backbone, batch, generator)
+        losses: dict[str, torch.Tensor] = self.method.loss(backbone, batch, draws)
         return losses
 
 

@@ -14,6 +14,7 @@ from model.flow.path import PaperPath, WarmupPath
 from model.flow.solver import Trajectory
 from model.methods.base import Batch, Request, SampleSettings
 from model.methods.curves import curve
+from model.methods.draws import Draws
 from model.methods.vlfm import VLFM, VLFMOptions
 from model.tasks import image_to_video, interpolation
 
@@ -204,12 +205,12 @@ def test_a_batch_may_say_which_clips_are_given_their_first_frame() -> None:
         given=image_to_video(valid) & torch.tensor([[True], [False]]),
     )  # fmt: skip
     times = torch.tensor([[-0.1, 0.5], [-0.1, 0.5]])
-    told = METHOD.conditioning(batch, times, torch.Generator().manual_seed(0))
+    told = METHOD.conditioning(batch, times, Draws(0, 2))
     assert told.context_given.tolist() == [[True], [True], [False], [False]]
     assert bool(told.context[:2].flatten(1).any(1).all())
     assert not told.context[2:].any()
     with pytest.raises(ValueError, match="vlfm can be given the first frame alone"):
-        METHOD.conditioning(replace(batch, given=interpolation(valid)), times, torch.Generator().manual_seed(0))
+        METHOD.conditioning(replace(batch, given=interpolation(valid)), times, Draws(0, 2))
 
 
 def test_the_curve_and_its_slope_are_those_of_the_clip() -> None:
@@ -238,7 +239,7 @@ def batch_of(count: int, **changes: Any) -> Batch:
 def test_in_training_the_clip_is_shown_its_first_frame_and_the_warm_up_is_not() -> None:
     method = replace(METHOD, options=VLFMOptions(anchor_noise=0.0, anchor_dropout=0.2, clip_start_dropout=0.7))
     times = torch.tensor([-0.2, 0.0, 0.01, 1.0]).expand(2000, 4)
-    told = method.conditioning(batch_of(2000), times, torch.Generator().manual_seed(0))
+    told = method.conditioning(batch_of(2000), times, Draws(0, 2000))
     shown = told.context_given.view(2000, 4).float().mean(0)
     assert shown[:2].tolist() == [0.0, 0.0]
     assert shown[2:].tolist() == pytest.approx([0.8, 0.8], abs=0.03)
@@ -251,7 +252,7 @@ def test_in_training_the_clip_is_shown_its_first_frame_and_the_warm_up_is_not() 
     # The caption is dropped at 0.1, and clip_start with it or alone.
     assert float(told.start_given.mean()) == pytest.approx(0.9 * 0.3, abs=0.03)
     noisy = replace(method, options=replace(method.options, anchor_noise=0.5, anchor_dropout=0.0))
-    told = noisy.conditioning(batch_of(2000), times[:, 2:], torch.Generator().manual_seed(0))
+    told = noisy.conditioning(batch_of(2000), times[:, 2:], Draws(0, 2000))
     off = told.context.view(1000, 2, 2, *SHAPE) - first[:, None]
     assert float(off.std()) == pytest.approx(0.5, rel=0.02)
 
@@ -284,7 +285,7 @@ def test_a_given_first_frame_is_the_anchor_and_is_read_as_it_is() -> None:
     assert len(watching.anchors) == 5
     for anchor in watching.anchors:
         torch.testing.assert_close(anchor, picture.to(anchor))
-    torch.testing.assert_close(trajectory.read([0.0])[0], picture.float())
+    torch.testing.assert_close(trajectory.read([0.0])[0], picture)
 
 
 class Ends(torch.nn.Module):
@@ -342,6 +343,6 @@ def test_ends_are_trained_on_both_frames_at_once() -> None:
             mean, slope = curve(clips().float()[clip], torch.where(time > 0, time, torch.tensor([0.0, 1.0])))
             return {"mean": mean / MEAN_SCALE, "derivative": slope / DERIVATIVE_SCALE}
 
-    losses = method.loss(Knows(), batch_of(8), torch.Generator().manual_seed(1))
+    losses = method.loss(Knows(), batch_of(8), Draws(1, 8))
     assert float(losses["loss"]) < 1e-9
     assert float(losses["velocity"]) < 1e-6

@@ -95,7 +95,7 @@ def test_a_batch_pads_captions_and_keeps_their_lengths(lake: Lake) -> None:
     batch = Collate(empty, ["coefficients"])(two)
     assert batch.clip_ids == (two[0].clip_id, two[1].clip_id)
     assert batch.coefficients.shape == (2, ORDER, 12, SIDE // 4, SIDE // 4)
-    assert batch.coefficients.dtype == batch.text.dtype == torch.float32
+    assert batch.coefficients.dtype == batch.text.dtype == batch.empty_text.dtype == torch.float16
     assert batch.text_length.tolist() == [len(two[0].members["text"]), 3]
     assert batch.text.shape[1] == len(two[0].members["text"]) > 3
     assert not batch.text[1, 3:].any()
