@@ -30,7 +30,11 @@ def frames(number: int) -> np.ndarray:
     for k in range(KEPT):
         left = round(k * (SIDE - 6) / (KEPT - 1)) if number % 2 else 4
         top = (2 * number) % (SIDE - 6)
-        pictures[k, top : top + 6, left : left + 6] = [(60 * number) % 256, 220 - 20 * number, 40 + 30 * number % 200]
+        pictures[k, top : top + 6, left : left + 6] = [
+            (60 * number) % 256,
+            (220 - 20 * number) % 256,
+            40 + 30 * number % 200,
+        ]
     return pictures
 
 
