@@ -105,6 +105,38 @@ def test_a_batch_pads_captions_and_keeps_their_lengths(lake: Lake) -> None:
     np.testing.assert_array_equal(batch.empty_text.numpy(), empty.astype(np.float32))
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_numbers_travel_as_they_are_stored_and_are_widened_on_the_device(lake: Lake, kind: torch.dtype) -> None:
+    made = version.load(lake)
+    clips = Clips(lake, made, "train")
+    members = ("coefficients", "latents", "frame_time", "observed")
+    travelling = Collate(version.read_empty_text(lake, made), members)([clips[0], clips[1]])
+    batch = travelling.to("cpu", kind)
+    for name in ("text", "empty_text", "coefficients", "latents"):
+        assert getattr(travelling, name).dtype == torch.float16, name
+    for name in ("text", "empty_text", "coefficients", "latents", "frame_time", "clip_start", "duration"):
+        assert getattr(batch, name).dtype == kind, name
+    assert (batch.text_length.dtype, batch.observed.dtype, batch.valid.dtype) == (torch.int64, torch.bool, torch.bool)
+    for row in range(2):
+        for name in ("coefficients", "latents"):
+            stored = torch.from_numpy(clips[row].members[name].astype("float64")).to(kind)
+            assert torch.equal(batch.part(name)[row], stored)
+
+
+def test_a_start_of_a_run_that_there_is_reads_no_clip(
+    lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = override(TINY, {"steps": 1, "checkpoint_every": 1})
+    read, inner = [], data.ShardReader.read
+    monkeypatch.setattr(data.ShardReader, "read", lambda *given: read.append(given) or inner(*given))
+    folder = train(lake.root, tmp_path / "run", recipe)
+    assert len(read) == 5 + 4 + 2, "the figures, the step's batch, and the validation"
+    assert all({"coefficients.npy", "text.npy", "clip.json"} == set(names) for _, _, names in read)
+    read.clear()
+    assert train(lake.root, tmp_path / "run", recipe) == folder
+    assert read == []
+
+
 def test_an_open_dataset_travels_to_a_worker(lake: Lake) -> None:
     clips = Clips(lake, version.load(lake), "train")
     first = clips[0]

@@ -1,0 +1,69 @@
+"""A step never waits for the device: on one that holds no values, whatever reads a value on the host fails."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.backbones.dit import Backbone, BackboneConfig
+from model.methods.base import Batch, Method
+from model.methods.draws import Draws
+from model.methods.per_frame import PerFrame, PerFrameOptions
+from model.methods.vlfm import VLFM, VLFMOptions
+from model.training.ema import MovingAverage
+from model.training.state import GradientNorms
+
+FIGURES, FORMAT = {"mean_scale": 1.0, "derivative_scale": 2.0}, {"latent_shape": (3, 4, 4)}
+METHODS: dict[str, Method] = {
+    "first": VLFM.build(VLFMOptions(error_focus=1.0, start_anywhere=0.5), FIGURES, FORMAT),
+    "ends": VLFM.build(VLFMOptions(anchor="ends"), FIGURES, FORMAT),
+    "none": VLFM.build(VLFMOptions(anchor="none", warmup_focus=1.0), FIGURES, FORMAT),
+    "per_frame": PerFrame.build(PerFrameOptions(error_focus=1.0), FIGURES, FORMAT),
+}
+
+
+class Copies(TorchDispatchMode):
+    """Notes copies from the host's memory, which is not pinned here, to the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        tensors = [value for value in args if isinstance(value, torch.Tensor)]
+        if isinstance(made, torch.Tensor) and made.is_meta and any(t.device.type == "cpu" and t.dim() for t in tensors):
+            self.found.append(str(func))
+        return made
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_step_reads_no_value_on_the_host(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "autocast", lambda *given, **more: contextlib.nullcontext())  # it knows no such device
+    method, clips = METHODS[kind], 4
+    config = BackboneConfig(3, 4, 4, 8, 32, 2, 2, 2, outputs=method.heads, temporal=method.temporal)
+    network = Backbone(config).to("meta")
+    average, norms = MovingAverage(network, 0.9), GradientNorms(torch.zeros((), dtype=torch.float64, device="meta"))
+    norms.steps = 1000
+    batch = Batch(
+        clip_ids=("",) * clips, text=torch.zeros(clips, 3, 8), text_length=torch.ones(clips, dtype=torch.long),
+        empty_text=torch.zeros(1, 8), clip_start=torch.zeros(clips), duration=torch.ones(clips),
+        coefficients=torch.zeros(clips, 6, 3, 4, 4),
+    ).to("meta")  # fmt: skip
+
+    def step(number: int) -> torch.Tensor:
+        losses = method.loss(network, batch, Draws(number, 2 * clips, 0, 2, "meta"))
+        torch.autograd.backward(losses["loss"])
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        average.update(network)
+        norms.add(norm)
+        return torch.isfinite(norm) & norms.spikes(norm, 20.0)
+
+    step(1)  # what is copied once, such as the basis' matrix, is there from then on
+    with Copies() as copies:
+        assert step(2).is_meta
+    assert copies.found == []
