@@ -16,6 +16,7 @@ from model.settings import override
 from model.stop import STOPPED
 from model.train import train
 from model.training.checkpoint import Run
+from model.training.log import Log
 from storage.layout import Lake
 from tests.model.test_train import TINY, environment, logged
 from tests.model.tiny_lake import make_lake
@@ -38,7 +39,9 @@ from model.methods.vlfm import VLFM
 from model.settings import override
 from model.stop import STOPPED, Stopped
 from model.train import train
+from model.training.log import Log
 from model.training.processes import end_program
+from tests.model.test_exact import in_full
 from tests.model.test_train import TINY
 lake, asked, folder = sys.argv[1:]
 rank = os.environ["RANK"]
@@ -49,7 +52,7 @@ def prepare(*given):
     with open(f"{folder}/prepared-{rank}", "a") as file:
         file.write("x")
     return inner(*given)
-VLFM.prepare = prepare
+VLFM.prepare, Log.scalars = prepare, in_full
 def interrupted(self, *given):
     if not torch.is_grad_enabled() and rank == "1":
         os.kill(os.getpid(), signal.SIGTERM)
@@ -75,6 +78,18 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> Lake:
     return make_lake(tmp_path_factory.mktemp("exact") / "lake", clips=7, validation=37)
 
 
+def in_full(log: Log, step: int, **values: float) -> None:
+    """Writes the log with all digits: usually it has six."""
+    log.event(step=step, **values)
+
+
+def trained(lake: Lake, run: Path, variant: str) -> None:
+    """Trains in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Log, "scalars", in_full)
+        train(lake.root, run, override(TINY, settings(variant)))
+
+
 def settings(variant: str) -> dict[str, Any]:
     return {**BASE, **VARIANTS[variant]}
 
@@ -95,7 +110,7 @@ def on_processes(count: int, lake: Lake, folder: Path, runs: Mapping[str, Mappin
 def one(lake: Lake, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one")
     for variant in VARIANTS:
-        train(lake.root, folder / variant, override(TINY, settings(variant)))
+        trained(lake, folder / variant, variant)
     return folder
 
 
@@ -148,7 +163,7 @@ def test_a_run_of_two_goes_on_with_one_and_with_three(
     lake: Lake, one: Path, two: Path, three: Path, tmp_path: Path
 ) -> None:
     run = half(two, tmp_path / "resumed")
-    train(lake.root, run, override(TINY, settings("float64")))
+    trained(lake, run, "float64")
     for resumed in (run, three / "resumed"):
         check_alike(one / "float64", resumed, 1e-10)
         starts = [line["step"] for line in map(json.loads, (resumed / "log.jsonl").read_text().splitlines())
