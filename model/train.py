@@ -130,7 +130,7 @@ def run_record(
 ) -> RunRecord:
     """The record of a run that is about to start, which is written, or of the one that is about to go on.
 
-    Only the first reads clips, for the figures that the method needs.
+    For a new one clips are read, for the figures that the method needs: the first process alone does it.
 
     Raises:
         ValueError: the run was started with other settings or on another version.

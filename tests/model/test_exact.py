@@ -22,14 +22,14 @@ from tests.model.test_train import TINY, environment, logged
 from tests.model.tiny_lake import make_lake
 
 BASE = {
-    "batch": 6, "steps": 20, "checkpoint_every": 10, "validate_every": 10, "learning_rate_decay": 0.0,
+    "depth": 1, "batch": 6, "steps": 20, "checkpoint_every": 10, "validate_every": 10, "learning_rate_decay": 0.0,
     "error_focus": 1.0, "clip_start_dropout": 0.5, "spike_factor": 0.0,
 }  # fmt: skip
 """Everything that is drawn, everything that is normalised over a batch; 1, 2 and 3 processes divide it."""
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "float64": {"precision": "float64", "start_anywhere": 0.3},
-    "muon": {"precision": "float64", "matrix_learning_rate": 1e-3, "steps": 10},
-    "per_frame": {"precision": "float64", "method": "per_frame", "steps": 10},
+    "muon": {"precision": "float64", "matrix_learning_rate": 1e-3, "steps": 6},
+    "per_frame": {"precision": "float64", "method": "per_frame", "steps": 6},
     "float32": {},
 }
 PROGRAM = """
@@ -101,7 +101,7 @@ def on_processes(count: int, lake: Lake, folder: Path, runs: Mapping[str, Mappin
     program.write_text(PROGRAM)
     asked = json.dumps([(str(folder / name), dict(values)) for name, values in runs.items()])
     command = [sys.executable, "-c", LAUNCH, str(count), sys.executable, str(program), str(lake.root), asked]
-    done = subprocess.run([*command, str(folder)], env=environment(), capture_output=True, text=True, timeout=150)
+    done = subprocess.run([*command, str(folder)], env=environment(), capture_output=True, text=True, timeout=400)
     assert done.returncode in (0, STOPPED), done.stderr
     return done.returncode
 
