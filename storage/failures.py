@@ -49,7 +49,7 @@ def read_failures(lake: Lake, run_id: str) -> list[dict[str, Any]]:
     key = failures_key(run_id)
     path = lake.store.address(key)
     try:
-        table = pq.ParquetFile(pa.BufferReader(lake.store.read(key))).read()
+        table = pq.ParquetFile(pa.BufferReader(lake.store.read(key))).read(use_threads=False)
     except FileNotFoundError:
         keys = [key for key in lake.store.list_keys("failures/") if key.endswith(".parquet")]
         known = ", ".join(key.removeprefix("failures/").removesuffix(".parquet") for key in keys) or "none"

@@ -202,7 +202,8 @@ def read_manifest(lake: Lake, version: Version, table: str = "clips") -> Any:
         return TABLES[table].empty_table()
     entry = version.manifest[table]
     data = checked_bytes(lake, entry)
-    found = pq.ParquetFile(pa.BufferReader(data)).read()
+    # Threads that have just begun can abort a process that ends ("terminate called without an active exception").
+    found = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
     check_format(found.schema, table, lake.store.address(entry["path"]))
     return completed(found, TABLES[table])
 

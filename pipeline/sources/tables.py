@@ -287,7 +287,7 @@ def _parquet(path: Path, choose: _Choose) -> _Lines:
         count = file.metadata.row_group(group).num_rows
         where = f"rows {first}-{first + count - 1}" if count > 1 else f"row {first}"
         try:
-            rows = file.read_row_group(group, columns=list(chosen.values()))
+            rows = file.read_row_group(group, columns=list(chosen.values()), use_threads=False)
         except (pa.ArrowException, OSError, ValueError) as error:
             yield where, _Fault(f"damaged ({' '.join(str(error).split())[:120]}); write the table again")
         else:

@@ -64,6 +64,7 @@ def test_the_frames_are_those_of_the_command(run: Path, pipe: VideoLatentFlowPip
         np.testing.assert_array_equal(np.concatenate([np.asarray(frame) for frame in frames], 1), np.asarray(strip))
 
 
+@pytest.mark.bit_identical
 def test_kinds_of_frames(pipe: VideoLatentFlowPipeline) -> None:
     pictures = pipe(PROMPTS, generator=seeded(0), **QUICK).frames  # type: ignore[union-attr]
     array = pipe(PROMPTS, generator=seeded(0), output_type="np", **QUICK).frames  # type: ignore[union-attr]
@@ -94,6 +95,7 @@ def test_generators_and_videos_per_prompt(pipe: VideoLatentFlowPipeline) -> None
     np.testing.assert_array_equal(free, made(pipe, PROMPTS[0]))
 
 
+@pytest.mark.bit_identical
 def test_image_length_and_negative_prompt_are_the_samplers(
     run: Path, pipe: VideoLatentFlowPipeline, tmp_path: Path
 ) -> None:

@@ -92,7 +92,8 @@ def test_rows_are_of_unit_size_and_differ_by_word(encoder: TextEncoder) -> None:
         torch.testing.assert_close(row[:length].std(-1), torch.ones(length), rtol=0.02, atol=0.02)
     place = encoder.tokens(one).index("left</w>")
     assert float(cosine_similarity(rows[0, place], rows[1, place], dim=0)) < 0.9
-    torch.testing.assert_close(rows[0, :place], rows[1, :place])  # what comes before cannot know
+    # What comes before cannot know; rows are float16.
+    torch.testing.assert_close(rows[0, :place], rows[1, :place], rtol=2e-3, atol=2e-3)
     words = rows[0, 1 : int(lengths[0]) - 1]
     alike = cosine_similarity(words[:, None], words[None], dim=-1).fill_diagonal_(0)
     assert float(alike.max()) < 0.95

@@ -178,6 +178,26 @@ assert ShardReader(lake, version.shards[0].name)[0]["coefficients.npy"].shape ==
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_reading_tables_starts_no_threads(published: Lake) -> None:
+    """Of a process that ends as soon as it has read them: a pool of threads that just begins then aborts it."""
+    program = """
+import os, sys
+import pyarrow.parquet
+from storage.layout import Lake
+from storage.version import load, read_manifest
+lake = Lake.open(sys.argv[1])
+before = len(os.listdir("/proc/self/task"))
+assert len(read_manifest(lake, load(lake))) == 6
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(published.root)],
+        cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "0\n"
+
+
 def test_a_full_disk(small_disk: Path, sample_lake: ModuleType) -> None:
     lake = Lake.create(small_disk / "lake")
     version = sample_lake.publish_clips(lake, range(3))

@@ -100,6 +100,7 @@ class StandIn(Sampler):
         seeds: Sequence[int],
         settings: SampleSettings,
         first_frames: Tensor | None = None,
+        negative: Sequence[str] | None = None,
     ) -> Any:
         self.told.append(starts)
         frames: Any = [None] * len(prompts) if first_frames is None else first_frames
