@@ -101,7 +101,7 @@ def on_processes(count: int, lake: Lake, folder: Path, runs: Mapping[str, Mappin
     program.write_text(PROGRAM)
     asked = json.dumps([(str(folder / name), dict(values)) for name, values in runs.items()])
     command = [sys.executable, "-c", LAUNCH, str(count), sys.executable, str(program), str(lake.root), asked]
-    done = subprocess.run([*command, str(folder)], env=environment(), capture_output=True, text=True, timeout=150)
+    done = subprocess.run([*command, str(folder)], env=environment(), capture_output=True, text=True, timeout=400)
     assert done.returncode in (0, STOPPED), done.stderr
     return done.returncode
 

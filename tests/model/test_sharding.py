@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from model.settings import override
-from model.train import train
+from model.stop import STOPPED
+from model.train import check_divides, train
 from model.training.checkpoint import Run
 from model.training.log import Log
 from storage.layout import Lake
@@ -20,35 +21,32 @@ from tests.model.test_train import TINY, logged, weights
 from tests.model.tiny_lake import make_lake
 
 BASE: Mapping[str, Any] = {
-    "batch": 6, "steps": 6, "checkpoint_every": 3, "checkpoints_kept": 9, "validate_every": 6,
-    "learning_rate_decay": 0.0, "weight_decay": 0.1,
+    "batch": 6, "steps": 4, "checkpoint_every": 2, "validate_every": 4, "learning_rate_decay": 0.0, "weight_decay": 0.1,
 }  # fmt: skip
-WIDE = {**BASE, "precision": "float64"}
-FSDP, PARTS = {"sharding": "fsdp"}, {"accumulate": 3}
 ONE: Mapping[str, Mapping[str, Any]] = {
     "float32": BASE,
-    "float64": WIDE,
-    "bfloat16": {**BASE, "precision": "bfloat16"},
-    "grams": {**WIDE, "optimizer": "grams", "qk_norm": "rms"},
-    "muon": {**WIDE, "matrix_learning_rate": 1e-3},
+    "float64": {**BASE, "precision": "float64"},
+    "bfloat16": {**BASE, "precision": "bfloat16", "steps": 2},
+    "grams": {**BASE, "precision": "float64", "optimizer": "grams", "qk_norm": "rms", "steps": 2},
 }
-"""What other runs are compared with, each on one process."""
+"""Runs of one process, with which others are compared."""
+TOLERANCES = {"float32": 1e-5, "float64": 1e-10, "bfloat16": 5e-3, "grams": 1e-10}
+FSDP, PARTS = {"sharding": "fsdp"}, {"accumulate": 3}
 TWO: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ddp": ("float32", {}),
-    "fsdp": ("float32", FSDP),
-    "fsdp_muon": ("muon", FSDP),
-    "fsdp64": ("float64", {**FSDP, "activation_checkpointing": True}),
     "ddp_parts": ("float64", PARTS),
-    "fsdp_parts": ("float64", {**FSDP, **PARTS}),
+    "fsdp": ("float32", FSDP),
+    "fsdp_parts": ("float64", {**FSDP, **PARTS, "activation_checkpointing": True}),
     "fsdp_bfloat16": ("bfloat16", FSDP),
     "fsdp_grams": ("grams", FSDP),
     "resumed_from_one": ("float64", FSDP),
 }
-"""Runs on two processes: what they are compared with, and what differs."""
-THREE = {
-    "fsdp_from_fsdp": ("float64", FSDP),
-    "ddp_from_fsdp": ("float64", {}),
+"""Runs of two processes: what they are compared with, and what differs."""
+THREE: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "resumed_by_fsdp": ("float64", FSDP),
+    "resumed_by_ddp": ("float64", {}),
 }
+"""Runs that two sharded processes began and three go on with."""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +65,7 @@ def trained(lake: Lake, run: Path, settings: Mapping[str, Any]) -> None:
 def half(run: Path, folder: Path) -> Path:
     """A copy of a run as it was after half of its steps."""
     shutil.copytree(run, folder)
-    shutil.rmtree(Run(folder).folder(6))
+    shutil.rmtree(Run(folder).folder(4))
     return folder
 
 
@@ -87,7 +85,17 @@ def one(lake: Lake, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(lake: Lake, one: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     half(one / "float64", folder / "resumed_from_one")
-    assert on_processes(2, lake, folder, settings(TWO)) == 0
+    stopped = {**BASE, **FSDP, "validate_every": 1}
+    assert on_processes(2, lake, folder, {**settings(TWO), "stopped": stopped}) == STOPPED
+    return folder
+
+
+@pytest.fixture(scope="module")
+def three(lake: Lake, two: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("three")
+    for name in THREE:
+        half(two / "fsdp_parts", folder / name)
+    assert on_processes(3, lake, folder, settings(THREE)) == 0
     return folder
 
 
@@ -114,37 +122,53 @@ def check_alike(one: Path, other: Path, tolerance: float) -> None:
     assert {name: value for name, value in away.items() if value > tolerance} == {}
 
 
-TOLERANCES = {"float32": 1e-5, "float64": 1e-10, "bfloat16": 2e-2, "grams": 1e-10, "muon": 1e-10}
-
-
 @pytest.mark.parametrize("variant", TWO)
 def test_two_processes_equal_one(one: Path, two: Path, variant: str) -> None:
     like = TWO[variant][0]
     check_alike(one / like, two / variant, TOLERANCES[like])
 
 
-@pytest.fixture(scope="module")
-def three(lake: Lake, two: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("three")
-    for name in THREE:
-        half(two / "fsdp64", folder / name)
-    assert on_processes(3, lake, folder, settings(THREE)) == 0
-    return folder
-
-
 @pytest.mark.parametrize("variant", THREE)
 def test_saved_sharded_on_two_it_goes_on_with_three(one: Path, three: Path, variant: str) -> None:
-    check_alike(one / "float64", three / variant, 1e-10)
-    assert starts(three / variant) == [0, 3]
+    check_alike(one / "float64", three / variant, TOLERANCES["float64"])
+    assert starts(three / variant) == [0, 2]
 
 
 def test_saved_sharded_on_two_it_goes_on_with_one(lake: Lake, one: Path, two: Path, tmp_path: Path) -> None:
-    run = half(two / "fsdp64", tmp_path / "run")
-    trained(lake, run, {**WIDE, **PARTS})
-    check_alike(one / "float64", run, 1e-10)
-    assert starts(run) == starts(two / "resumed_from_one") == [0, 3]
+    run = half(two / "fsdp_parts", tmp_path / "run")
+    trained(lake, run, {**ONE["float64"], "accumulate": 2})
+    check_alike(one / "float64", run, TOLERANCES["float64"])
+    assert starts(run) == starts(two / "resumed_from_one") == [0, 2]
+
+
+def test_a_signal_to_one_of_two_sharded_processes_in_a_validation_stops_both(two: Path) -> None:
+    assert Run(two / "stopped").steps() == [2]
+    assert logged(two / "stopped", "validation_loss") == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sharding": "zero"}, "sharding is 'zero'; it must be none or fsdp"),
+        ({"accumulate": 0}, "accumulate is 0; it must be at least 1"),
+        ({"accumulate": 4}, "batch 6 is no multiple of accumulate 4; change one of them"),
+        ({"accumulate": 2, "error_focus": 1.0}, "accumulate is 2 and error_focus 1, which weighs the clips of a whole"),
+        ({**FSDP, "matrix_learning_rate": 1e-3}, "matrix_learning_rate is 0.001, but Muon needs whole matrices"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        override(TINY, {**BASE, **changes})
+
+
+def test_a_batch_that_processes_and_parts_do_not_share_evenly_is_refused() -> None:
+    recipe = override(TINY, {**BASE, **PARTS})
+    check_divides(recipe, 2)
+    with pytest.raises(ValueError, match="batch 6 is no multiple of the 4 processes x 3 parts; set it with --set bat"):
+        check_divides(recipe, 4)
 
 
 def starts(run: Path) -> list[int]:
+    """Steps after which the run was started."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [line["step"] for line in lines if line.get("event") == "start"]
