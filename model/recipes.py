@@ -29,7 +29,7 @@ from model.settings import (
 )
 
 RULES = {
-    **dict.fromkeys(("width", "depth", "heads", "patch", "batch", "steps"), AT_LEAST_1),
+    **dict.fromkeys(("width", "depth", "heads", "patch", "batch", "steps", "accumulate"), AT_LEAST_1),
     **dict.fromkeys(("checkpoint_every", "checkpoints_kept", "log_every", "validate_every"), AT_LEAST_1),
     **dict.fromkeys(("matrix_learning_rate", "weight_decay", "learning_rate_warmup"), AT_LEAST_0),
     **dict.fromkeys(("bad_steps_allowed", "loader_workers", "spike_factor"), AT_LEAST_0),
@@ -41,6 +41,7 @@ RULES = {
     "qk_norm": one_of(*QK_NORMS),
     "architecture": one_of(*ARCHITECTURES),
     "optimizer": one_of("adamw", "grams"),
+    "sharding": one_of("none", "fsdp"),
 }
 """What the fields of a training recipe may be."""
 
@@ -71,6 +72,10 @@ class TrainRecipe:
     """Whether a block is computed again in the backward pass, which saves its memory and costs a third more work."""
     batch: int = 64
     """Clips in one step, over all processes together."""
+    accumulate: int = 1
+    """Parts that each process takes its share of a step in, one after the other: less memory, the same gradients."""
+    sharding: str = "none"
+    """What several processes hold: `none`, each the whole state (DDP); `fsdp`, a share of it each (FSDP2)."""
     steps: int = 100_000
     """Optimiser steps of the whole run."""
     learning_rate: float = 3e-4
@@ -123,6 +128,19 @@ class TrainRecipe:
             values = self.options if isinstance(self.options, Mapping) else vars(self.options)
             shared = {name: value for name, value in values.items() if name in known}
             object.__setattr__(self, "options", kind(**shared))
+        if self.batch % self.accumulate:
+            raise ValueError(f"batch {self.batch} is no multiple of accumulate {self.accumulate}; change one of them")
+        if self.sharding == "fsdp" and self.matrix_learning_rate > 0:
+            raise ValueError(
+                f"matrix_learning_rate is {self.matrix_learning_rate:g}, but Muon needs whole matrices, which "
+                "sharding=fsdp does not keep; set matrix_learning_rate=0 or sharding=none"
+            )
+        focus = getattr(self.options, "error_focus", 0)
+        if self.accumulate > 1 and focus > 0:
+            raise ValueError(
+                f"accumulate is {self.accumulate} and error_focus {focus:g}, which weighs the clips of a whole batch "
+                "against each other; set accumulate=1 or error_focus=0"
+            )
 
 
 def base() -> TrainRecipe:

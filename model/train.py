@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
 from model.backbones.dit import Backbone, BackboneConfig
 from model.backbones.published import official_weights, start_from_dit
@@ -35,6 +35,7 @@ from model.training.objective import Objective
 from model.training.optimizers import learning_rate_factor, make_optimizers
 from model.training.processes import FirstFailed, Processes, end_program, given_rank, join_processes
 from model.training.record import DatasetVersion, RunRecord
+from model.training.sharding import replicate, shard
 from model.training.state import TrainingState
 from storage.fingerprint import stream_digest
 from storage.layout import Lake
@@ -85,6 +86,7 @@ def _train(
     stop: StopSignal,
     init_from: Path | None,
 ) -> Path:
+    check_divides(recipe, processes.world)
     collate = Collate(read_empty_text(lake, version), method_named(recipe.method).members)
     clips = Clips(lake, version, "train", collate.arrays)
     validation = Clips(lake, version, "validation", collate.arrays)
@@ -97,8 +99,12 @@ def _train(
         start_from_dit(backbone, init_from)
     backbone.activation_checkpointing = recipe.activation_checkpointing
     backbone = backbone.to(processes.device, objective.dtype)
+    trained: nn.Module = backbone
+    if recipe.sharding == "fsdp":
+        shard(backbone, processes, recipe.precision)
+    else:
+        trained = replicate(backbone, processes)
     state = TrainingState(backbone, MovingAverage(backbone, recipe.ema_decay), make_optimizers(backbone, recipe))
-    trained = DistributedDataParallel(backbone) if processes.world > 1 else backbone
 
     def batches(done: int) -> Loader:
         steps = Steps(len(clips), recipe.batch, recipe.seed, done, recipe.steps, processes.rank, processes.world)
@@ -123,6 +129,13 @@ def _train(
         validate_every=recipe.validate_every,
     )
     return run_training(training, state, run, schedule, processes, stop)
+
+
+def check_divides(recipe: TrainRecipe, count: int) -> None:
+    """Refuses a batch that so many processes cannot share evenly. Raises ValueError with the remedy."""
+    told = f"{count} processes" if recipe.accumulate == 1 else f"{count} processes x {recipe.accumulate} parts"
+    if recipe.batch % (count * recipe.accumulate):
+        raise ValueError(f"batch {recipe.batch} is no multiple of the {told}; set it with --set batch=...")
 
 
 def run_record(
@@ -240,8 +253,7 @@ def run_processes(options: argparse.Namespace, recipe: TrainRecipe) -> int:
         raise ValueError(f"--processes is {count}; it must be at least 1")
     if "WORLD_SIZE" in os.environ:
         raise ValueError("--processes starts processes of its own; leave it out under torchrun")
-    if recipe.batch % count:
-        raise ValueError(f"batch {recipe.batch} is no multiple of the {count} processes; set it with --set batch=...")
+    check_divides(recipe, count)
     if torch.cuda.is_available() and count > torch.cuda.device_count():
         raise ValueError(f"--processes is {count}, but this machine has {torch.cuda.device_count()} GPUs")
     command = [sys.executable, "-m", "model.train", "--lake", options.lake, "--run-dir", options.run]

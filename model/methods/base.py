@@ -66,6 +66,11 @@ class Batch:
         """The same clips in pinned memory, as a DataLoader asks for it."""
         return self._each(lambda value: value.pin_memory())
 
+    def every(self, count: int, first: int = 0) -> Batch:
+        """Every `count`-th of the clips, from the one at the position `first` on."""
+        chosen = self._each(lambda value: value[first::count])
+        return dataclasses.replace(chosen, clip_ids=self.clip_ids[first::count], empty_text=self.empty_text)
+
     def _each(self, do: Callable[[Tensor], Tensor]) -> Batch:
         changed: dict[str, Any] = {k: do(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return dataclasses.replace(self, **changed)

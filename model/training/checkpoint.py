@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from model.training.sharding import is_sharded, whole
 from model.training.state import TrainingState
 from storage.errors import Kind, VlfmError
 from storage.fingerprint import stream_digest
@@ -275,6 +277,9 @@ def _plain(state: TrainingState) -> dict[str, Any]:
 def tensors_by_file(state: TrainingState) -> dict[str, dict[str, Tensor]]:
     """What a checkpoint holds, all of it finite: tensors by name, by the name of their file without suffix.
 
+    Where the state is sharded every process must call this, since whole tensors are gathered. The first process has
+    them in the CPU's memory then, the others get empty ones.
+
     Raises:
         FloatingPointError: a tensor is not finite.
     """
@@ -287,7 +292,13 @@ def tensors_by_file(state: TrainingState) -> dict[str, dict[str, Tensor]]:
         for name, value in of_one.items()
     }
     every = {f"{file}/{name}": value for file, tensors in files.items() for name, value in tensors.items()}
-    finite = torch.stack([torch.isfinite(value).all().cpu() for value in every.values()])
+    finite = torch.ones(len(every), dtype=torch.bool)
+    for number, (name, value) in enumerate(every.items()):
+        full = whole(value)  # one at a time: a GPU need not hold all of them
+        finite[number] = torch.isfinite(full).all()
+        if is_sharded(value):
+            file, _, key = name.partition("/")
+            files[file][key] = full.cpu() if dist.get_rank() == 0 else full.new_empty(0)
     if not finite.all():
         name = list(every)[int(finite.int().argmin())]
         raise FloatingPointError(

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.training.sharding import part, sharded_like
+
 
 class MovingAverage:
-    """Average of the parameters of `module`, updated after each step.
+    """Average of the parameters of `module`, updated after each step; sharded where they are.
 
     The decay rises with the number of updates n as (1 + n) / (10 + n) until it reaches `decay`, so that the first,
     random weights are forgotten at once.
@@ -30,8 +32,8 @@ class MovingAverage:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         values = dict(module.named_parameters())
-        ours = list(self.tensors.values())
-        theirs = [values[name].detach() for name in self.tensors]
+        ours = [part(tensor) for tensor in self.tensors.values()]
+        theirs = [part(values[name].detach()) for name in self.tensors]
         torch._foreach_lerp_(ours, theirs, 1 - decay)
 
     def state_dict(self) -> dict[str, Any]:
@@ -40,9 +42,12 @@ class MovingAverage:
 
     @torch.no_grad()
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave. Raises KeyError for a tensor that this module does not have."""
+        """Take over what `state_dict` gave, or its whole tensors.
+
+        Raises KeyError for a tensor that this module does not have.
+        """
         for name, value in values["tensors"].items():
-            self.tensors[name].copy_(value)
+            self.tensors[name].copy_(sharded_like(value, self.tensors[name]))
         self.updates = int(values["updates"])
 
     @torch.no_grad()

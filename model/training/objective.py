@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,7 @@ from model.stop import StopSignal
 from model.training.data import Clips, Collate
 from model.training.processes import Processes
 from model.training.seeds import mixed_seed
+from model.training.sharding import is_sharded, without_exchange
 from model.training.state import TrainingState
 
 VALIDATED, VALIDATED_AT_ONCE = 256, 16
@@ -37,10 +40,24 @@ class Objective:
         """A step's losses by name, each the mean over this process's clips.
 
         What is drawn for a clip depends on seed, step and the clip's position in the batch of all processes alone.
+
+        With `accumulate` the batch is taken in parts: the gradients of all but the last are there on return, those of
+        the last come from `loss`, as those of the whole batch else.
         """
-        seed, at = mixed_seed(self.recipe.seed, step), self.processes
-        draws = Draws(seed, self.recipe.batch, at.rank, at.world, at.device, self.dtype, at.total)
-        return self._losses(network, batch, draws)
+        at, parts = self.processes, self.recipe.accumulate
+        seed, sums = mixed_seed(self.recipe.seed, step), dict[str, Tensor]()
+        for part in range(parts):
+            place, places = at.rank + part * at.world, at.world * parts
+            draws = Draws(seed, self.recipe.batch, place, places, at.device, self.dtype, at.total)
+            last = part == parts - 1
+            with nullcontext() if last else without_exchange(network):
+                found = self._losses(network, batch.every(parts, part) if parts > 1 else batch, draws)
+                found = {name: value / parts for name, value in found.items()} if parts > 1 else found
+                if not last:
+                    found["loss"].backward()
+                    found = {name: value.detach() for name, value in found.items()}
+            sums = {name: sums[name] + value if sums else value for name, value in found.items()}
+        return sums
 
     @torch.no_grad()
     def validate(self, state: TrainingState, clips: Clips, collate: Collate, stop: StopSignal) -> float | None:
@@ -58,15 +75,20 @@ class Objective:
         starts = range(0, count, VALIDATED_AT_ONCE)
         # The last number says that a process was stopped.
         sums = torch.zeros(len(starts) + 1, dtype=torch.float64, device=processes.device)
-        for number in range(processes.rank, len(starts), processes.world):
-            if stop.seen:
+        sharded = is_sharded(network)  # then all must ask the network equally often, and stop together
+        until = math.ceil(len(starts) / processes.world) * processes.world if sharded else len(starts)
+        for place in range(processes.rank, until, processes.world):
+            if processes.any(stop.seen)[0] if sharded else stop.seen:
                 break
+            number = min(place, len(starts) - 1)
             part = [clips[i] for i in range(starts[number], min(starts[number] + VALIDATED_AT_ONCE, count))]
             batch = collate(part).to(processes.device, self.dtype)
             draws = Draws(
                 mixed_seed(self.recipe.seed, -1, number), len(part), device=processes.device, dtype=self.dtype
             )
-            sums[number] = self._losses(network, batch, draws)["loss"] * len(part)
+            loss = self._losses(network, batch, draws)["loss"]
+            if place == number:
+                sums[number] = loss * len(part)
         network.train()
         for name, value in network.named_parameters():
             value.copy_(weights[name])

@@ -16,6 +16,7 @@ from model.backbones.dit import Backbone
 from model.recipes import TrainRecipe
 from model.training.grams import Grams
 from model.training.processes import Processes
+from model.training.sharding import whole
 from model.training.state import TrainingState
 
 SPIKE = "the gradient's norm is more than {:g} times its running mean"
@@ -143,7 +144,9 @@ class Updates:
         Raises:
             FloatingPointError: more than `allowed` steps in a row were skipped; raised in all processes alike.
         """
-        norm = nn.utils.clip_grad_norm_(self.state.network.parameters(), self.clip).detach()
+        parameters = [p for p in self.state.network.parameters() if p.grad is not None]
+        norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])).detach()
+        nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
         loss = loss.detach()
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         spike = self.state.norms.spikes(norm, self.spike_factor)

@@ -30,6 +30,8 @@ RESUMABLE = frozenset(
         "bad_steps_allowed",
         "spike_factor",
         "activation_checkpointing",
+        "sharding",
+        "accumulate",
     ]
 )
 """Fields of the recipe that a resumed run may change."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from model.training.ema import MovingAverage
+from model.training.sharding import sharded_like
 
 WINDOW = 100
 """Steps over which the mean of the gradient norms runs; it says nothing before there were as many."""
@@ -67,15 +68,21 @@ class TrainingState:
         }
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave.
+        """Take over what `state_dict` gave, or its whole tensors: each process then takes its parts of them.
 
         Raises:
             KeyError, RuntimeError, ValueError: it is of another network or of other optimisers.
         """
-        self.network.load_state_dict(values["network"])
+        ours, theirs = self.network.state_dict(), values["network"]
+        self.network.load_state_dict({name: sharded_like(theirs[name], ours.get(name)) for name in theirs})
         self.average.load_state_dict(values["average"])
         for optimizer, of_one in zip(self.optimizers, values["optimizers"], strict=True):
-            optimizer.load_state_dict(of_one)
+            held = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+            slots = {
+                index: {name: sharded_like(value, held.get(index)) for name, value in slot.items()}
+                for index, slot in of_one["state"].items()
+            }
+            optimizer.load_state_dict({**of_one, "state": slots})
         self.step = int(values["step"])
         if norms := values.get("norms"):  # checkpoints of older programs have none
             self.norms = GradientNorms(torch.tensor(norms["log_mean"], dtype=torch.float64), norms["steps"])
