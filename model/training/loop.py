@@ -68,8 +68,8 @@ class Training:
     """Samples of a step over all processes, for the throughput in the log."""
     batches: Callable[[int], Batches] | None = None
     """The batches that follow so many done steps, on the device; None where the losses make their own."""
-    validate: Callable[[], float | None] | None = None
-    """A loss on clips that are not trained on; None where a stop is more urgent."""
+    validate: Callable[[], Mapping[str, float] | None] | None = None
+    """Named losses on clips that are not trained on; None where a stop is more urgent."""
     name: str = "train"
     """What people see it called."""
     part: str = ""
@@ -149,9 +149,8 @@ def run_training(
                 processes.barrier()
                 raise Stopped(step, training.part)
             if training.validate is not None and (last or step % schedule.validate_every == 0):
-                value = training.validate()
-                if value is not None:
-                    log.scalars(step, validation_loss=value)
+                if found := training.validate():
+                    log.scalars(step, **found)
             recent.began += time.perf_counter() - aside
         log.event(event="end", step=schedule.steps, skipped=updates.skipped)
     processes.barrier()

