@@ -172,7 +172,7 @@ class VLFM:
         return cls(options, path, figures["mean_scale"], figures["derivative_scale"], values)
 
     def loss(self, backbone: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        """The flow-matching loss of a batch: `loss`, and its parts `mean`, `derivative` and `velocity`; and its states'.
+        """The flow-matching loss of a batch and of each state: `loss`, and its parts `mean`, `derivative`, `velocity`.
 
         `mean` and `derivative` are relative mean squared errors; `velocity` is the error of the assembled velocity in
         latents per unit of flow time, squared: what the paper's equation calls the loss, for the record.
