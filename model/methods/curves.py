@@ -18,8 +18,7 @@ def curve(coefficients: Tensor, flow_time: Tensor) -> tuple[Tensor, Tensor]:
     order = coefficients.shape[1]
     flat = coefficients.flatten(2)
     shape = (*flow_time.shape, *coefficients.shape[2:])
-    kind = "cpu" if flat.is_meta else flat.device.type  # autocast knows no meta device
-    with torch.autocast(kind, enabled=False):  # high orders cancel; 8 bits do not carry them
+    with torch.autocast(flat.device.type, enabled=False):  # high orders cancel; 8 bits do not carry them
         return (
             torch.bmm(basis_torch(flow_time, order).to(flat.dtype), flat).view(shape),
             torch.bmm(derivative_torch(flow_time, order).to(flat.dtype), flat).view(shape),

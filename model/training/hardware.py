@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.backbones.dit import Backbone
-from model.methods.base import Batch, Method
+from model.backbones.conditioning import Conditioning
+from model.backbones.dit import Backbone, BackboneConfig
+from model.methods.base import Batch
 from model.methods.draws import Draws
 from model.training.record import RunRecord
 
@@ -57,33 +59,49 @@ def peak_of(device: torch.device, precision: str) -> float | None:
     return peak(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
 
 
+class _Counted(nn.Module):
+    """Stands for a backbone: computes on the meta device, forward and backward, and answers with zeros."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            self.backbone = Backbone(config)
+        self.counter = FlopCounterMode(display=False)
+        self.operations = 0
+
+    def forward(self, latents: Tensor, flow_time: Tensor, given: Conditioning, **more: Tensor) -> dict[str, Tensor]:
+        told = Conditioning(**{name: value.to("meta") for name, value in vars(given).items()})
+        with self.counter:
+            named = {name: value.to("meta") for name, value in more.items()}
+            found = self.backbone(latents.to("meta"), flow_time.to("meta"), told, **named)
+            torch.autograd.backward(sum(value.sum() for value in found.values()))
+        self.operations += self.counter.get_total_flops()
+        return {name: torch.zeros(value.shape, requires_grad=True) for name, value in found.items()}
+
+
 def flops_per_clip(record: RunRecord) -> int:
-    """Floating-point operations of a training step on one clip, forward and backward, counted on the meta device.
+    """Floating-point operations of the backbone in a training step on one clip, forward and backward.
 
     What activation checkpointing computes twice counts once: this is the model's work, not the machine's.
     """
-    method: Method = record.method()
     clip, text = record.clip, record.text
     order, shape, frames = clip["order"], tuple(clip["latent_shape"]), clip["frames_max"]
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        backbone = Backbone(record.backbone)
-        batch = Batch(
-            clip_ids=("",),
-            text=torch.zeros(1, text["length"], text["dim"]),
-            text_length=torch.ones(1, dtype=torch.int64),
-            empty_text=torch.zeros(1, text["dim"]),
-            clip_start=torch.zeros(1),
-            duration=torch.ones(1),
-            coefficients=torch.zeros(1, order, *shape),
-            latents=torch.zeros(1, frames, *shape),
-            frame_time=torch.zeros(1, frames),
-            valid=torch.ones(1, frames, dtype=torch.bool),
-            observed=torch.ones(1, frames, dtype=torch.bool),
-        )
-    with FlopCounterMode(display=False) as counter:
-        loss = method.loss(backbone, batch, Draws(0, 1, device="meta"))["loss"]
-        torch.autograd.backward(loss)
-    return counter.get_total_flops()
+    batch = Batch(
+        clip_ids=("",),
+        text=torch.zeros(1, text["length"], text["dim"]),
+        text_length=torch.ones(1, dtype=torch.int64),
+        empty_text=torch.zeros(1, text["dim"]),
+        clip_start=torch.zeros(1),
+        duration=torch.ones(1),
+        coefficients=torch.zeros(1, order, *shape),
+        latents=torch.zeros(1, frames, *shape),
+        frame_time=torch.linspace(0, 1, frames)[None],
+        valid=torch.ones(1, frames, dtype=torch.bool),
+        observed=torch.ones(1, frames, dtype=torch.bool),
+    )
+    counted = _Counted(record.backbone)
+    record.method().loss(counted, batch, Draws(0, 1))
+    return counted.operations
 
 
 def seconds_at_peak(record: RunRecord, device: torch.device, world: int) -> float | None:
