@@ -18,7 +18,7 @@ import dataclasses
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -184,8 +184,10 @@ def write_manifest(
     return manifest
 
 
-def read_manifest(lake: Lake, version: Version, table: str = "clips") -> Any:
+def read_manifest(lake: Lake, version: Version, table: str = "clips", columns: Sequence[str] | None = None) -> Any:
     """The version's table of `clips`, `films` or `rejected` (a pyarrow.Table), its checksum compared.
+
+    columns: those that are wanted, all by default: a table of many clips is large.
 
     A table or a column that the version's program did not know is empty or unknown, see storage.schema.completed.
 
@@ -199,12 +201,15 @@ def read_manifest(lake: Lake, version: Version, table: str = "clips") -> Any:
     if table not in TABLES:
         raise ValueError(f"no table {table!r}; there are: {', '.join(TABLES)}")
     if table not in version.manifest and table not in ("clips", "films"):
-        return TABLES[table].empty_table()
+        return TABLES[table].empty_table().select(columns or TABLES[table].names)
     entry = version.manifest[table]
     data = checked_bytes(lake, entry)
-    found = pq.ParquetFile(pa.BufferReader(data)).read()
-    check_format(found.schema, table, lake.store.address(entry["path"]))
-    return completed(found, TABLES[table])
+    file = pq.ParquetFile(pa.BufferReader(data))
+    check_format(file.schema_arrow, table, lake.store.address(entry["path"]))
+    if columns is None:
+        return completed(file.read(), TABLES[table])
+    stored = [name for name in columns if name in file.schema_arrow.names]
+    return completed(file.read(stored), TABLES[table]).select(columns)
 
 
 def write_empty_text(lake: Lake, text_id: str, embedding: np.ndarray[Any, Any]) -> dict[str, str]:
