@@ -54,7 +54,8 @@ loop.Recent.add = noted
 lake, run, settings = sys.argv[1:]
 model.train.train(lake, run, override(train_recipe("demo"), json.loads(settings)))
 print(json.dumps({"imports": imported[0] - began, "seconds": firsts[0][0] - imported[0],
-                  "cpu": firsts[0][2] - imported[2], "megabytes": firsts[0][1] - imported[1], "imports_megabytes": imported[1]}))
+                  "cpu": firsts[0][2] - imported[2], "imports_megabytes": imported[1],
+                  "megabytes": firsts[0][1] - imported[1]}))
 """
 """A trainer that tells what it took from its imports to the end of its first step."""
 
@@ -139,8 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             good &= found["seconds"] < SECONDS and found["megabytes"] < MEGABYTES
             print(
                 f"a run on {entries} clips {what}: {found['seconds']:.2f} s ({found['cpu']:.2f} s of CPU) and "
-                f"{found['megabytes']:.0f} MB to the end of a step (goals {SECONDS:g} s, {MEGABYTES:g} MB), after imports of {found['imports']:.1f} s and "
-                f"{found['imports_megabytes']:.0f} MB"
+                f"{found['megabytes']:.0f} MB to the end of a step (goals {SECONDS:g} s, {MEGABYTES:g} MB), after "
+                f"imports of {found['imports']:.1f} s and {found['imports_megabytes']:.0f} MB"
             )
         lake = demo_lake(Path(folder) / "demo")
         measured(lake, Path(folder) / "steps", steps=options.steps, log_every=1)
