@@ -26,6 +26,7 @@ from model.program import add_settings_option, parse_settings, run_program
 from model.recipes import TrainRecipe, train_recipe, train_recipes
 from model.settings import override
 from model.stop import STOPPED, Stopped, StopSignal
+from model.strips import Strips
 from model.training.checkpoint import Run
 from model.training.data import Clips, Collate, Loader, Steps, lake_and_version
 from model.training.ema import MovingAverage
@@ -37,7 +38,6 @@ from model.training.optimizers import learning_rate_factor, make_optimizers
 from model.training.processes import FirstFailed, Processes, end_program, given_rank, join_processes
 from model.training.record import DatasetVersion, RunRecord
 from model.training.state import TrainingState
-from model.training.strips import Strips
 from storage.fingerprint import stream_digest
 from storage.layout import Lake
 from storage.version import Version, read_empty_text
