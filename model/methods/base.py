@@ -223,7 +223,7 @@ class Method(Protocol):
         ...
 
     def loss(self, backbone: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        """Named scalars; `loss`, the first, is minimised, the second is shown beside it. A method may add two that are no scalars:
+        """Named scalars; `loss`, the first, is minimised, the second is shown beside it. Two may be no scalars:
 
         - `errors` (states of the batch, in any shape): the loss of each state before any weights.
         - `place`, of the same shape: where the state is on its flow, from pure noise (-1) to the clip's first frame (0)

@@ -101,7 +101,10 @@ class Objective:
 
 
 def by_range(losses: Mapping[str, Tensor]) -> list[Tensor]:
-    """For each of RANGES the sum of a method's `errors` whose `place` is in it, and their number: float64 scalars, 0 where it tells none."""
+    """For each of RANGES the sum of a method's `errors` whose `place` is in it, and their number: float64 scalars.
+
+    All are 0 where the method tells none.
+    """
     if "errors" not in losses:
         return [losses["loss"].new_zeros((), dtype=torch.float64)] * (2 * len(RANGES))
     errors, place = losses["errors"].double(), losses["place"]
