@@ -32,7 +32,7 @@ RULES = {
     **dict.fromkeys(("width", "depth", "heads", "patch", "batch", "steps", "accumulate"), AT_LEAST_1),
     **dict.fromkeys(("checkpoint_every", "checkpoints_kept", "log_every", "validate_every"), AT_LEAST_1),
     **dict.fromkeys(("matrix_learning_rate", "weight_decay", "learning_rate_warmup"), AT_LEAST_0),
-    **dict.fromkeys(("bad_steps_allowed", "loader_workers", "spike_factor"), AT_LEAST_0),
+    **dict.fromkeys(("bad_steps_allowed", "loader_workers", "spike_factor", "sample_every"), AT_LEAST_0),
     **dict.fromkeys(("learning_rate", "gradient_clip"), ABOVE_0),
     "learning_rate_decay": SHARE,
     "ema_decay": SHARE_BELOW_1,
@@ -112,6 +112,8 @@ class TrainRecipe:
     """Steps between two lines of the log."""
     validate_every: int = 500
     """Steps between two losses on the validation split."""
+    sample_every: int = 0
+    """Steps between two sets of sample strips in TensorBoard; 0 makes none. They need the codec's weights here."""
     loader_workers: int = 0
     """Processes that read shards ahead, for each trainer process; 0 reads in the trainer."""
 

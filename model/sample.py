@@ -32,28 +32,19 @@ READ_AT_ONCE = 64
 """Frames of a clip that are read and decoded together."""
 
 
-class Sampler:
-    """A trained backbone with its codec and its text encoder.
+class LoadedSampler:
+    """A backbone with its codec and its text encoder.
 
     Args:
-        run: folder of a training run.
-        step: checkpoint, the newest by default.
-
-    Raises:
-        FileNotFoundError: no run, or no checkpoint in it; the message says the remedy.
-        ValueError: the run was made by a program whose settings were others.
+        record: what the run that the backbone is from says of it.
+        backbone: the weights, on the device where the sampler computes.
     """
 
-    def __init__(self, run: str | Path, step: int | None = None, device: str | None = None) -> None:
-        self.run = Run(Path(run))
-        self.record = RunRecord.read(self.run)
-        folder = self.run.checkpoint(step)
-        self.step = int(folder.name.removeprefix("step-"))
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.backbone = Backbone(self.record.backbone).to(self.device).eval()
-        load_average(folder, self.backbone)
-        self.clip = self.record.clip
-        self.method = self.record.method()
+    def __init__(self, record: RunRecord, backbone: Backbone) -> None:
+        self.record, self.backbone = record, backbone.eval()
+        self.device = next(backbone.parameters()).device
+        self.clip = record.clip
+        self.method = record.method()
         self._codec: Codec | None = None
         self._encoder: TextEncoder | None = None
 
@@ -193,6 +184,28 @@ class Sampler:
             if number < windows - 1 and self.method.takes_first_frame:
                 first = sample.read([1.0])[0]
         return [np.concatenate(part) for part in parts]
+
+
+class Sampler(LoadedSampler):
+    """The sampler of a training run's averaged weights.
+
+    Args:
+        run: folder of a training run.
+        step: checkpoint, the newest by default.
+
+    Raises:
+        FileNotFoundError: no run, or no checkpoint in it; the message says the remedy.
+        ValueError: the run was made by a program whose settings were others.
+    """
+
+    def __init__(self, run: str | Path, step: int | None = None, device: str | None = None) -> None:
+        self.run = Run(Path(run))
+        record = RunRecord.read(self.run)
+        folder = self.run.checkpoint(step)
+        self.step = int(folder.name.removeprefix("step-"))
+        backbone = Backbone(record.backbone).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        load_average(folder, backbone)
+        super().__init__(record, backbone)
 
 
 def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:

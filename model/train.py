@@ -26,9 +26,11 @@ from model.program import add_settings_option, parse_settings, run_program
 from model.recipes import TrainRecipe, train_recipe, train_recipes
 from model.settings import override
 from model.stop import STOPPED, Stopped, StopSignal
+from model.strips import Strips
 from model.training.checkpoint import Run
 from model.training.data import Clips, Collate, Loader, Steps, lake_and_version
 from model.training.ema import MovingAverage
+from model.training.hardware import seconds_at_peak
 from model.training.launch import launch
 from model.training.loop import Schedule, Training, run_training
 from model.training.objective import Objective
@@ -110,13 +112,18 @@ def _train(
         steps = Steps(len(clips), recipe.batch, recipe.seed, done, recipe.steps, processes.rank, processes.world)
         return Loader(clips, steps, collate, recipe.loader_workers, processes.device, objective.dtype)
 
+    strips = Strips(record, validation if len(validation) else clips, processes, stop)
     training = Training(
         batches=batches,
         losses=lambda step, batch: objective.losses(trained, step, batch),
         learning_rate=lambda step: learning_rate_factor(step, recipe),
         gradient_clip=recipe.gradient_clip,
-        samples=recipe.batch * objective.method.states_per_clip,
+        samples=recipe.batch,
+        states_per_sample=objective.method.states_per_clip,
+        unit="clips",
+        seconds_at_peak=seconds_at_peak(record, processes.device, processes.world),
         validate=(lambda: objective.validate(state, validation, collate, stop)) if len(validation) else None,
+        sample=lambda: strips.made(state),
         facts={"clips": len(clips), "parameters": sum(p.numel() for p in backbone.parameters())},
     )
     schedule = Schedule(
@@ -127,6 +134,7 @@ def _train(
         bad_steps_allowed=recipe.bad_steps_allowed,
         spike_factor=recipe.spike_factor,
         validate_every=recipe.validate_every,
+        sample_every=recipe.sample_every,
     )
     return run_training(training, state, run, schedule, processes, stop)
 

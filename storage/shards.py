@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import tarfile
@@ -266,7 +267,7 @@ class _Header:
 
     @property
     def bytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize  # of Python's own integers: numpy takes 16 us
 
 
 class _Counter:

@@ -18,7 +18,7 @@ import dataclasses
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -184,8 +184,10 @@ def write_manifest(
     return manifest
 
 
-def read_manifest(lake: Lake, version: Version, table: str = "clips") -> Any:
+def read_manifest(lake: Lake, version: Version, table: str = "clips", columns: Sequence[str] | None = None) -> Any:
     """The version's table of `clips`, `films` or `rejected` (a pyarrow.Table), its checksum compared.
+
+    columns: those that are wanted, all by default: a table of many clips is large.
 
     A table or a column that the version's program did not know is empty or unknown, see storage.schema.completed.
 
@@ -199,13 +201,15 @@ def read_manifest(lake: Lake, version: Version, table: str = "clips") -> Any:
     if table not in TABLES:
         raise ValueError(f"no table {table!r}; there are: {', '.join(TABLES)}")
     if table not in version.manifest and table not in ("clips", "films"):
-        return TABLES[table].empty_table()
+        return TABLES[table].empty_table().select(columns or TABLES[table].names)
     entry = version.manifest[table]
     data = checked_bytes(lake, entry)
+    file = pq.ParquetFile(pa.BufferReader(data))
+    check_format(file.schema_arrow, table, lake.store.address(entry["path"]))
+    stored = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
     # Threads that have just begun can abort a process that ends ("terminate called without an active exception").
-    found = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
-    check_format(found.schema, table, lake.store.address(entry["path"]))
-    return completed(found, TABLES[table])
+    found = completed(file.read(stored, use_threads=False), TABLES[table])
+    return found if columns is None else found.select(columns)
 
 
 def write_empty_text(lake: Lake, text_id: str, embedding: np.ndarray[Any, Any]) -> dict[str, str]:

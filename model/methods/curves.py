@@ -25,7 +25,7 @@ def curve(coefficients: Tensor, flow_time: Tensor) -> tuple[Tensor, Tensor]:
         )
 
 
-def curve_scales(clips: Sequence[Clip], order: int, most: int = 4096) -> tuple[float, float]:
+def curve_scales(clips: Sequence[Clip], order: int, most: int = 1024) -> tuple[float, float]:
     """Root mean squares of m(r) and m'(r) over r in [0, 1] and over the clips (`most` of them, evenly spread).
 
     Exact for each clip: the basis is orthonormal, so the mean square of a curve is the sum of its squared coefficients,

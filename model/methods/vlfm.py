@@ -172,7 +172,7 @@ class VLFM:
         return cls(options, path, figures["mean_scale"], figures["derivative_scale"], values)
 
     def loss(self, backbone: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        """The flow-matching loss of a batch: `loss`, and its parts `mean`, `derivative` and `velocity`.
+        """The flow-matching loss of a batch and of each state: `loss`, and its parts `mean`, `derivative`, `velocity`.
 
         `mean` and `derivative` are relative mean squared errors; `velocity` is the error of the assembled velocity in
         latents per unit of flow time, squared: what the paper's equation calls the loss, for the record.
@@ -205,16 +205,17 @@ class VLFM:
         predicted, slope = predicted * self.mean_scale, slope * self.derivative_scale
 
         errors = (predicted - mean).square().mean(dim=(2, 3, 4, 5)) / self.mean_scale**2  # (B, K)
-        mean_loss = (errors * self.weights(errors, draws)).mean()
-        derivative_loss = (slope - derivative).square().mean() / self.derivative_scale**2
+        slope_errors = (slope - derivative).square().mean(dim=(2, 3, 4, 5)) / self.derivative_scale**2  # (B, K)
         with torch.no_grad():
             target = self.path.velocity(latents, wide, mean, derivative)
             velocity_loss = (self.path.velocity(latents, wide, predicted, slope) - target).square().mean()
         return {
-            "loss": mean_loss + options.derivative_weight * derivative_loss,
+            "loss": (errors * self.weights(errors, draws)).mean() + options.derivative_weight * slope_errors.mean(),
             "mean": errors.detach().mean(),
-            "derivative": derivative_loss.detach(),
+            "derivative": slope_errors.detach().mean(),
             "velocity": velocity_loss,
+            "errors": (errors + options.derivative_weight * slope_errors).detach(),
+            "place": torch.where(flow_time < 0, -flow_time / (self.path.start or -1.0), flow_time),
         }
 
     def weights(self, errors: Tensor, draws: Draws) -> Tensor:

@@ -75,7 +75,7 @@ class Clips(Dataset[Clip]):
             ValueError: the manifest names a shard that the version does not.
         """
         numbers = {shard.name: number for number, shard in enumerate(self.version.shards)}
-        table = read_manifest(self.lake, self.version).select(["split", "shard", "shard_row"])
+        table = read_manifest(self.lake, self.version, columns=["split", "shard", "shard_row"])
         if self.split is not None:
             table = table.filter([split == self.split for split in table["split"].to_pylist()])
         rows = zip(table["shard"].to_pylist(), table["shard_row"].to_pylist(), strict=True)

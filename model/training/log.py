@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from model.training.checkpoint import Run
 from storage.layout import write_atomic
@@ -48,11 +52,19 @@ class Log:
                 self.file.write((json.dumps({"time": round(time.time(), 3), **values}) + "\n").encode())
 
     def scalars(self, step: int, **values: float) -> None:
-        """Write named values of a step, with six digits."""
+        """Write named values of a step, with six digits; none, no line."""
+        if not values:
+            return
         self.event(step=step, **{name: float(f"{value:.6g}") for name, value in values.items()})
         if self.enabled:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
+
+    def pictures(self, step: int, by_name: Mapping[str, NDArray[np.uint8]]) -> None:
+        """Write named pictures (H, W, 3) of a step, for TensorBoard alone."""
+        if self.enabled:
+            for name, picture in by_name.items():
+                self.board.add_image(name, picture, step, dataformats="HWC")
 
     def flush(self) -> None:
         """Bring TensorBoard's values to the disk, which else come there every two minutes."""

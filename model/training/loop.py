@@ -12,12 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model.progress import Progress
 from model.stop import Stopped, StopSignal, signals_held
 from model.training import checkpoint
 from model.training.checkpoint import Run
+from model.training.hardware import memory_bytes
 from model.training.log import Log
 from model.training.optimizers import Updates, set_learning_rate
 from model.training.processes import Processes
@@ -40,6 +44,8 @@ class Schedule:
     """Steps in a row that may be skipped because loss or gradient are not finite or a spike; one more ends the run."""
     validate_every: int = 1
     """Steps between two validations; there is one after the last step too."""
+    sample_every: int = 0
+    """Steps between two sets of pictures; there is one after the last step too. 0 makes none."""
     spike_factor: float = 0.0
     """How many times its running mean a gradient norm may be; 0 allows any."""
     mean_losses: bool = False
@@ -68,8 +74,16 @@ class Training:
     """Samples of a step over all processes, for the throughput in the log."""
     batches: Callable[[int], Batches] | None = None
     """The batches that follow so many done steps, on the device; None where the losses make their own."""
-    validate: Callable[[], float | None] | None = None
-    """A loss on clips that are not trained on; None where a stop is more urgent."""
+    validate: Callable[[], Mapping[str, float] | None] | None = None
+    """Named losses on clips that are not trained on; None where a stop is more urgent."""
+    sample: Callable[[], Mapping[str, NDArray[np.uint8]]] | None = None
+    """Pictures (H, W, 3) of what was learned, by name; in the first process alone, the others have none."""
+    states_per_sample: int = 1
+    """What a step learns from each sample, such as the flow times of a clip."""
+    unit: str = "samples"
+    """What people call samples."""
+    seconds_at_peak: float | None = None
+    """Seconds that a sample would take at the devices' peak, for the MFU; None where that is not known."""
     name: str = "train"
     """What people see it called."""
     part: str = ""
@@ -130,11 +144,10 @@ def run_training(
                 log.event(event="skipped", step=step, reason=update.reason)
             if step % schedule.log_every == 0 or last:
                 values = {name: float(value) for name, value in processes.mean(recent.values()).items()}
-                rate, share = recent.speed(training.samples)
-                log.scalars(step, **values, samples_per_second=rate, data_wait=share)
+                speed = recent.speed(training, processes.device)
+                log.scalars(step, **values, **speed)
                 if progress is not None:
-                    note = "  ".join(f"{name} {value:.4f}" for name, value in [*values.items()][:2])
-                    progress.update(step, note + f"  {updates.skipped} bad steps skipped" * bool(updates.skipped))
+                    progress.update(step, note(training, values, speed, updates.skipped))
                 recent = Recent(schedule.mean_losses)
             aside = time.perf_counter()
             due = due or step % schedule.checkpoint_every == 0
@@ -149,9 +162,9 @@ def run_training(
                 processes.barrier()
                 raise Stopped(step, training.part)
             if training.validate is not None and (last or step % schedule.validate_every == 0):
-                value = training.validate()
-                if value is not None:
-                    log.scalars(step, validation_loss=value)
+                log.scalars(step, **(training.validate() or {}))
+            if training.sample is not None and schedule.sample_every and (last or step % schedule.sample_every == 0):
+                log.pictures(step, training.sample())
             recent.began += time.perf_counter() - aside
         log.event(event="end", step=schedule.steps, skipped=updates.skipped)
     processes.barrier()
@@ -183,7 +196,23 @@ class Recent:
         """Scalars by name; none where no step was applied."""
         return {name: value / self.applied for name, value in self._sums.items()}
 
-    def speed(self, samples: int) -> tuple[float, float]:
-        """Samples per second, of so many in a step, and the share of the time that was spent waiting for data."""
+    def speed(self, training: Training, device: torch.device) -> dict[str, float]:
+        """What the log says of the hardware's use.
+
+        `samples_per_second` counts the states learned from; clips, for a trainer of clips, go by their own unit.
+        `data_wait` is the share of the time that was spent waiting for data, `mfu` that of the devices' peak.
+        """
         seconds = time.perf_counter() - self.began
-        return self.steps * samples / seconds, self.waited / seconds
+        rate = self.steps * training.samples / seconds
+        found = {"samples_per_second": rate * training.states_per_sample, f"{training.unit}_per_second": rate}
+        found |= {"data_wait": self.waited / seconds, "memory_gib": memory_bytes(device) / 2**30}
+        return found if training.seconds_at_peak is None else {**found, "mfu": rate * training.seconds_at_peak}
+
+
+def note(training: Training, values: Mapping[str, float], speed: Mapping[str, float], skipped: int) -> str:
+    """What a line of the console says beside steps, rate and time left."""
+    told = [f"{name} {value:.4f}" for name, value in [*values.items()][:2]]
+    told += [f"{speed[f'{training.unit}_per_second']:.3g} {training.unit}/s", f"data wait {speed['data_wait']:.1%}"]
+    told += [f"memory {speed['memory_gib']:.2f} GiB"]
+    told += [f"MFU {speed['mfu']:.1%}"] if "mfu" in speed else []
+    return "  ".join(told + ([f"{skipped} bad steps skipped"] if skipped else []))

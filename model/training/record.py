@@ -26,6 +26,7 @@ RESUMABLE = frozenset(
         "checkpoint_every",
         "checkpoints_kept",
         "validate_every",
+        "sample_every",
         "loader_workers",
         "bad_steps_allowed",
         "spike_factor",

@@ -243,7 +243,7 @@ def test_the_loss_of_the_truth_is_zero_and_dropping_hides(lake: Lake) -> None:
             }
 
     losses = method.loss(Oracle(), batch, Draws(3, 2))
-    assert all(float(value) < 1e-8 for value in losses.values()), losses
+    assert all(float(value.max()) < 1e-8 for name, value in losses.items() if name != "place"), losses
     times = seen["flow_time"]
     assert float(times.min()) >= -0.25
     assert float(times.max()) <= 1
@@ -268,7 +268,7 @@ def test_every_field_of_the_recipe_changes_something(lake: Lake, tmp_path: Path)
         "matrix_learning_rate": 1e-3, "weight_decay": 0.5, "learning_rate_warmup": 1, "learning_rate_decay": 1.0,
         "gradient_clip": 1e-3, "ema_decay": 0.0, "precision": "bfloat16", "seed": 1, "checkpoint_every": 1,
         "checkpoints_kept": 1, "log_every": 2, "validate_every": 2, "loader_workers": None, "bad_steps_allowed": None,
-        "spike_factor": None, "accumulate": None, "sharding": None,
+        "spike_factor": None, "accumulate": None, "sharding": None, "sample_every": None,
     }  # fmt: skip
     base = override(TINY, {"steps": 3, "checkpoint_every": 1, "weight_decay": 0.01, "validate_every": 3})
     fields = [*dataclasses.fields(TrainRecipe), *dataclasses.fields(VLFMOptions)]

@@ -109,7 +109,7 @@ def test_every_option_changes_the_loss_or_the_path(lake: Lake) -> None:
     def outcome(options: PerFrameOptions) -> list[float]:
         method = PerFrame.build(options, FIGURES, clips.version.clip)
         losses = method.loss(Reader(), batch, Draws(0, 2))
-        return [float(value) for value in losses.values()]
+        return [float(value) for value in losses.values() if value.ndim == 0]
 
     reference = outcome(PerFrameOptions())
     assert reference == outcome(PerFrameOptions())

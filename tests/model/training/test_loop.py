@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from model.stop import StopSignal
 from model.training.checkpoint import Run
 from model.training.ema import MovingAverage
-from model.training.loop import Recent, Schedule, Training, run_training
+from model.training.loop import Recent, Schedule, Training, note, run_training
 from model.training.optimizers import adamw
 from model.training.processes import ALONE
 from model.training.state import TrainingState
@@ -35,7 +35,7 @@ def trained(folder: Path, steps: int, **schedule: Any) -> list[dict[str, Any]]:
         learning_rate=lambda step: 1.0,
         gradient_clip=1.0,
         samples=8,
-        validate=lambda: 7.0,
+        validate=lambda: {"validation_loss": 7.0},
         facts={"clips": 3},
     )
     plan = Schedule(
@@ -70,6 +70,18 @@ def test_the_throughput_counts_the_steps_since_the_last_line() -> None:
         recent.add({"loss": torch.tensor(1.0)}, applied=True)
     recent.began -= 10
     recent.waited = 1.0
-    assert recent.speed(8) == pytest.approx((4.0, 0.1), rel=0.01)
+    training = Training(
+        losses=lambda step, batch: {}, learning_rate=lambda step: 1.0, gradient_clip=1.0, samples=8,
+        states_per_sample=3, unit="clips", seconds_at_peak=0.1,
+    )  # fmt: skip
+    speed = recent.speed(training, torch.device("cpu"))
+    memory = speed.pop("memory_gib")
+    assert 0.05 < memory < 100
+    expected = {"samples_per_second": 12.0, "clips_per_second": 4.0, "data_wait": 0.1, "mfu": 0.4}
+    assert speed == pytest.approx(expected, rel=0.01)
+    line = note(training, {"loss": 0.5, "mean": 0.25, "rest": 1.0}, {**speed, "memory_gib": 1.5}, skipped=2)
+    assert line == (
+        "loss 0.5000  mean 0.2500  4 clips/s  data wait 10.0%  memory 1.50 GiB  MFU 40.0%  2 bad steps skipped"
+    )
     recent.add({"loss": torch.tensor(torch.nan)}, applied=False)
     assert recent.values() == {}
