@@ -19,6 +19,7 @@ from model.stop import StopSignal
 from model.training.data import Clips
 from model.training.processes import Processes
 from model.training.record import RunRecord
+from model.training.sharding import whole
 from model.training.state import TrainingState
 from storage.errors import is_expected
 
@@ -58,9 +59,9 @@ class Strips:
             return found
         weights = {}
         for name, value in state.average.tensors.items():
-            whole = value.full_tensor() if hasattr(value, "full_tensor") else value  # all join in: it may be sharded
+            full = whole(value)  # all join in: it may be sharded
             if self.processes.first:
-                weights[name] = whole
+                weights[name] = full
         self.processes.by_first(lambda: found.update(self._made(weights, state.step)))
         return found
 

@@ -21,12 +21,13 @@ class ScalarEmbedding(nn.Module):
         self.second = nn.Linear(width, width)
 
     def sinusoids(self, value: Tensor) -> Tensor:
-        """(...) to (..., 2 * count)."""
+        """(...), at least float32, to (..., 2 * count)."""
         raise NotImplementedError
 
     def forward(self, value: Tensor) -> Tensor:
         """(...) to (..., width)."""
-        return self.second(functional.silu(self.first(self.sinusoids(value).to(self.first.weight.dtype))))
+        exact = value.to(torch.promote_types(value.dtype, torch.float32))
+        return self.second(functional.silu(self.first(self.sinusoids(exact).to(self.first.weight.dtype))))
 
 
 class SinusoidalEmbedding(ScalarEmbedding):
@@ -43,8 +44,7 @@ class SinusoidalEmbedding(ScalarEmbedding):
 
     def sinusoids(self, value: Tensor) -> Tensor:
         """(...) to (..., 2 * count)."""
-        exact = value.to(torch.promote_types(value.dtype, torch.float32))
-        angle = 2 * math.pi * exact[..., None] / self.wavelengths  # (..., count)
+        angle = 2 * math.pi * value[..., None] / self.wavelengths  # (..., count)
         return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
@@ -60,6 +60,5 @@ class StepEmbedding(ScalarEmbedding):
 
     def sinusoids(self, value: Tensor) -> Tensor:
         """(...) flow times to (..., 2 * count)."""
-        exact = value.to(torch.promote_types(value.dtype, torch.float32))
-        angle = STEPS_PER_FLOW_TIME * exact[..., None] * self.rates  # (..., count)
+        angle = STEPS_PER_FLOW_TIME * value[..., None] * self.rates  # (..., count)
         return torch.cat([angle.cos(), angle.sin()], dim=-1)
