@@ -12,14 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-if TYPE_CHECKING:
-    from model.backbones.dit import Backbone
 
 
 @dataclass(frozen=True)
@@ -225,8 +222,15 @@ class PairCount:
         return sum(int(part) for part in self.parts)
 
 
+class Counted(Protocol):
+    """A backbone whose calls can be counted."""
+
+    pair_count: PairCount | None
+    """Where its calls count their pairs."""
+
+
 @contextmanager
-def count_pairs(backbone: Backbone) -> Iterator[PairCount]:
+def count_pairs(backbone: Counted) -> Iterator[PairCount]:
     """Counts the query-key pairs that the backbone's calls inside have in one block, rate tokens among them.
 
     What is counted is what the masks say, padding left out: full attention over L frames of S tokens has (L*S)^2.
