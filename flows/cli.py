@@ -281,6 +281,13 @@ def run_verify(options: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
+def doctor(sub: argparse.ArgumentParser) -> Run:
+    """Options of `vlfm doctor`."""
+    from flows import doctor as program
+
+    return program.arguments(sub)
+
+
 def experiment(sub: argparse.ArgumentParser) -> Run:
     """Options of `vlfm experiment`."""
     sub.add_argument("name", nargs="?", metavar="NAME", help="the experiment; without one they are listed")
@@ -378,6 +385,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Run]]] = {
     "evaluate": ("measure and show what a run has learned", evaluate),
     "inspect": ("show what a dataset holds", inspect),
     "verify": ("check every file and checksum of a dataset", verify),
+    "doctor": ("what is wrong with this machine or a cluster, and how to put it right", doctor),
     "experiment": ("measure again what docs/experiments.md tells", experiment),
     "demo": ("the whole chain on generated films, or on your own, with a report", demo),
 }

@@ -38,6 +38,7 @@ OPTIONS = {
     "evaluate": ["--run", "--lake", "--out", "--seed", "--json"],
     "inspect": ["CLIP", "--lake", "--version", "--json"],
     "verify": ["--lake", "--version", "--json"],
+    "doctor": ["--lake", "--film", "--recipe", "--set", "--ray-address", "--quick", "--json"],
     "experiment": ["NAME"],
     "demo": ["--source", "--captions", "--out", "--limit", "--steps"],
 }

@@ -133,9 +133,6 @@ class Hold:
     heads = ("mean",)
     temporal = False
     takes_first_frame = False
-    rates = False
-    sequences = False
-    Sampling = SampleSettings
     Options = HoldOptions
     options: HoldOptions
     scale: float
