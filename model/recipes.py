@@ -11,7 +11,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from model.backbones.dit import ARCHITECTURES, QK_NORMS
+from model.backbones.blocks import QK_NORMS
+from model.backbones.dit import ARCHITECTURES
 from model.backbones.published import SIZES
 from model.methods.registry import method_named
 from model.methods.vlfm import VLFMOptions

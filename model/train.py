@@ -179,6 +179,7 @@ def run_record(
         patch=recipe.patch,
         outputs=method.heads,
         temporal=method.temporal,
+        rates=method.rates,
         qk_norm=recipe.qk_norm,
         architecture=recipe.architecture,
     )

@@ -24,20 +24,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from model.backbones.attention import Attention, FrameCache, PairCount, attention_of
+from model.backbones.blocks import QK_NORMS, Block, RateHead
 from model.backbones.conditioning import Conditioning
 from model.backbones.embeddings import SinusoidalEmbedding, StepEmbedding
 from model.backbones.tensors import check_tensors, read_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 """What `save_pretrained` writes."""
-QK_NORMS: Mapping[str, type[nn.RMSNorm | nn.LayerNorm] | None] = {
-    "none": None,
-    "rms": nn.RMSNorm,
-    "layer": nn.LayerNorm,
-}
-"""Norms of each head's queries and keys."""
 ARCHITECTURES = ("vlfm", "dit")
 """`dit` has the published epsilon of the norms and the published time embedding."""
+LOG_RATE = "log_rate"
+"""What the logarithms of the frames' rates are called among the predictions."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,8 @@ class BackboneConfig:
     """Norm of each head's queries and keys: `none`, `rms` or `layer`."""
     architecture: str = "vlfm"
     """`vlfm`, or `dit`: norms and time embedding as published, which official checkpoints need."""
+    rates: bool = False
+    """Whether each frame has a token of its own that predicts the rate of insertions to its right (`log_rate`)."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -97,6 +97,11 @@ class BackboneConfig:
         return (self.height // self.patch) * (self.width_latent // self.patch)
 
     @property
+    def sequence(self) -> int:
+        """Tokens that a frame has in self-attention: its latents', and its rate token where there is one."""
+        return self.tokens + self.rates
+
+    @property
     def norm_epsilon(self) -> float:
         """Epsilon of the norms of tokens."""
         return 1e-6 if self.architecture == "dit" else 1e-5
@@ -119,6 +124,8 @@ class Backbone(nn.Module):
 
     activation_checkpointing: bool = False
     """Whether training keeps each block's input alone and computes the block again in the backward pass."""
+    pair_count: PairCount | None = None
+    """Where calls count their query-key pairs (`count_pairs`)."""
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
@@ -134,13 +141,17 @@ class Backbone(nn.Module):
         self.pooled_text = nn.Sequential(nn.LayerNorm(config.text_dim), nn.Linear(config.text_dim, width))
         self.context_flag = nn.Parameter(torch.empty(width))
         self.text = nn.Sequential(nn.LayerNorm(config.text_dim), nn.Linear(config.text_dim, width))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(
+            Block(width, config.heads, config.qk_norm, config.norm_epsilon) for _ in range(config.depth)
+        )
         self.modulation = nn.Linear(width, 2 * width)
         self.norm = nn.LayerNorm(width, eps=config.norm_epsilon, elementwise_affine=False)
         for name in config.outputs:
             self.add_module(f"{name}_head", nn.Linear(width, pixels))
         # Only where it is used: a backbone of single states has no parameter that never learns.
         self.frame_time = SinusoidalEmbedding(width, longest=64.0, shortest=1 / 16) if config.temporal else None
+        self.rate_token = nn.Parameter(torch.empty(width)) if config.rates else None
+        self.rate_head = RateHead(width) if config.rates else None
         self.initialise()
 
     def initialise(self) -> None:
@@ -159,6 +170,9 @@ class Backbone(nn.Module):
             assert isinstance(block, Block)
             nn.init.zeros_(block.modulation.weight)
             nn.init.zeros_(block.cross.out.weight)
+        if self.rate_token is not None and self.rate_head is not None:
+            nn.init.normal_(self.rate_token)
+            nn.init.zeros_(self.rate_head.last.weight)
 
     @property
     def heads(self) -> list[nn.Linear]:
@@ -174,8 +188,12 @@ class Backbone(nn.Module):
         frame_time: Tensor | None = None,
         valid: Tensor | None = None,
         causal: bool = False,
+        finished: Tensor | None = None,
+        cache: FrameCache | None = None,
+        place: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """What each head predicts, (B, L, C, h, w), by name.
+        """What each head predicts, (B, L, C, h, w), by name; with `rates` also `log_rate`, (B, L).
 
         Args:
             latents: (B, L, C, h, w) noisy latents.
@@ -184,9 +202,15 @@ class Backbone(nn.Module):
             frame_time: (B, L) seconds in the clip; needed where, and only where, the config is `temporal`.
             valid: (B, L) bool, which frames are no padding; what is predicted for padding is arbitrary, and finite.
             causal: whether a frame sees only itself and the frames before it in the sequence.
+            finished: (B, L) bool, frames whose latents are keys and values for the others, but see themselves alone;
+                their rate tokens see all.
+            cache: keys and values of frames that are not among the L of this call; without gradients.
+            place: (B, L) int64, where each frame is in its clip, and keep: (B, L) bool, whether its keys and values
+                stay in the cache; both needed with, and only with, a cache.
 
         Raises:
-            ValueError: frame times that the config does not expect, or lacks.
+            ValueError: frame times that the config does not expect, or lacks; a cache without places, or with
+                `finished`.
         """
         if (frame_time is not None) != self.config.temporal:
             raise ValueError(
@@ -198,6 +222,8 @@ class Backbone(nn.Module):
         context = self.embed_context(self.patchify(given.context))  # (B, L or 1, n, W)
         shown = given.context_given.to(context.dtype)  # (B, L or 1)
         tokens = tokens + self.position + context * shown[:, :, None, None]  # (B, L, n, W)
+        if self.rate_token is not None:
+            tokens = torch.cat([tokens, self.rate_token.to(tokens.dtype).expand(batch, frames, 1, -1)], 2)
 
         pooled = self.pooled_text(last_rows(given.text, given.text_length))  # (B or B/K, W)
         clip = self.duration(given.log_duration) + pooled.repeat_interleave(batch // len(pooled), 0)  # (B, W)
@@ -210,23 +236,36 @@ class Backbone(nn.Module):
 
         text = self.text(given.text)  # (B or B/K, M, W)
         words = torch.arange(text.shape[1], device=text.device) < given.text_length[:, None]  # (B or B/K, M)
-        seen = attention_mask(frames, self.config.tokens, valid, causal, tokens.device)  # (B or 1, 1, L*n, L*n) or None
+        attention: Attention
+        size = self.config.sequence
+        if cache is None:
+            attention = attention_of(frames, size, valid, causal, tokens.device, finished, self.config.rates)
+        elif place is None or keep is None or finished is not None:
+            raise ValueError("a cache wants place and keep, and no finished: its frames are left out of the call")
+        else:
+            attention = cache.attention(place, keep, valid, causal, size)
+        if self.pair_count is not None:
+            queries = None if valid is None else valid.repeat_interleave(size, 1)
+            self.pair_count.parts.append(attention.pairs(batch, frames * size, queries))
         again = self.activation_checkpointing and torch.is_grad_enabled()
-        for block in self.blocks:
-            args = (tokens, condition, text, words, seen)
+        for layer, block in enumerate(self.blocks):
+            args = (tokens, condition, text, words, attention, layer)
             # Nothing in a block is random, so there is no random state to keep.
             tokens = (  # (B, L, n, W)
                 checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False) if again else block(*args)
             )
 
+        attention.finish()
+
         shift, scale = self.modulation(condition)[:, :, None].chunk(2, dim=-1)  # (B, L, 1, W) each
         tokens = self.norm(tokens) * (1 + scale) + shift  # (B, L, n, W)
-        flat = {
-            name: head(tokens) for name, head in zip(self.config.outputs, self.heads, strict=True)
-        }  # (B, L, n, Cpp)
-        return {
-            name: self.unpatchify(value.view(batch, frames, self.config.tokens, -1)) for name, value in flat.items()
+        of_latents = tokens[:, :, : self.config.tokens]  # (B, L, n, W)
+        found = {
+            name: self.unpatchify(head(of_latents)) for name, head in zip(self.config.outputs, self.heads, strict=True)
         }
+        if self.rate_head is not None:
+            found[LOG_RATE] = self.rate_head(tokens[:, :, -1])
+        return found
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config and weights into a folder, as `config.json` and `model.safetensors`."""
@@ -271,85 +310,6 @@ class Backbone(nn.Module):
         return cut.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, frames, c.channels, c.height, c.width_latent)
 
 
-class Block(nn.Module):
-    """Self-attention over all tokens of all frames, cross-attention to the caption, and a feed-forward layer."""
-
-    def __init__(self, config: BackboneConfig) -> None:
-        super().__init__()
-        width = config.width
-        self.heads = config.heads
-        self.modulation = nn.Linear(width, 6 * width)
-        self.norm = nn.LayerNorm(width, eps=config.norm_epsilon, elementwise_affine=False)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.norm_q, self.norm_k = HeadNorm(config), HeadNorm(config)
-        self.attention_out = nn.Linear(width, width)
-        self.cross = CrossAttention(config)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-
-    def forward(self, tokens: Tensor, condition: Tensor, text: Tensor, words: Tensor, seen: Tensor | None) -> Tensor:
-        """Tokens (B, L, n, W), condition (B, L, W), text (B, M, W), words (B, M), and seen (B or 1, 1, L*n, L*n) or
-        None for full attention, to tokens of the same shape."""
-        batch, frames, count, width = tokens.shape
-        parts = self.modulation(condition)[:, :, None].chunk(6, dim=-1)  # six of (B, L, 1, W)
-        shift, scale, gate, shift_up, scale_up, gate_up = parts
-
-        inner = self.norm(tokens) * (1 + scale) + shift  # (B, L, n, W)
-        qkv = self.qkv(inner).view(batch, frames * count, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L*n, W/heads)
-        q, k = self.norm_q(q), self.norm_k(k)
-        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)  # (B, heads, L*n, W/heads)
-        mixed = mixed.transpose(1, 2).reshape(batch, frames, count, width)  # (B, L, n, W)
-        tokens = tokens + gate * self.attention_out(mixed)
-
-        tokens = tokens + self.cross(self.norm(tokens), text, words)
-
-        inner = self.norm(tokens) * (1 + scale_up) + shift_up  # (B, L, n, W)
-        return tokens + gate_up * self.down(functional.gelu(self.up(inner), approximate="tanh"))
-
-
-class CrossAttention(nn.Module):
-    """Tokens read the caption."""
-
-    def __init__(self, config: BackboneConfig) -> None:
-        super().__init__()
-        width = config.width
-        self.heads = config.heads
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
-        self.norm_q, self.norm_k = HeadNorm(config), HeadNorm(config)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, tokens: Tensor, text: Tensor, words: Tensor) -> Tensor:
-        """Tokens (B, L, n, W), text (B/K, M, W), words (B/K, M), true for valid rows, to (B, L, n, W)."""
-        batch, frames, count, width = tokens.shape
-        size, texts = width // self.heads, text.shape[0]
-        # K states' tokens in one row: (B/K, heads, K*L*n, W/heads)
-        q = self.query(tokens).view(texts, -1, self.heads, size).transpose(1, 2)
-        k, v = (
-            self.key_value(text).view(texts, -1, 2, self.heads, size).permute(2, 0, 3, 1, 4)
-        )  # (B/K, heads, M, W/heads)
-        q, k = self.norm_q(q), self.norm_k(k)
-        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=words[:, None, None])
-        return self.out(mixed.transpose(1, 2).reshape(batch, frames, count, width))
-
-
-class HeadNorm(nn.Module):
-    """The norm of queries or keys (..., W/heads), one for all heads of a layer, in the weight's precision."""
-
-    def __init__(self, config: BackboneConfig) -> None:
-        super().__init__()
-        kind = QK_NORMS[config.qk_norm]
-        self.norm = None if kind is None else kind(config.width // config.heads, eps=1e-6)
-
-    def forward(self, value: Tensor) -> Tensor:
-        """(..., W/heads) to the same shape and type."""
-        if self.norm is None:
-            return value
-        normed: Tensor = self.norm(value.to(self.norm.weight.dtype))
-        return normed.to(value.dtype)
-
-
 def position_embedding(config: BackboneConfig) -> Tensor:
     """(tokens, width): sines and cosines of each token's row and column, from the widest wave to the finest."""
     rows, columns = config.height // config.patch, config.width_latent // config.patch
@@ -359,23 +319,6 @@ def position_embedding(config: BackboneConfig) -> Tensor:
     rates = torch.exp(torch.linspace(math.log(widest), math.log(finest), config.width // 4, device=y.device))
     angles = [place.reshape(-1, 1) * rates for place in (y, x)]
     return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
-
-
-def attention_mask(frames: int, tokens: int, valid: Tensor | None, causal: bool, device: torch.device) -> Tensor | None:
-    """(B or 1, 1, L*n, L*n) bool, true where a token (row) sees another (column); None where all see all.
-
-    frames, tokens: L frames of n tokens each. valid: (B, L) bool, or None where no frame is padding. causal: frames see
-    only themselves and those before. A frame always sees itself: a row without any true entry would give NaN.
-    """
-    if valid is None and not causal:
-        return None
-    seen = torch.ones(1, frames, frames, dtype=torch.bool, device=device)
-    if causal:
-        seen = seen.tril()
-    if valid is not None:
-        seen = seen & valid[:, None, :]
-    seen = seen | torch.eye(frames, dtype=torch.bool, device=device)
-    return seen.repeat_interleave(tokens, 1).repeat_interleave(tokens, 2)[:, None]
 
 
 def last_rows(text: Tensor, length: Tensor) -> Tensor:

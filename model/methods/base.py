@@ -198,6 +198,14 @@ class Method(Protocol):
     """Heads of the backbone that it trains."""
     takes_first_frame: ClassVar[bool]
     """Whether a first frame can be given: windows of a long video then go on from each other, else they stand alone."""
+    rates: ClassVar[bool]
+    """Whether its backbone predicts a rate of insertions for each frame (`BackboneConfig.rates`)."""
+    sequences: ClassVar[bool]
+    """Whether a sample is some number of frames in order (`FrameSequences`), whose seconds nobody knows, instead of a
+    curve that is read at any time (`Sample`)."""
+    Sampling: ClassVar[type[Any]]
+    """A frozen dataclass with a default for every field: what can be chosen when it samples. `vlfm sample` has an
+    option for each field; one that a method lacks is refused."""
     Options: ClassVar[type[Any]]
     """A frozen dataclass with a default for every field: what a training recipe chooses. Where a field came later than
     its first runs, the class variable BEFORE has its value of then."""

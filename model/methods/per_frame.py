@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from model.flow.path import WarmupPath
 from model.flow.solver import solve
-from model.methods.base import Batch, Clip, Request
+from model.methods.base import Batch, Clip, Request, SampleSettings
 from model.methods.curves import curve
 from model.methods.draws import Draws
 from model.methods.vlfm import VLFM, VLFMOptions
@@ -66,6 +66,9 @@ class PerFrame:
     heads: ClassVar[tuple[str, ...]] = VLFM.heads
     temporal: ClassVar[bool] = False
     takes_first_frame: ClassVar[bool] = False
+    rates: ClassVar[bool] = False
+    sequences: ClassVar[bool] = False
+    Sampling: ClassVar[type[SampleSettings]] = SampleSettings
     Options: ClassVar[type[PerFrameOptions]] = PerFrameOptions
 
     options: PerFrameOptions

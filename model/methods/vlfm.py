@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from model.backbones.conditioning import Conditioning
 from model.flow.path import PaperPath, WarmupPath
 from model.flow.solver import Trajectory, solve
-from model.methods.base import Batch, Clip, Request, drop_captions
+from model.methods.base import Batch, Clip, Request, SampleSettings, drop_captions
 from model.methods.curves import curve, curve_scales
 from model.methods.draws import Draws
 from model.settings import AT_LEAST_0, AT_LEAST_1, SHARE, SHARE_BELOW_1, check_settings
@@ -116,6 +116,9 @@ class VLFM:
     members: ClassVar[tuple[str, ...]] = ("coefficients",)
     heads: ClassVar[tuple[str, ...]] = ("mean", "derivative")
     takes_first_frame: ClassVar[bool] = True
+    rates: ClassVar[bool] = False
+    sequences: ClassVar[bool] = False
+    Sampling: ClassVar[type[SampleSettings]] = SampleSettings
     Options: ClassVar[type[VLFMOptions]] = VLFMOptions
 
     options: VLFMOptions

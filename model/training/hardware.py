@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,10 +70,10 @@ class _Counted(nn.Module):
         self.counter = FlopCounterMode(display=False)
         self.operations = 0
 
-    def forward(self, latents: Tensor, flow_time: Tensor, given: Conditioning, **more: Tensor) -> dict[str, Tensor]:
+    def forward(self, latents: Tensor, flow_time: Tensor, given: Conditioning, **more: Any) -> dict[str, Tensor]:
         told = Conditioning(**{name: value.to("meta") for name, value in vars(given).items()})
         with self.counter:
-            named = {name: value.to("meta") for name, value in more.items()}
+            named = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in more.items()}
             found = self.backbone(latents.to("meta"), flow_time.to("meta"), told, **named)
             torch.autograd.backward(sum(value.sum() for value in found.values()))
         self.operations += self.counter.get_total_flops()

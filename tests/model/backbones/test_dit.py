@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model.backbones.conditioning import Conditioning
-from model.backbones.dit import Backbone, BackboneConfig, attention_mask, position_embedding
+from model.backbones.dit import Backbone, BackboneConfig, position_embedding
 
 CONFIG = BackboneConfig(
     channels=3, height=4, width_latent=6, text_dim=10, width=32, depth=2, heads=2, patch=2
@@ -168,7 +168,7 @@ def test_shapes_that_cannot_be_are_refused(changes: dict[str, Any], message: str
 def test_a_config_survives_json() -> None:
     for config in (CONFIG, dataclasses.replace(CONFIG, outputs=("rate",), temporal=True)):
         assert BackboneConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
-    new = ("outputs", "temporal", "qk_norm", "architecture")
+    new = ("outputs", "temporal", "qk_norm", "architecture", "rates")
     old = {name: value for name, value in CONFIG.to_json().items() if name not in new}
     assert BackboneConfig.from_json(old) == CONFIG, "a run.json of before named none of them"
 
@@ -247,17 +247,6 @@ def test_a_causal_frame_sees_what_came_before(temporal: Backbone) -> None:
     changed[:, 0] += 1
     after = temporal(changed, r, given(), TIMES, causal=True)["velocity"]
     assert float((before[:, 2] - after[:, 2]).detach().abs().max()) > 1e-4
-
-
-def test_masks_are_what_they_say() -> None:
-    assert attention_mask(3, 2, None, False, torch.device("cpu")) is None
-    valid = torch.tensor([[True, False, True]])
-    mask = attention_mask(3, 2, valid, True, torch.device("cpu"))
-    assert mask is not None
-    assert mask.shape == (1, 1, 6, 6)
-    frames = mask[0, 0, ::2, ::2].tolist()
-    assert frames == [[True, False, False], [True, True, False], [True, False, True]]
-    assert torch.equal(mask[0, 0, ::2, ::2], mask[0, 0, 1::2, 1::2])
 
 
 def test_every_frame_may_have_its_own_given_frame(temporal: Backbone) -> None:

@@ -133,6 +133,9 @@ class Hold:
     heads = ("mean",)
     temporal = False
     takes_first_frame = False
+    rates = False
+    sequences = False
+    Sampling = SampleSettings
     Options = HoldOptions
     options: HoldOptions
     scale: float
