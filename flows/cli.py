@@ -131,7 +131,7 @@ def run_ingest(options: argparse.Namespace) -> int:
     # Slips of the pen are told at once; the servers take a while to start.
     recipe = override(recipe_named(options.recipe), settings)
     columns = parse_columns(options.column)
-    found = discover(options.source, options.captions, recipe.captions_required, columns)
+    found = discover(options.source, options.captions, recipe.captions_required, columns, options.allow_outside)
     from flows.progress import Stages, stdout_kept_clean
 
     with stdout_kept_clean():
@@ -146,6 +146,7 @@ def run_ingest(options: argparse.Namespace) -> int:
             limit=options.limit,
             ray_address=options.ray_address,
             columns=columns,
+            allow_outside=options.allow_outside,
             on_progress=Stages(),
             found=found,
         )
@@ -167,7 +168,8 @@ def show_plan(options: argparse.Namespace, settings: dict[str, Any]) -> int:
     from storage.layout import Lake
 
     recipe = override(recipe_named(options.recipe), settings)
-    found = discover(options.source, options.captions, recipe.captions_required, parse_columns(options.column))
+    columns = parse_columns(options.column)
+    found = discover(options.source, options.captions, recipe.captions_required, columns, options.allow_outside)
     with tempfile.TemporaryDirectory() as empty:
         there = (Path(options.lake) / "versions").is_dir()
         lake = Lake.open(options.lake) if there else Lake.create(empty)
@@ -362,6 +364,11 @@ def add_source_options(sub: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=OWN",
         help="the tables' own name for file, caption, start or end, e.g. --column file=path; several times",
+    )
+    sub.add_argument(
+        "--allow-outside",
+        action="store_true",
+        help="read films that links or '..' reach outside their source; without it they fail",
     )
 
 

@@ -71,6 +71,7 @@ def run_ingest(
     limit: int | None = None,
     ray_address: str | None = None,
     columns: dict[str, str] | None = None,
+    allow_outside: bool = False,
     on_progress: Listener | None = None,
     found: Discovery | None = None,
 ) -> Report:
@@ -80,7 +81,7 @@ def run_ingest(
     1) and, where the run could not be done, `error` (one line).
 
     Args:
-        source, lake, captions, recipe, settings, limit, ray_address, columns: the flow's.
+        source, lake, captions, recipe, settings, limit, ray_address, columns, allow_outside: the flow's.
         on_progress: told of films read and clips done; warnings are printed where it is given.
         found: what pipeline.sources.folders.discover found for these sources, where that was called already.
 
@@ -91,7 +92,7 @@ def run_ingest(
     try:
         start_server()
         sources = [source] if isinstance(source, str) else list(source)
-        arguments = (sources, lake, captions, recipe, settings, limit, ray_address, columns)
+        arguments = (sources, lake, captions, recipe, settings, limit, ray_address, columns, allow_outside)
         state = cast(State[Any], ingest(*arguments, return_state=True))
     except ServerError as error:
         return _nothing(str(error), lake)
@@ -130,6 +131,7 @@ def ingest(
     limit: int | None = None,
     ray_address: str | None = None,
     columns: dict[str, str] | None = None,
+    allow_outside: bool = False,
 ) -> Any:
     """Films and captions to the next version of a lake.
 
@@ -145,11 +147,13 @@ def ingest(
         limit: Only this many films, the first by name.
         ray_address: Address of a Ray cluster; without one, Ray is started on this machine for the run.
         columns: The tables' own names for file, caption, start and end, where they differ.
+        allow_outside: Reads films that links or '..' reach outside their source.
     """
     sources = [source] if isinstance(source, str) else list(source)
     logging.getLogger("prefect.task_runs").addFilter(_without_trace)
     try:
-        report = _ingest(sources, lake, captions, _recipe(recipe, settings), limit, ray_address, columns)
+        how = {"columns": columns, "allow_outside": allow_outside}
+        report = _ingest(sources, lake, captions, _recipe(recipe, settings), limit, ray_address, **how)
     except StepFailed as error:
         return Failed(message=str(error), data=IngestFailed(str(error), _nothing(str(error), lake)))
     for line in report.lines():
@@ -172,7 +176,7 @@ def _ingest(
     recipe: DataRecipe,
     limit: int | None,
     ray_address: str | None,
-    columns: dict[str, str] | None,
+    **how: Any,
 ) -> IngestReport:
     """The steps of pipeline.ingest, one task each, and the artifacts."""
     logger, (listener, found) = get_run_logger(), _caller.get()
@@ -187,8 +191,8 @@ def _ingest(
             say=logger.info,
             step=_step,
             ray_address=ray_address,
-            columns=columns,
             found=found,
+            **how,
         )
     names = ", ".join(Path(source).name or source for source in sources)
     _step("leave artifacts", "artifacts", lambda: _leave_artifacts(report, recipe, names, Lake.open(lake)))

@@ -21,7 +21,7 @@ from pathlib import Path
 from storage.errors import Kind, VlfmError
 
 # A playlist renamed .mp4 is refused by its demuxer's name; containers that can point to other files are not listed.
-FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf"
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif"
 SWITCHES = ("-hide_banner", "-nostdin", "-nostats", "-loglevel", "info", "-xerror", "-copyts")
 """Options of every command that reads a film."""
 FRAME = re.compile(r"^\[Parsed_showinfo_\d+ @ [^\]]*\] n: *\d+ pts: *(-?\d+) .*?(?:duration: *(-?\d+) .*?)?fmt:")

@@ -103,6 +103,8 @@ class Failure:
     """Where the file is or would be, printable; empty where that does not matter."""
     source: str = ""
     """Name of the folder that is the film's source."""
+    origin: str = ""
+    """Address of that source."""
 
     @property
     def place(self) -> str:

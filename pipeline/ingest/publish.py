@@ -75,6 +75,7 @@ def commit(plan: IngestPlan, texts: Texts | None, results: Sequence[BlockResult]
         below_gate=plan.recipe.below_gate,
         flagged=sum(bool(row["flags"]) for row in packed.rows) if packed else 0,
         seconds=dict(plan.seconds),
+        notes=list(plan.notes),
         tolerate=plan.recipe.tolerate,
         faulty_films=sum(film.outcome.status == "failed" or film.outcome.reason == PARTIAL for film in plan.films),
     )

@@ -105,6 +105,8 @@ class IngestReport:
     below_gate: str = "reject"
     flagged: int = 0
     """Clips of this version that are outside a gate and kept."""
+    notes: Sequence[str] = ()
+    """Lines of the plan for people: where captions came from, what the sources left out."""
 
     @property
     def exit_status(self) -> int:
@@ -116,7 +118,8 @@ class IngestReport:
     def lines(self) -> list[str]:
         """The report for people."""
         shown = sorted(self.failures, key=lambda failure: failure.status != "failed")  # what was filtered comes last
-        lines = [f"  {_name(failure)}: {failure.reason}: {failure.detail}" for failure in shown[:20]]
+        lines = list(self.notes)
+        lines += [f"  {_name(failure)}: {failure.reason}: {failure.detail}" for failure in shown[:20]]
         if len(shown) > 20:
             lines.append(f"  and {len(shown) - 20} more")
         if self.failures:
@@ -169,6 +172,7 @@ class IngestReport:
             "below_gate": self.below_gate,
             "flagged": self.flagged,
             "seconds": self.seconds,
+            "notes": list(self.notes),
             "exit_status": self.exit_status,
         }
 

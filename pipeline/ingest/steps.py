@@ -173,11 +173,12 @@ def ingest(
     ray_address: str | None = None,
     columns: Mapping[str, str] | None = None,
     found: Discovery | None = None,
+    allow_outside: bool = False,
 ) -> IngestReport:
     """Films and captions to the next version of `lake`, which is made once there is something to put into it.
 
     Args:
-        sources, captions, columns: as in pipeline.sources.folders.discover.
+        sources, captions, columns, allow_outside: as in pipeline.sources.folders.discover.
         lake: a lake or its path.
         recipe: how; None for the demo's.
         limit: this many films only, the first by name.
@@ -195,7 +196,7 @@ def ingest(
     names = ", ".join(Path(source).name or str(source) for source in given)
 
     def look() -> tuple[Discovery, Lake]:
-        films = found or discover(given, captions, recipe.captions_required, columns)
+        films = found or discover(given, captions, recipe.captions_required, columns, allow_outside)
         return films, lake if isinstance(lake, Lake) else Lake.create(lake)
 
     films, place = step(f"look for films in {names}", "discover", look)

@@ -178,6 +178,7 @@ def _starts_like_film(path: Path) -> bool:
         b"RIFF",
         b"OggS",
         b"FLV\x01",
+        b"GIF8",
     )
 
 

@@ -8,8 +8,9 @@ else from `clip.txt` beside `clip.mp4`.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.items import Failure
@@ -37,8 +38,14 @@ __all__ = [
 
 FILM_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts"}
-    | {".m2ts", ".flv", ".ogv", ".ogg", ".wmv", ".asf", ".3gp", ".3g2"}
+    | {".m2ts", ".mts", ".vob", ".flv", ".f4v", ".ogv", ".ogg", ".wmv", ".asf", ".3gp", ".3g2", ".gif"}
 )
+"""A film by its name. Files of a folder with other names are counted in a line, never left out in silence."""
+OUTSIDE = "outside_source"
+"""Reason of films that a link or `..` reaches outside their source."""
+_OUTSIDE = OUTSIDE, "a link or '..' leads out of its source; move the film there, or give --allow-outside"
+CAPTION_BYTES = 2**16
+"""Most bytes of a caption beside its film that are read."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,8 @@ class FilmEntry:
     """Where it ends; None for the film's end."""
     source: str = ""
     """Name of the folder that is its source, or that holds the table."""
+    origin: str = ""
+    """Address of its source: the absolute path of the folder or the table."""
 
     @property
     def place(self) -> str:
@@ -68,9 +77,9 @@ class FilmEntry:
         return place(str(self.path), self.film)
 
 
-def _failure(film: str, reason: str, detail: str, path: str = "", source: str = "") -> Failure:
+def _failure(film: str, reason: str, detail: str, path: str = "", source: str = "", origin: str = "") -> Failure:
     """A film that cannot be used, found without opening it."""
-    return Failure(film, "source", reason, detail, path=path, source=source)
+    return Failure(film, "source", reason, detail, path=path, source=source, origin=origin)
 
 
 @dataclass
@@ -80,18 +89,26 @@ class Discovery:
     entries: list[FilmEntry] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """Lines for people: where the captions came from."""
+    """Lines for people: where the captions came from, and what was left out."""
+    origins: list[str] = field(default_factory=list)
+    """Addresses of the sources: what a folder or table of these had and has no longer is gone."""
+    unread: list[str] = field(default_factory=list)
+    """Folders that could not be listed: nothing is known of what is in them."""
+
+    @property
+    def items(self) -> list[FilmEntry | Failure]:
+        """All of it."""
+        return [*self.entries, *self.failures]
 
     def limited(self, films: int | None) -> Discovery:
         """The first `films` films by name, failures among them."""
         if films is None:
             return self
-        items: list[FilmEntry | Failure] = [*self.entries, *self.failures]
-        chosen = sorted(items, key=lambda item: item.film)[:films]
-        return Discovery(
-            [item for item in chosen if isinstance(item, FilmEntry)],
-            [item for item in chosen if isinstance(item, Failure)],
-            self.notes,
+        chosen = sorted(self.items, key=lambda item: item.film)[:films]
+        return replace(
+            self,
+            entries=[item for item in chosen if isinstance(item, FilmEntry)],
+            failures=[item for item in chosen if isinstance(item, Failure)],
         )
 
 
@@ -102,21 +119,31 @@ class _Folder:
     path: Path
     """Absolute, without links."""
     captions_required: bool
+    origin: str = ""
+    """As FilmEntry's."""
+    allow_outside: bool = False
+
+    def holds(self, path: Path) -> bool:
+        """Whether a file or folder lies within the source, wherever links on the way lead, or may lie elsewhere."""
+        return self.allow_outside or Path(os.path.realpath(path)).is_relative_to(self.path)
 
     def add(self, found: Discovery, row: Row, stat: os.stat_result) -> None:
         path = _within(self.path, row.file)
         fault = row.fault
         if unusable(row.file):
             fault = BAD_NAME, "its name is not UTF-8; rename the file"
+        elif not self.holds(path):
+            fault = _OUTSIDE
         if fault is not None:
             self.fail(found, row, *fault)
             return
         times = (stat.st_size, stat.st_mtime_ns, row.start, row.end)
-        found.entries.append(FilmEntry(row.film, path, row.caption, *times, self.path.name))
+        found.entries.append(FilmEntry(row.film, path, row.caption, *times, self.path.name, self.origin))
 
     def fail(self, found: Discovery, row: Row, reason: str, detail: str) -> None:
         path = printable(str(_within(self.path, row.file)))
-        found.failures.append(_failure(printable(row.film), reason, detail, path=path, source=self.path.name))
+        where = {"source": self.path.name, "origin": self.origin}
+        found.failures.append(_failure(printable(row.film), reason, detail, path=path, **where))
 
     def missing(self, found: Discovery, row: Row, where: str) -> None:
         detail = f"{where} names {row.file}, which is not there; add the film or remove the line"
@@ -128,6 +155,7 @@ def discover(
     captions: str | Path | None = None,
     captions_required: bool = True,
     columns: Mapping[str, str] | None = None,
+    allow_outside: bool = False,
 ) -> Discovery:
     """Every film that the sources name, with its caption, or the reason why it has none.
 
@@ -138,6 +166,8 @@ def discover(
         captions: a table of captions for the films of the folders; its files are relative to their folder.
         captions_required: whether a film without a caption fails (`no_caption`); else its caption is empty.
         columns: the table's own names for `file, caption, start, end`, where they differ.
+        allow_outside: whether links and `..` may lead out of a source; else such a film fails (`outside_source`), and
+            a linked folder is left out with a line.
 
     Raises:
         SourceError: a source or the captions file is not there or cannot be read, or there is no film at all.
@@ -155,10 +185,11 @@ def discover(
     for source in sources:
         path = _existing(source)
         real = Path(os.path.realpath(path if path.is_dir() else path.parent))
-        folder = _Folder(real, captions_required)
-        if (itself := real if path.is_dir() else real / path.name) in seen:
+        itself = real if path.is_dir() else real / path.name
+        if itself in seen:
             continue
-        seen[itself] = folder
+        folder = seen[itself] = _Folder(real, captions_required, printable(str(itself)), allow_outside)
+        found.origins.append(folder.origin)
         if path.is_dir():
             _discover_folder(folder, path, shared, columns, used, found)
         else:
@@ -213,10 +244,12 @@ def _discover_folder(
     found: Discovery,
 ) -> None:
     """The films of a folder; `used` gets the files of `shared` that are there."""
-    films = dict(_scan(folder.path))
+    films = dict(_scan(folder, found))
     own = given / "captions.csv"
     table = shared
     if shared is None and own.is_file():
+        if not folder.holds(own):
+            raise SourceError(f"{own} is a link that leads out of its source; name the table itself with --captions")
         found.notes.append(f"captions: {own}")
         table = read_table(own, columns, folder.captions_required)
         found.failures += _bad_rows(own, table.bad)
@@ -230,14 +263,18 @@ def _discover_folder(
     used |= captioned
     for name, stat in films.items():
         if name not in captioned:
-            caption = _sidecar(folder.path / name)
+            caption = _sidecar(folder, folder.path / name)
             folder.add(found, Row(name, caption, fault=caption_fault(caption)), stat)
 
 
 def _discover_table(folder: _Folder, path: Path, table: Table, found: Discovery) -> None:
     for row in table.rows:
+        film = _within(folder.path, row.file)
+        if not folder.holds(film):
+            folder.fail(found, row, *_OUTSIDE)
+            continue
         try:
-            stat = _within(folder.path, row.file).stat()
+            stat = film.stat()
         except OSError:
             folder.missing(found, row, "the table")
         else:
@@ -256,12 +293,11 @@ def _within(folder: Path, file: str) -> Path:
 
 def _settled(found: Discovery, captions_required: bool) -> Discovery:
     """Each place once, in order; films without a caption moved to the failures where one is required."""
-    settled = Discovery(notes=found.notes)
-    items: list[FilmEntry | Failure] = [*found.entries, *found.failures]
+    settled = replace(found, entries=[], failures=[])
     places: dict[str, FilmEntry | Failure] = {}
     again: dict[str, int] = {}
     # A file that two sources name is one film; one of them may have the caption.
-    for item in sorted(items, key=lambda item: isinstance(item, Failure) or not item.caption):
+    for item in sorted(found.items, key=lambda item: isinstance(item, Failure) or not item.caption):
         earlier = places.setdefault(item.place, item)
         if earlier is item or _same(earlier, item):
             continue
@@ -269,7 +305,7 @@ def _settled(found: Discovery, captions_required: bool) -> Discovery:
         name = f"{printable(item.film)} ({again[item.place]})"
         detail = f"{printable(item.film)} is named twice; keep one line, or give parts of a film by start and end"
         path = f"{printable(str(item.path))} ({again[item.place]})"
-        failure = _failure(name, "duplicate_name", detail, path=path, source=item.source)
+        failure = _failure(name, "duplicate_name", detail, path, item.source, item.origin)
         places[failure.place] = failure
     for item in sorted(places.values(), key=lambda item: item.film):
         if isinstance(item, Failure):
@@ -277,7 +313,7 @@ def _settled(found: Discovery, captions_required: bool) -> Discovery:
         elif captions_required and not item.caption:
             remedy = f"add a line to the captions file, or {Path(item.film).with_suffix('.txt').name} beside it"
             detail, path = f"it has no caption; {remedy}", printable(str(item.path))
-            settled.failures.append(_failure(item.film, "no_caption", detail, path=path, source=item.source))
+            settled.failures.append(_failure(item.film, "no_caption", detail, path, item.source, item.origin))
         else:
             settled.entries.append(item)
     return settled
@@ -290,22 +326,58 @@ def _same(one: FilmEntry | Failure, other: FilmEntry | Failure) -> bool:
     return isinstance(one, FilmEntry) and other.caption in ("", one.caption)
 
 
-def _scan(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Films below a folder by relative name, sorted; hidden files and linked folders are left out."""
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if os.path.splitext(name)[1].lower() in FILM_SUFFIXES and not name.startswith("."):
-                path = os.path.join(parent, name)
-                try:
-                    stat = os.stat(path)
-                except OSError:
-                    continue  # a dangling link is no film
-                yield os.path.relpath(path, folder).replace(os.sep, "/"), stat
+def _scan(folder: _Folder, found: Discovery) -> Iterator[tuple[str, os.stat_result]]:
+    """Films below a folder by relative name, sorted; hidden files are left out, and linked folders unless allowed.
+
+    What is no film by its name, leads elsewhere or cannot be listed is said in `found`.
+    """
+    others: Counter[str] = Counter()
+    visited = {os.path.realpath(folder.path)}
+
+    def unlisted(error: OSError) -> None:
+        path = printable(str(error.filename))
+        found.unread.append(path)
+        found.notes.append(
+            f"{path} cannot be listed ({error.strerror}); correct its permissions, its films are not read"
+        )
+
+    def below(parent: str) -> Iterator[str]:
+        for where, folders, files in os.walk(parent, onerror=unlisted):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            yield from (os.path.join(where, name) for name in sorted(files) if not name.startswith("."))
+            for name in folders:
+                linked = os.path.join(where, name)
+                real = os.path.realpath(linked)
+                if not os.path.islink(linked) or Path(real).is_relative_to(folder.path):
+                    continue  # its films are found in their own place
+                if not folder.allow_outside:
+                    said = printable(os.path.relpath(linked, folder.path))
+                    found.notes.append(f"the linked folder {said} leads out of its source; --allow-outside reads it")
+                elif real not in visited:
+                    visited.add(real)
+                    yield from below(linked)
+
+    for path in below(str(folder.path)):
+        name = os.path.relpath(path, folder.path).replace(os.sep, "/")
+        suffix = os.path.splitext(name)[1].lower()
+        if suffix not in FILM_SUFFIXES:
+            others[suffix or "no suffix"] += suffix not in (*TABLE_SUFFIXES, ".txt")
+            continue
+        try:
+            yield name, os.stat(path)
+        except OSError as error:
+            row = Row(name, "")
+            folder.fail(found, row, "film_missing", f"it is a link to nothing ({error.strerror}); correct or remove it")
+    if said := ", ".join(f"{printable(suffix)} {count}" for suffix, count in sorted(others.items()) if count):
+        found.notes.append(f"left out of {printable(str(folder.path))}, no films by their names: {said}")
 
 
-def _sidecar(film: Path) -> str:
+def _sidecar(folder: _Folder, film: Path) -> str:
+    path = film.with_suffix(".txt")
     try:
-        return " ".join(film.with_suffix(".txt").read_text("utf-8-sig", errors="replace").split())
+        if not path.is_file() or not folder.holds(path):
+            return ""
+        with path.open("rb") as file:
+            return " ".join(file.read(CAPTION_BYTES).decode("utf-8-sig", errors="replace").split())
     except OSError:
         return ""

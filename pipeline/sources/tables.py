@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pipeline.rows import printable, unusable
+from pipeline.rows import part_of, printable, unusable
 from storage.errors import VlfmError
 
 TABLE_SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
@@ -43,8 +43,9 @@ class Row:
 
     @property
     def film(self) -> str:
-        """The file's name, with `#start-end` for a part; different parts have different names."""
-        if self.start == 0 and self.end is None:
+        """The file's name, with `#start-end` for a part; different files and parts have different names."""
+        # A file whose own name ends like a part's is told apart from that part.
+        if self.start == 0 and self.end is None and not part_of(self.file):
             return self.file
         return f"{self.file}#{_number(self.start)}-{'' if self.end is None else _number(self.end)}"
 

@@ -25,12 +25,14 @@ class InProcess(Runner):
         super().__init__()
         self.crash, self.after, self.die = crash, after, die
         self.tasks: list[str] = []
+        self.clips = 0
 
     def run(self, worker: Any, tasks: Any, key: Any, done: Any, given_up: Any) -> None:
         for number, (task_id, items) in enumerate(tasks):
             if self.crash is not None and number >= self.after:
                 raise self.crash
             self.tasks.append(task_id)
+            self.clips += len(items)
             if not any(item.window.start in self.die for item in items):
                 done(Task(task_id, tuple(items), task_id), worker.process(task_id, items))
                 continue

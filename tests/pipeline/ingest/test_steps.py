@@ -210,9 +210,9 @@ def test_the_sources_are_looked_at_once(films: Path, tmp_path: Path, monkeypatch
     looked: list[object] = []
     real = pipeline.sources.folders._scan
 
-    def watched(folder: Path) -> Any:
-        looked.append(folder)
-        return real(folder)
+    def watched(folder: Any, found: Any) -> Any:
+        looked.append(folder.path)
+        return real(folder, found)
 
     monkeypatch.setattr(pipeline.sources.folders, "_scan", watched)
     make(films, tmp_path / "lake")

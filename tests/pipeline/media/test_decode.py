@@ -54,6 +54,7 @@ FORMATS = [
     ("ts", "25", (*SHARP, *GREY, "-bf", "2")),
     ("mp4", "8", (*SHARP, *GREY)),
     ("mp4", "16", (*SHARP, *GREY)),
+    ("gif", "20", ("-vf", "split[a][b];[a]palettegen=reserve_transparent=0[p];[b][p]paletteuse=dither=none")),
 ]
 
 

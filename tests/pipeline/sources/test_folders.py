@@ -178,3 +178,108 @@ def test_names_that_cannot_be_kept(folder: Path) -> None:
         (r"caf\xe9.mp4", "bad_name"),
     ]
     assert all("; " in failure.detail and failure.detail.isprintable() for failure in found.failures)
+
+
+# --- what lies outside, and what is no film ---
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    (tmp_path / "elsewhere" / "more").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "secret.mp4").write_bytes(b"secret")
+    (tmp_path / "elsewhere" / "secret.txt").write_text("a secret")
+    (tmp_path / "elsewhere" / "more" / "m.mp4").write_bytes(b"more")
+    return tmp_path / "elsewhere"
+
+
+def test_links_out_of_a_folder_are_refused_unless_allowed(folder: Path, elsewhere: Path) -> None:
+    (folder / "link.mp4").symlink_to(elsewhere / "secret.mp4")
+    (folder / "inside.mp4").symlink_to(folder / "b.mp4")
+    (folder / "linked").symlink_to(elsewhere / "more")
+    (folder / "again").symlink_to(folder / "deep")
+    (folder / "b.txt").symlink_to(elsewhere / "secret.txt")
+    found = discover(folder, captions_required=False)
+    assert [(failure.film, failure.reason) for failure in found.failures] == [("link.mp4", "outside_source")]
+    assert found.failures[0].detail.endswith("give --allow-outside")
+    assert [entry.film for entry in found.entries] == ["a.mkv", "b.mp4", "deep/c.webm", "inside.mp4"]
+    assert {entry.caption for entry in found.entries} == {""}, "a caption is no way out either"
+    assert "the linked folder linked leads out of its source; --allow-outside reads it" in found.notes
+    allowed = discover(folder, captions_required=False, allow_outside=True)
+    assert allowed.failures == []
+    assert {entry.film for entry in allowed.entries} == {
+        *(entry.film for entry in found.entries),
+        "link.mp4",
+        "linked/m.mp4",
+    }
+
+
+def test_linked_folders_that_lead_round_in_circles_end(folder: Path, elsewhere: Path) -> None:
+    (folder / "out").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)
+    (elsewhere / "round").symlink_to(elsewhere)
+    found = discover(folder, captions_required=False, allow_outside=True)
+    assert [entry.film for entry in found.entries] == [
+        *["a.mkv", "b.mp4", "deep/c.webm", "out/more/m.mp4", "out/secret.mp4"]
+    ]
+
+
+@pytest.mark.parametrize("name", ["../elsewhere/secret.mp4", "link.mp4", "{elsewhere}/secret.mp4"])
+def test_a_table_names_nothing_outside_unless_allowed(folder: Path, elsewhere: Path, name: str) -> None:
+    name = name.format(elsewhere=elsewhere)
+    (folder / "link.mp4").symlink_to(elsewhere / "secret.mp4")
+    (folder / "t.csv").write_text(f"file,caption\n{name},S\n../nothing.mp4,N\nb.mp4,B\n")
+    found = discover(folder / "t.csv")
+    assert [(entry.film, entry.path) for entry in found.entries] == [("b.mp4", folder / "b.mp4")]
+    assert {(failure.film, failure.reason) for failure in found.failures} == {
+        (name, "outside_source"),
+        ("../nothing.mp4", "outside_source"),  # not even whether it is there
+    }
+    allowed = discover(folder / "t.csv", allow_outside=True)
+    assert {entry.film for entry in allowed.entries} == {"b.mp4", name}
+    assert [(failure.film, failure.reason) for failure in allowed.failures] == [("../nothing.mp4", "film_missing")]
+
+
+def test_a_table_of_captions_is_no_way_out(folder: Path, elsewhere: Path) -> None:
+    (elsewhere / "captions.csv").write_text("file,caption\nb.mp4,B\n")
+    (folder / "captions.csv").symlink_to(elsewhere / "captions.csv")
+    with pytest.raises(
+        SourceError, match=r"captions\.csv is a link that leads out of its source; name the table itself"
+    ):
+        discover(folder)
+    assert discover(folder, folder / "captions.csv").entries
+
+
+def test_a_caption_that_is_no_file_or_endless(folder: Path) -> None:
+    os.mkfifo(folder / "a.txt")
+    (folder / "b.txt").write_text("word " * 100_000)
+    found = discover(folder)
+    assert [(entry.film, len(entry.caption)) for entry in found.entries] == [("b.mp4", 2**16 - 2**16 % 5 - 1 + 2)]
+
+
+def test_nothing_is_left_out_in_silence(folder: Path) -> None:
+    (folder / "anim.GIF").write_bytes(b"GIF89a")
+    (folder / "still.webp").write_bytes(b"RIFF")
+    (folder / "more.webp").write_bytes(b"RIFF")
+    (folder / "README").write_bytes(b"read me")
+    (folder / "gone.mp4").symlink_to(folder / "nowhere.mp4")
+    found = discover(folder, captions_required=False)
+    assert "anim.GIF" in {entry.film for entry in found.entries}
+    assert f"left out of {folder}, no films by their names: .webp 2, no suffix 1" in found.notes
+    assert [(failure.film, failure.reason) for failure in found.failures] == [("gone.mp4", "film_missing")]
+    assert "a link to nothing" in found.failures[0].detail
+
+
+def test_a_folder_that_cannot_be_listed_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = str(folder / "deep")
+    scan = os.scandir
+
+    def scandir(path: str) -> object:
+        if str(path) == closed:
+            raise PermissionError(13, "Permission denied", closed)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    found = discover(folder, captions_required=False)
+    assert [entry.film for entry in found.entries] == ["a.mkv", "b.mp4"]
+    assert found.unread == [closed]
+    assert any("deep cannot be listed (Permission denied)" in note for note in found.notes)

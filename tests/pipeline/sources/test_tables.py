@@ -164,6 +164,8 @@ def test_names_of_parts() -> None:
     assert Row("f.mp4", "", 1000000.0, 1000001.0).film == "f.mp4#1e+06-1000001"
     assert Row("f.mp4", "", 2.0, 4.5).film == "f.mp4#2-4.5", "as in lakes that there are"
     assert Row("f.mp4", "", 0.1 + 0.2).film == "f.mp4#0.30000000000000004-"
+    assert Row("f.mp4", "", 1234567.0, 1234568.0).film != Row("f.mp4", "", 1234566.9, 1234568.1).film
+    assert Row("f#1-2", "").film != Row("f", "", 1.0, 2.0).film, "a file may be named as a part is"
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30), min_size=1))
