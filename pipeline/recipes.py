@@ -21,15 +21,30 @@ METHODS = ("auto", "hold", "linear", "cubic", "lstsq", "bilinear", "paper")
 
 
 @dataclasses.dataclass(frozen=True)
+class Shots:
+    """Clips that are whole shots, or the parts of films that a table of captions names."""
+
+    min_frames: int = 8
+    """Fewest kept frames of a clip; shorter ones are filtered as `too_few_frames`."""
+    max_frames: int = 128
+    """Most kept frames of a clip; longer ones are filtered as `too_many_frames`."""
+    detect: bool = True
+    """Whether a film is searched for cuts; else each film, or part of one, is one clip."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DataRecipe:
     """Everything that turns films and captions into a dataset."""
 
     name: str
     """Name of the recipe function that made it."""
     duration: float = 2.0
-    """T, length of a clip's window in seconds."""
+    """T, length of a clip's window in seconds; with `shots` each clip has its own."""
     rate: float = 16.0
     """Most frames kept in a second; films are thinned to it and never filled up."""
+    shots: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of `Shots`, as in `shots.max_frames=64`: clips are whole shots or caption spans of any length in between.
+    Empty: clips are windows of `duration`."""
     size: tuple[int, int] = (64, 64)
     """Height and width of the frames in pixels; films are scaled to cover it and cropped at the centre."""
     observe: str = "every_second"
@@ -102,12 +117,40 @@ class DataRecipe:
                 words = {"observe": OBSERVATIONS, "method": METHODS, "below_gate": (REJECT, FLAG)}.get(field)
                 hint = f"; choose one of {', '.join(words)}" if words else ""
                 raise ValueError(f"recipe {self.name}: {field} = {getattr(self, field)!r} cannot be{hint}")
-        if wrong := check_gates(self.gates):
+        if wrong := check_gates(self.gates) or self._wrong_shots():
             raise ValueError(f"recipe {self.name}: {wrong}")
+
+    def _wrong_shots(self) -> str:
+        """What is wrong with `shots`, in words; empty where nothing is."""
+        defaults = dataclasses.asdict(Shots())
+        for name, value in self.shots.items():
+            if name not in defaults:
+                return f"shots.{name} is unknown; the settings are: {', '.join(f'shots.{each}' for each in defaults)}"
+            if type(value) is not type(defaults[name]):
+                return f"shots.{name} is {value!r}; it must be {type(defaults[name]).__name__}"
+        shots = self.whole_shots
+        if shots is not None and not 2 <= shots.min_frames <= shots.max_frames:
+            return (
+                f"shots.min_frames is {shots.min_frames}, shots.max_frames {shots.max_frames}; the first must be at "
+                "least 2, and at most the second"
+            )
+        return ""
+
+    @property
+    def whole_shots(self) -> Shots | None:
+        """`shots`, with its defaults; None where clips are windows."""
+        return Shots(**self.shots) if self.shots else None
+
+    @property
+    def longest(self) -> float:
+        """Seconds of the longest clip that can be."""
+        return self.duration if self.whole_shots is None else self.whole_shots.max_frames / self.rate
 
     @property
     def frames_max(self) -> int:
         """Most frames a clip can keep."""
+        if self.whole_shots is not None:
+            return self.whole_shots.max_frames
         return math.ceil(self.duration * self.rate - 1e-9)
 
     @property
@@ -130,6 +173,12 @@ class DataRecipe:
         fields = dataclasses.asdict(self)
         for field in _HOUSEKEEPING:
             del fields[field]
+        # What is not used changes no clip: recipes of windows have the fingerprint of before there were shots.
+        if self.whole_shots is None:
+            del fields["shots"]
+        else:
+            fields["shots"] = dataclasses.asdict(self.whole_shots)
+            del fields["duration"]
         # Whether the codec's networks are compiled is the machine's affair and changes no data.
         fields["codec"] = {key: value for key, value in self.codec.items() if key != "compiled"}
         # A folder may move; weights are named by the codec's and encoder's own ids once they are loaded.
@@ -174,6 +223,37 @@ def combinations() -> DataRecipe:
         text={"kind": "pretrained", "source": "vlfm-text"},
         validation_fraction=0.05,
         preview_clips=16,
+        certify_frames=2,
+    )
+
+
+def shots() -> DataRecipe:
+    """Clips that are whole shots or caption spans, of 8 to 128 frames: what methods that choose a length learn from.
+
+    The codec is that of `demo` without inversion; coefficients are few, since such methods read the latents.
+    """
+    return DataRecipe(
+        name="shots",
+        rate=8.0,
+        shots=dataclasses.asdict(Shots()),
+        observe="all",
+        order=16,
+        codec={"kind": "diffusers", "source": "vlfm-small-2", "ddim_steps": 20, "inversion_depth": 0},
+        certify_frames=8,
+    )
+
+
+def turning() -> DataRecipe:
+    """The corpus of pipeline.corpus.make_turning: films of 3x3 pixels and 15 to 30 frames, whose latents they are."""
+    return DataRecipe(
+        name="turning",
+        rate=8.0,
+        shots={"min_frames": 2, "max_frames": 30, "detect": False},
+        size=(3, 3),
+        observe="all",
+        order=32,
+        codec={"kind": "linear", "factor": 1, "channels": 3, "scale": 1.0},
+        block_clips=128,
         certify_frames=2,
     )
 

@@ -22,6 +22,7 @@ LASTING = frozenset(
         "corrupt",
         "shorter_than_window",
         "too_few_frames",
+        "too_many_frames",
         "duplicate",
         BELOW_GATE,
     ]
@@ -52,7 +53,16 @@ CAUSES = {
 """Reasons that the environment may have, with the likely cause and the remedy."""
 
 UNTRIED = frozenset(
-    ["bad_times", "no_caption", "duplicate_name", "empty_file", "not_a_video", "shorter_than_window", "too_few_frames"]
+    [
+        "bad_times",
+        "no_caption",
+        "duplicate_name",
+        "empty_file",
+        "not_a_video",
+        "shorter_than_window",
+        "too_few_frames",
+        "too_many_frames",
+    ]
 )
 """Reasons found without decoding a frame: such a film says nothing about the environment."""
 

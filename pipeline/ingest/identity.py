@@ -23,8 +23,10 @@ Item = FilmEntry | Failure
 class Identities:
     """The films of a run among those of the lake."""
 
-    def __init__(self, rows: Iterable[Row], run: Sequence[Item]) -> None:
-        """`rows`: the lake's films; those of lakes that knew no paths are found by name, whatever the source."""
+    def __init__(self, rows: Iterable[Row], run: Sequence[Item], windows: bool = True) -> None:
+        """`rows`: the lake's films; those of lakes that knew no paths are found by name, whatever the source.
+        `windows`: clips are windows that follow each other, else shots or parts."""
+        self.windows = windows
         self._rows = {row["film"]: row for row in rows}
         self._places = {item.place for item in run}
         self._files = {printable(str(item.path)) for item in run}
@@ -76,7 +78,9 @@ class Identities:
             for row in self._rows.values():
                 self._by_content.setdefault(content(row), []).append(row)
         rows = self._by_content.get(content(clip), [])
-        heirs = (row["film"] for row in rows if _covers(row["film"], clip) and self.elsewhere(row["film"]))
+        heirs = (
+            row["film"] for row in rows if _covers(row["film"], clip, self.windows) and self.elsewhere(row["film"])
+        )
         return next(heirs, None)
 
     def _give(self, item: Item, name: str) -> None:
@@ -114,12 +118,12 @@ def _version(file: str, row: Row) -> tuple[str, int, int]:
     return file, row["bytes"], row["modified_ns"]
 
 
-def _covers(film: str, clip: Row) -> bool:
-    """Whether the windows of a film, or of a part by its name, may include the clip's."""
-    start, end = 0.0, math.inf
+def _covers(film: str, clip: Row, windows: bool) -> bool:
+    """Whether a film, or a part by its name, may have the clip; `windows`: they follow each other from its start."""
+    start, end, named = 0.0, math.inf, False
     number = r"[0-9.]+(?:e[+-]?[0-9]+)?"
     if found := re.fullmatch(f"#({number})-({number})?", part_of(film)):
-        start, end = float(found[1]), float(found[2] or math.inf)
-    windows = (clip["clip_start"] - start) / clip["duration"]
-    whole = abs(windows - round(windows)) < 1e-6
-    return bool(windows > -1e-6 and whole and clip["clip_start"] + clip["duration"] <= end + 0.002)
+        start, end, named = float(found[1]), float(found[2] or math.inf), True
+    before = (clip["clip_start"] - start) / clip["duration"]
+    whole = abs(before - round(before)) < 1e-6 if windows else not named or abs(before) < 1e-6
+    return bool(before > -1e-6 and whole and clip["clip_start"] + clip["duration"] <= end + 0.002)

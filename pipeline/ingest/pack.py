@@ -125,7 +125,7 @@ def publish_version(
         LakeError: somebody else published meanwhile.
         DiskFull: no room; run again, staged blocks are kept.
     """
-    recipe = plan.recipe
+    recipe, shots = plan.recipe, plan.recipe.whole_shots
     number = plan.parent.number + 1 if plan.parent else 1
     version = Version(
         number=number,
@@ -135,7 +135,7 @@ def publish_version(
         codec=dict(packed.codec),
         text=dict(packed.text),
         clip={
-            "duration": recipe.duration,
+            "duration": recipe.longest,
             "rate": recipe.rate,
             "frames_max": recipe.frames_max,
             "frames_observed_max": recipe.observed_max,
@@ -143,6 +143,7 @@ def publish_version(
             "method": recipe.method,
             "latent_shape": list(packed.latent_shape),
             "frame_shape": [*recipe.size, 3],
+            **({} if shots is None else {"variable": True, "min_frames": shots.min_frames}),
         },
         snapshot=packed.snapshot,
         group=short_id(plan.recipe_fingerprint),

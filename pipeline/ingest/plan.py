@@ -1,5 +1,7 @@
 """The plan of an ingest: what is new, what is not, what cannot be used, and the blocks of work. Nothing is decoded.
 
+(But where clips are whole shots, each new film is, once and small: pipeline/ingest/cut.py.)
+
 Films that are as the newest version knows them (name, size, time of change, caption) are neither opened nor hashed.
 Blocks are cut from the sorted new clips before any work starts, so the order in which workers finish changes nothing.
 """
@@ -8,21 +10,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
 from pipeline.gates import decide, rejection
 from pipeline.ingest.block import cut_blocks
+from pipeline.ingest.cut import Cut, cut_film
 from pipeline.ingest.environment import LASTING, STOP_FILMS, check_environment, decoder_version
 from pipeline.ingest.history import newest_of_recipe, older_rows
 from pipeline.ingest.identity import Identities, content
 from pipeline.ingest.state import PARTIAL, FilmState, IngestPlan, Progress
 from pipeline.items import ClipPlan, Failure, Row
-from pipeline.media.decode import Probe, ffmpeg_binary, probe, select_frames, window_count, window_starts
+from pipeline.media.decode import Probe, ffmpeg_binary, probe, select_frames
 from pipeline.media.faults import DecodeError, digest_of
-from pipeline.recipes import DataRecipe
+from pipeline.recipes import DataRecipe, Shots
 from pipeline.rows import caption_id, film_row, observed_frames, printable, split_of
 from pipeline.sources.folders import Discovery, FilmEntry
 from storage.fingerprint import fingerprint, short_id
@@ -72,7 +75,7 @@ def plan_ingest(
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", moment),
         parent=parent,
         base=base,
-        identities=Identities(base_films, [*found.entries, *found.failures]),
+        identities=Identities(base_films, [*found.entries, *found.failures], recipe.whole_shots is None),
         films=[],
         blocks=[],
         staged={},
@@ -126,7 +129,7 @@ def _plan_films(plan: IngestPlan, found: Discovery, on_progress: Progress) -> No
     if to_read:
         ffmpeg_binary()
     with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
-        films: list[tuple[FilmState, FilmEntry, Probe | None]] = []
+        films: list[tuple[FilmState, FilmEntry, tuple[Probe, Cut] | None]] = []
         for part in (to_read[:STOP_FILMS], to_read[STOP_FILMS:]):
             for entry, (state, film) in zip(part, pool.map(partial(_read_film, plan), part), strict=True):
                 name = plan.identities.name(entry, state.row["sha256"])
@@ -141,7 +144,7 @@ def _plan_films(plan: IngestPlan, found: Discovery, on_progress: Progress) -> No
     for state, entry, film in films:
         plan.films.append(state)
         if film is not None:
-            clips += _plan_clips(plan, state, entry, film, in_base, claimed)
+            clips += _plan_clips(plan, state, entry, *film, in_base, claimed)
     older = older_rows(plan.lake, plan.base, {clip.clip_id for clip in clips})
     plan.restored = [{**older[clip.clip_id], "film": clip.film} for clip in clips if clip.clip_id in older]
     clips = [clip for clip in clips if clip.clip_id not in older]
@@ -192,13 +195,14 @@ def _settled_rows(plan: IngestPlan, entries: Sequence[FilmEntry]) -> dict[str, R
     return {place: row for place, row in settled.items() if content(row) not in contents}
 
 
-def _read_film(plan: IngestPlan, entry: FilmEntry) -> tuple[FilmState, Probe | None]:
-    """Hashes (unless the digest is known) and probes one film."""
+def _read_film(plan: IngestPlan, entry: FilmEntry) -> tuple[FilmState, tuple[Probe, Cut] | None]:
+    """Hashes (unless the digest is known), probes and cuts one film."""
     state = FilmState(film_row(entry.film, entry.caption, entry.bytes, entry.modified_ns, printable(str(entry.path))))
     state.row["decoder"] = decoder_version()
     try:
         film = probe(entry.path, plan.recipe.limits)
         state.row["sha256"] = plan.identities.digest(entry) or digest_of(entry.path, plan.recipe.limits)
+        cut = cut_film(film, entry, plan.recipe)
     except DecodeError as error:
         state.settle("failed", error.reason, error.detail)
         return state, None
@@ -213,42 +217,56 @@ def _read_film(plan: IngestPlan, entry: FilmEntry) -> tuple[FilmState, Probe | N
         "height": film.height,
         "frame_rate": film.frame_rate,
     }
-    return state, film
+    return state, (film, cut)
 
 
 def _plan_clips(
-    plan: IngestPlan, state: FilmState, entry: FilmEntry, film: Probe, in_base: set[str], claimed: dict[str, str]
+    plan: IngestPlan,
+    state: FilmState,
+    entry: FilmEntry,
+    film: Probe,
+    cut: Cut,
+    in_base: set[str],
+    claimed: dict[str, str],
 ) -> list[ClipPlan]:
     """The new clips of one film; fills in `state` and the failures of windows."""
-    recipe, digest = plan.recipe, state.row["sha256"]
-    count = window_count(film, recipe.duration, entry.start, entry.end)
-    starts = window_starts(film, recipe.duration, entry.start, entry.end)
-    if not count:
+    recipe, digest, shots = plan.recipe, state.row["sha256"], plan.recipe.whole_shots
+    if shots is not None and not cut.spans:
+        detail = f"the part begins at {entry.start:g} s, where the film ({film.seconds:.3g} s) has ended"
+        state.settle("filtered", "too_few_frames", detail)
+        return []
+    if not cut.spans and not cut.missing:
         length = (min(film.seconds, entry.end) if entry.end is not None else film.seconds) - entry.start
         detail = (
             f"{max(length, 0):.3g} s of video, the window takes {recipe.duration:g} s; set duration or leave it out"
         )
         state.settle("filtered", "shorter_than_window", detail)
         return []
-    if len(starts) < count:
+    if cut.missing:
         detail = (
-            f"{count - len(starts)} of {count} windows hold no frame: its times jump; re-encode it if they should not"
+            f"{cut.missing} of {cut.missing + len(cut.spans)} windows hold no frame: its times jump; re-encode it if "
+            "they should not"
         )
         plan.failures.append(Failure(entry.film, "plan", "too_few_frames", detail, "filtered"))
     clips: list[ClipPlan] = []
     outside: list[str] = []
     shared: dict[str, Failure] = {}
     few: dict[str, Failure] = {}
-    for start in starts:
+    for span in cut.spans:
+        start = span.start
         identity = {"film": digest, "caption": entry.caption, "clip_start": start, "recipe": plan.recipe_fingerprint}
+        if shots is not None:
+            identity["duration"] = span.duration
         clip = short_id(fingerprint(identity))
         if clip in claimed:
             detail = f"{claimed[clip]} has this window of the same film with the same caption; it is kept once"
             shared[clip] = Failure(entry.film, "plan", "duplicate_window", detail, "filtered", clip, start)
             continue
-        window = select_frames(film, start, recipe.duration, recipe.rate)
+        window = select_frames(film, start, span.duration, recipe.rate)
         observed = observed_frames(len(window.ticks), recipe.observe, clip)
-        if observed.sum() < recipe.min_observed:
+        if shots is not None and not shots.min_frames <= len(window.ticks) <= shots.max_frames:
+            few[clip] = _wrong_length(entry.film, clip, start, len(window.ticks), shots)
+        elif observed.sum() < recipe.min_observed:
             detail = f"{int(observed.sum())} observed frames, fewer than {recipe.min_observed} (min_observed)"
             few[clip] = Failure(entry.film, "plan", "too_few_frames", detail, "filtered", clip, start)
         elif clip in plan.gate_decision.rejected:
@@ -268,7 +286,7 @@ def _plan_clips(
                     caption=entry.caption,
                     caption_id=caption_id(entry.caption),
                     window=window,
-                    duration=recipe.duration,
+                    duration=span.duration,
                     observed=tuple(bool(seen) for seen in observed),
                     split=split_of(state.row["film_id"], recipe.validation_fraction),
                     preview=False,
@@ -286,10 +304,27 @@ def _plan_clips(
         if state.known:
             state.settle("unchanged")
         else:
-            detail = f"no window has {recipe.min_observed} observed frames (min_observed)"
-            state.settle("filtered", "too_few_frames", detail)
+            state.settle("filtered", *_no_clip(recipe, few))
     _keep_out(plan, state, outside)
     return clips
+
+
+def _wrong_length(film: str, clip: str, start: float, frames: int, shots: Shots) -> Failure:
+    """Why a shot is no clip."""
+    short = frames < shots.min_frames
+    than = f"fewer than {shots.min_frames} (shots.min_frames)" if short else f"more than {shots.max_frames}"
+    remedy = "" if short else "; raise shots.max_frames, lower rate, or name shorter parts"
+    reason = "too_few_frames" if short else "too_many_frames"
+    return Failure(film, "plan", reason, f"{frames} frames, {than}{remedy}", "filtered", clip, start)
+
+
+def _no_clip(recipe: DataRecipe, dropped: Mapping[str, Failure]) -> tuple[str, str]:
+    """Reason and detail of a film that no clip is made of, because of what became of its windows or shots."""
+    if recipe.whole_shots is None:
+        return "too_few_frames", f"no window has {recipe.min_observed} observed frames (min_observed)"
+    reasons = [failure.reason for failure in dropped.values()]
+    lengths = f"{recipe.whole_shots.min_frames} to {recipe.whole_shots.max_frames}"
+    return max(reasons, key=reasons.count), f"none of {len(reasons)} shots has {lengths} frames (shots.min_frames)"
 
 
 def _with_previews(plan: IngestPlan, clips: Iterable[ClipPlan]) -> list[ClipPlan]:

@@ -18,7 +18,9 @@ def test_names() -> None:
     assert recipe_named("linear") == linear()
     assert recipe_named("stable_diffusion") == stable_diffusion()
     for name in ("nope", "recipe_named", "dataclasses", "override"):
-        with pytest.raises(ValueError, match="the recipes are: combinations, demo, linear, stable_diffusion"):
+        with pytest.raises(
+            ValueError, match="the recipes are: combinations, demo, linear, shots, stable_diffusion, turning"
+        ):
             recipe_named(name)
 
 
@@ -82,7 +84,7 @@ def test_a_gate_is_a_number_on_a_figure_of_the_certificate(settings: dict[str, o
 def test_only_what_changes_data_is_fingerprinted() -> None:
     changed: dict[str, object] = {"name": "x", "captions_required": False, "observe": "all", "method": "linear"}
     changed |= {"size": (32, 32), "store_latents": False, "text": {"kind": "other"}, "codec": {"kind": "other"}}
-    changed |= {"gates": {"psnr_codec": 20.0}, "below_gate": "flag"}
+    changed |= {"gates": {"psnr_codec": 20.0}, "below_gate": "flag", "shots": {"min_frames": 4}}
     housekeeping = set()
     for field in dataclasses.fields(DataRecipe):
         value = getattr(demo(), field.name)
