@@ -133,11 +133,6 @@ class TrainRecipe:
             object.__setattr__(self, "options", kind(**shared))
         if self.batch % self.accumulate:
             raise ValueError(f"batch {self.batch} is no multiple of accumulate {self.accumulate}; change one of them")
-        if self.sharding == "fsdp" and self.matrix_learning_rate > 0:
-            raise ValueError(
-                f"matrix_learning_rate is {self.matrix_learning_rate:g}, but Muon needs whole matrices, which "
-                "sharding=fsdp does not keep; set matrix_learning_rate=0 or sharding=none"
-            )
         focus = getattr(self.options, "error_focus", 0)
         if self.accumulate > 1 and focus > 0:
             raise ValueError(

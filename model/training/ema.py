@@ -21,24 +21,32 @@ class MovingAverage:
     def __init__(self, module: nn.Module, decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay is {decay}; it must be in [0, 1)")
-        self.decay, self.updates = decay, 0
+        self.decay = decay
         self.tensors: dict[str, Tensor] = {
             name: value.detach().clone() for name, value in module.named_parameters() if value.requires_grad
         }
+        device = next(iter(self.tensors.values())).device if self.tensors else None
+        self.updates = torch.zeros((), dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        """Move the average towards the parameters of `module`."""
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+    def update(self, module: nn.Module, skipped: Tensor | None = None) -> None:
+        """Move the average towards the parameters of `module`, unless the step was `skipped` (a scalar bool).
+
+        The host waits for no device.
+        """
+        updates = self.updates + 1
+        decay = ((1 + updates) / (10 + updates)).clamp(max=self.decay)
+        weight = 1 - decay
+        if skipped is not None:
+            weight, updates = weight.masked_fill(skipped, 0), torch.where(skipped, self.updates, updates)
+        self.updates = updates
         values = dict(module.named_parameters())
-        ours = [part(tensor) for tensor in self.tensors.values()]
-        theirs = [part(values[name].detach()) for name in self.tensors]
-        torch._foreach_lerp_(ours, theirs, 1 - decay)
+        for name, tensor in self.tensors.items():
+            part(tensor).lerp_(part(values[name].detach()), weight.to(tensor.dtype))
 
     def state_dict(self) -> dict[str, Any]:
         """`tensors` by name, not copied, and the number of `updates`."""
-        return {"tensors": dict(self.tensors), "updates": self.updates}
+        return {"tensors": dict(self.tensors), "updates": int(self.updates)}
 
     @torch.no_grad()
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
@@ -48,7 +56,7 @@ class MovingAverage:
         """
         for name, value in values["tensors"].items():
             self.tensors[name].copy_(sharded_like(value, self.tensors[name]))
-        self.updates = int(values["updates"])
+        self.updates.fill_(values["updates"])
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:

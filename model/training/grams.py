@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from model.training.muon import replace
+from model.training.sharding import part
+
 
 class Grams(Optimizer):
     """The gradient decides the direction of every value's step, Adam its size; weight decay is decoupled, before it.
@@ -16,6 +19,9 @@ class Grams(Optimizer):
     m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, both corrected for their start at zero; then
     w = (1 - lr decay) w - lr sign(g) |m / (sqrt(v) + epsilon)|. A value whose gradient is 0 only decays.
     """
+
+    found_inf: Tensor | None = None
+    """1 where the next step must change nothing; None for 0."""
 
     def __init__(
         self,
@@ -41,15 +47,19 @@ class Grams(Optimizer):
         return loss
 
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state, (first, second) = self.state[parameter], group["betas"]
+        state, (first, second), skip = self.state[parameter], group["betas"], self.found_inf
         if not state:
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        state["step"] += 1
-        steps = int(state["step"])  # on the CPU, as AdamW keeps it: no device is waited for
-        mean = state["exp_avg"].lerp_(gradient, 1 - first)
-        square = state["exp_avg_sq"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        size = (mean / (1 - first**steps)).div_((square / (1 - second**steps)).sqrt_().add_(group["eps"])).abs_()
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.addcmul_(size, gradient.sign(), value=-group["lr"])
+        held, of_one = part(parameter), part(gradient)
+        means, squares = part(state["exp_avg"]), part(state["exp_avg_sq"])
+        steps = state["step"] + 1
+        mean = torch.lerp(means, of_one, 1 - first)
+        square = (squares * second).addcmul_(of_one, of_one, value=1 - second)
+        size = mean / (1 - first ** steps.double())
+        size.div_((square / (1 - second ** steps.double())).sqrt_().add_(group["eps"])).abs_()
+        moved = held * (1 - group["lr"] * group["weight_decay"])
+        moved.addcmul_(size, of_one.sign(), value=-group["lr"])
+        for old, new in ((held, moved), (means, mean), (squares, square), (state["step"], steps)):
+            replace(old, new, skip)

@@ -23,9 +23,10 @@ from model.training import checkpoint
 from model.training.checkpoint import Run
 from model.training.hardware import memory_bytes
 from model.training.log import Log
-from model.training.optimizers import Updates, set_learning_rate
+from model.training.optimizers import set_learning_rate
 from model.training.processes import Processes
 from model.training.state import TrainingState
+from model.training.updates import Updates, late
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,9 @@ def run_training(
     A step whose loss or gradient is not finite or a spike changes nothing and is logged. While steps are skipped, no
     checkpoint takes the place of one from before, except when the run ends. Damaged checkpoints are set aside.
 
+    On a GPU the host hears of skipped steps, and of signals to the processes, some steps late, so that it need not wait
+    (model.training.updates); before a line of the log and before a checkpoint it waits.
+
     Returns:
         The folder of the last checkpoint.
 
@@ -115,9 +119,8 @@ def run_training(
         checkpoint.restore(run.folder(done), state)
         if done >= schedule.steps:
             return run.folder(done)
-    updates = Updates(
-        state, training.gradient_clip, schedule.bad_steps_allowed, run.root, processes, schedule.spike_factor
-    )
+    clip, allowed, factor = training.gradient_clip, schedule.bad_steps_allowed, schedule.spike_factor
+    updates = Updates(state, clip, allowed, run.root, processes, factor, late(processes.device))
     if processes.any(stop.seen)[0]:
         raise Stopped(state.step, training.part)
     progress = Progress(training.name, schedule.steps, "steps", state.step) if processes.first else None
@@ -137,12 +140,14 @@ def run_training(
             losses["loss"].backward()
             update = updates.apply(step, losses["loss"], stop.seen)
             state.step = step
-            recent.add({**losses, "gradient_norm": update.gradient_norm}, update.applied)
-            last = step == schedule.steps
+            recent.add({**losses, "gradient_norm": update.gradient_norm}, update.skipped)
+            last, line = step == schedule.steps, step % schedule.log_every == 0
+            due = due or step % schedule.checkpoint_every == 0
 
-            if not update.applied:
-                log.event(event="skipped", step=step, reason=update.reason)
-            if step % schedule.log_every == 0 or last:
+            applied, stopping = hear(updates, log, wait=last or line or due)
+            if stopping:
+                hear(updates, log, wait=True)
+            if line or last:
                 values = {name: float(value) for name, value in processes.mean(recent.values()).items()}
                 speed = recent.speed(training, processes.device)
                 log.scalars(step, **values, **speed)
@@ -150,14 +155,13 @@ def run_training(
                     progress.update(step, note(training, values, speed, updates.skipped))
                 recent = Recent(schedule.mean_losses)
             aside = time.perf_counter()
-            due = due or step % schedule.checkpoint_every == 0
-            if last or update.stop or (due and update.applied):
+            if last or stopping or (due and applied):
                 due = False
                 if not processes.first:  # so that all processes raise, or none
                     checkpoint.tensors_by_file(state)
                 log.flush()
                 processes.by_first(lambda: checkpoint.save(run, state, schedule.checkpoints_kept))
-            if update.stop and not last:
+            if stopping and not last:
                 log.event(event="stop", step=step)
                 processes.barrier()
                 raise Stopped(step, training.part)
@@ -171,6 +175,23 @@ def run_training(
     return run.folder(schedule.steps)
 
 
+def hear(updates: Updates, log: Log, wait: bool) -> tuple[bool, bool]:
+    """Log the skipped steps that the host had not heard of, waiting for the last of them where told.
+
+    Returns:
+        Whether the last step heard of was applied, and whether any process was asked to stop.
+
+    Raises:
+        FloatingPointError: too many steps in a row were skipped.
+    """
+    applied, stop = True, False
+    for outcome in updates.outcomes(0 if wait else None):
+        applied, stop = not outcome.reason, stop or outcome.stop
+        if outcome.reason:
+            log.event(event="skipped", step=outcome.step, reason=outcome.reason)
+    return applied, stop
+
+
 class Recent:
     """Losses and times since the last line of the log.
 
@@ -179,22 +200,23 @@ class Recent:
 
     def __init__(self, mean: bool) -> None:
         self.mean = mean
-        self.steps, self.applied, self.waited, self.began = 0, 0, 0.0, time.perf_counter()
-        self._sums: dict[str, Tensor] = {}
+        self.steps, self.waited, self.began = 0, 0.0, time.perf_counter()
+        self._applied, self._sums = torch.zeros(()), dict[str, Tensor]()
 
-    def add(self, values: Mapping[str, Tensor], applied: bool) -> None:
-        """Take in a step; no host synchronisation."""
+    def add(self, values: Mapping[str, Tensor], skipped: Tensor) -> None:
+        """Take in a step, which may have been `skipped` (a scalar bool); no host synchronisation."""
         self.steps += 1
-        if not self.mean:
-            self._sums, self.applied = {}, 0
-        if applied:
-            self.applied += 1
-            plain = {name: value.detach().double() if self.mean else value.detach() for name, value in values.items()}
-            self._sums = {name: self._sums[name] + value if self._sums else value for name, value in plain.items()}
+        if not self.mean or not self._sums:
+            self._applied, self._sums = torch.zeros((), device=skipped.device), {}
+        self._applied = self._applied + ~skipped
+        for name, value in values.items():
+            value = value.detach().double() if self.mean else value.detach()
+            self._sums[name] = self._sums.get(name, 0) + value.masked_fill(skipped, 0)
 
     def values(self) -> dict[str, Tensor]:
-        """Scalars by name; none where no step was applied."""
-        return {name: value / self.applied for name, value in self._sums.items()}
+        """Scalars by name; none where no step was applied. The host waits for the device."""
+        applied = float(self._applied)
+        return {name: value / applied for name, value in self._sums.items()} if applied else {}
 
     def speed(self, training: Training, device: torch.device) -> dict[str, float]:
         """What the log says of the hardware's use.

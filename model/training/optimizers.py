@@ -1,26 +1,22 @@
-"""The optimisers of a training run, the learning rate over its steps, and how a step's gradients are applied."""
+"""The optimisers of a training run, and the learning rate over its steps.
+
+Each takes a step that must not be made from the attribute `found_inf`, a tensor on the device, as torch's fused
+optimisers do (`leave_out`).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from model.backbones.dit import Backbone
 from model.recipes import TrainRecipe
 from model.training.grams import Grams
-from model.training.processes import Processes
-from model.training.sharding import whole
-from model.training.state import TrainingState
-
-SPIKE = "the gradient's norm is more than {:g} times its running mean"
-"""Why a step is skipped."""
+from model.training.muon import Muon
 
 
 def make_optimizers(backbone: Backbone, recipe: TrainRecipe) -> list[Optimizer]:
@@ -32,17 +28,11 @@ def make_optimizers(backbone: Backbone, recipe: TrainRecipe) -> list[Optimizer]:
     # Where nothing decays the groups are those of older checkpoints, which know parameters by their places in them.
     spared = [backbone.position] if recipe.weight_decay > 0 else []
     groups = decay_groups(rest, recipe.weight_decay, spared)
-    kind = Grams if recipe.optimizer == "grams" else AdamW
-    optimizers: list[Optimizer] = [kind(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))]
+    rate, betas = recipe.learning_rate, (0.9, 0.95)
+    fused = AdamW(groups, lr=rate, betas=betas, fused=True) if recipe.optimizer == "adamw" else None
+    optimizers: list[Optimizer] = [fused or Grams(groups, lr=rate, betas=betas)]
     if use_muon:
-        optimizers.append(
-            Muon(
-                inner,
-                lr=recipe.matrix_learning_rate,
-                weight_decay=recipe.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
+        optimizers.append(Muon(inner, lr=recipe.matrix_learning_rate, weight_decay=recipe.weight_decay))
     for optimizer in optimizers:
         _remember_peak(optimizer)
     return optimizers
@@ -50,7 +40,7 @@ def make_optimizers(backbone: Backbone, recipe: TrainRecipe) -> list[Optimizer]:
 
 def adamw(parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float, second_beta: float) -> AdamW:
     """AdamW whose weight decay leaves out vectors (biases, norms); `set_learning_rate` knows its peak."""
-    optimizer = AdamW(decay_groups(parameters, weight_decay), lr=learning_rate, betas=(0.9, second_beta))
+    optimizer = AdamW(decay_groups(parameters, weight_decay), lr=learning_rate, betas=(0.9, second_beta), fused=True)
     _remember_peak(optimizer)
     return optimizer
 
@@ -90,84 +80,6 @@ def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
         group["lr"] = group["peak"] * factor
 
 
-class Update(NamedTuple):
-    """What became of a step."""
-
-    applied: bool
-    """Whether weights, average and optimisers moved; the same in all processes."""
-    reason: str
-    """Why they did not; empty where they did."""
-    stop: bool
-    """Whether any process was asked to stop."""
-    gradient_norm: Tensor
-    """Norm of all gradients before they were clipped, a scalar."""
-
-
-@dataclass
-class Updates:
-    """Applies gradients to the state of a training; a step that is not finite, or a spike, changes nothing of it.
-
-    A spike is a gradient norm above `spike_factor` times its running mean (`GradientNorms`).
-
-    Raises ValueError where `allowed` is negative.
-    """
-
-    state: TrainingState
-    clip: float
-    """Largest global gradient norm."""
-    allowed: int
-    """Steps in a row that may be skipped; one more raises."""
-    root: Path
-    """The run's folder, for the message."""
-    processes: Processes
-    """Those that must agree on every step."""
-    spike_factor: float = 0.0
-    """How many times its running mean a gradient norm may be; 0 allows any."""
-    in_a_row: int = 0
-    """Steps skipped since the last one that was applied."""
-    skipped: int = 0
-    """Steps skipped altogether."""
-
-    def __post_init__(self) -> None:
-        if self.allowed < 0:
-            raise ValueError(f"bad_steps_allowed is {self.allowed}; it must be 0 or more")
-
-    def apply(self, step: int, loss: Tensor, stop: bool = False) -> Update:
-        """Clip the gradients that the loss (a scalar) left, and apply them where both are finite in every process.
-
-        stop: whether this process was asked to stop; it travels along.
-
-        On a GPU the host waits here once a step, until the gradients are there: the optimisers decide on the host
-        whether they step (their counts of steps are no tensors, and Muon has no `found_inf`). What that costs is the
-        launch of the optimisers' first kernels; forward and backward are not held up.
-
-        Raises:
-            FloatingPointError: more than `allowed` steps in a row were skipped; raised in all processes alike.
-        """
-        parameters = [p for p in self.state.network.parameters() if p.grad is not None]
-        norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])).detach()
-        nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
-        loss = loss.detach()
-        finite = torch.isfinite(loss) & torch.isfinite(norm)
-        spike = self.state.norms.spikes(norm, self.spike_factor)
-        # Gradients are averages over the processes and their norm the same in all, but the loss is not.
-        bad, spiked, stop = self.processes.any(~finite, spike, stop)
-        reason = "the loss or its gradient is not finite" if bad else SPIKE.format(self.spike_factor) if spiked else ""
-        for optimizer in self.state.optimizers:
-            if not reason:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if not reason:
-            self.in_a_row = 0
-            self.state.average.update(self.state.network)
-            self.state.norms.add(norm)
-            return Update(True, "", stop, norm)
-        self.in_a_row += 1
-        self.skipped += 1
-        if self.in_a_row > self.allowed:
-            raise FloatingPointError(
-                f"{reason} at step {step} (here {float(loss):.3g} and a norm of "
-                f"{float(norm):.3g}), {self.in_a_row} steps in a row where {self.allowed} are allowed; the last good "
-                f"checkpoint stays in {self.root}: start another run with a lower learning rate"
-            )
-        return Update(False, reason, stop, norm)
+def leave_out(optimizer: Optimizer, skip: Tensor) -> None:
+    """Have the next step change nothing where `skip` (a scalar, 0 or 1) is 1; the host does not look at it."""
+    optimizer.found_inf = skip  # type: ignore[attr-defined]

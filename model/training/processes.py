@@ -46,10 +46,18 @@ class Processes:
 
         All flags travel together, and the host waits for the device once.
         """
-        joined = torch.stack([torch.as_tensor(flag, device=self.device).float() for flag in flags])
+        return [value > 0 for value in self.highest(*flags).tolist()]
+
+    def highest(self, *flags: Tensor | bool) -> Tensor:
+        """For each flag (a scalar) 1 where it is set in any process, else 0: float32 on the device, not waited for."""
+        here = [
+            flag.float() if isinstance(flag, Tensor) else torch.full((), float(flag), device=self.device)
+            for flag in flags
+        ]
+        joined = torch.stack(here)
         if self.world > 1:
             dist.all_reduce(joined, dist.ReduceOp.MAX)
-        return [value > 0 for value in joined.tolist()]
+        return joined
 
     def by_first(self, do: Callable[[], Result]) -> Result:
         """What `do` returns in the first process, given to all of them; `do` runs in the first alone.

@@ -15,6 +15,8 @@ from model.training.sharding import sharded_like
 
 WINDOW = 100
 """Steps over which the mean of the gradient norms runs; it says nothing before there were as many."""
+IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
+"""Settings of torch's optimisers that say how they compute: the program's, whatever a checkpoint was written by."""
 
 
 @dataclass
@@ -26,20 +28,24 @@ class GradientNorms:
 
     log_mean: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     """Logarithm of the mean over all steps up to WINDOW; from there on each step weighs 1 / WINDOW."""
-    steps: int = 0
+    steps: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     """Steps that it has seen."""
 
-    def add(self, norm: Tensor) -> None:
-        """Take in the norm (a scalar) of an applied step; no host synchronisation."""
-        self.steps += 1
-        log_norm = norm.double().clamp(min=1e-30).log()
-        self.log_mean = torch.lerp(self.log_mean.to(norm.device), log_norm, 1 / min(self.steps, WINDOW))
+    def add(self, norm: Tensor, skipped: Tensor | None = None) -> None:
+        """Take in the norm (a scalar) of a step, unless it was `skipped` (a scalar bool); no host synchronisation."""
+        steps, mean = self.steps.to(norm.device), self.log_mean.to(norm.device)
+        weight = 1 / (steps + 1).clamp(max=WINDOW)
+        found = torch.lerp(mean, norm.double().clamp(min=1e-30).log(), weight), steps + 1
+        if skipped is not None:
+            found = torch.where(skipped, mean, found[0]), torch.where(skipped, steps, found[1])
+        self.log_mean, self.steps = found
 
     def spikes(self, norm: Tensor, factor: float) -> Tensor:
         """Whether a norm (a scalar) is above `factor` times the mean; never where that is 0 or too few were seen."""
-        if factor == 0 or self.steps < WINDOW:
+        if factor == 0:
             return torch.zeros((), dtype=torch.bool, device=norm.device)
-        return norm.double() > factor * self.log_mean.to(norm.device).exp()
+        high = norm.double() > factor * self.log_mean.to(norm.device).exp()
+        return high & (self.steps.to(norm.device) >= WINDOW)
 
 
 @dataclass
@@ -64,7 +70,7 @@ class TrainingState:
             "average": self.average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
-            "norms": {"log_mean": float(self.norms.log_mean), "steps": self.norms.steps},
+            "norms": {"log_mean": float(self.norms.log_mean), "steps": int(self.norms.steps)},
         }
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
@@ -82,7 +88,12 @@ class TrainingState:
                 index: {name: sharded_like(value, held.get(index)) for name, value in slot.items()}
                 for index, slot in of_one["state"].items()
             }
-            optimizer.load_state_dict({**of_one, "state": slots})
+            groups = [
+                {**given, **{name: ours[name] for name in IMPLEMENTATION if name in ours}}
+                for given, ours in zip(of_one["param_groups"], optimizer.param_groups, strict=True)
+            ]
+            optimizer.load_state_dict({**of_one, "state": slots, "param_groups": groups})
         self.step = int(values["step"])
         if norms := values.get("norms"):  # checkpoints of older programs have none
-            self.norms = GradientNorms(torch.tensor(norms["log_mean"], dtype=torch.float64), norms["steps"])
+            kept = (torch.tensor(norms[name], dtype=torch.float64) for name in ("log_mean", "steps"))
+            self.norms = GradientNorms(*kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,12 @@ from model.methods.draws import Draws
 from model.methods.per_frame import PerFrame, PerFrameOptions
 from model.methods.vlfm import VLFM, VLFMOptions
 from model.training.ema import MovingAverage
-from model.training.state import GradientNorms
+from model.training.grams import Grams
+from model.training.loop import Recent
+from model.training.muon import Muon
+from model.training.processes import Processes
+from model.training.state import TrainingState
+from model.training.updates import Updates, _OnItsWay
 
 FIGURES, FORMAT = {"mean_scale": 1.0, "derivative_scale": 2.0}, {"latent_shape": (3, 4, 4)}
 METHODS: dict[str, Method] = {
@@ -42,13 +48,20 @@ class Copies(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", METHODS)
-def test_a_step_reads_no_value_on_the_host(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_reads_no_value_on_the_host(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "autocast", lambda *given, **more: contextlib.nullcontext())  # it knows no such device
+    monkeypatch.setattr("torch.optim.adam._get_fused_kernels_supported_devices", lambda: ["meta"])
+    monkeypatch.setattr(_OnItsWay, "__init__", lambda self, step, values: None)  # what a GPU copies without waiting
     method, clips = METHODS[kind], 4
     config = BackboneConfig(3, 4, 4, 8, 32, 2, 2, 2, outputs=method.heads, temporal=method.temporal)
     network = Backbone(config).to("meta")
-    average, norms = MovingAverage(network, 0.9), GradientNorms(torch.zeros((), dtype=torch.float64, device="meta"))
-    norms.steps = 1000
+    matrices = [p for p in network.blocks.parameters() if p.ndim == 2]
+    optimizers = [
+        torch.optim.AdamW(network.embed_latents.parameters(), fused=True), Grams(network.text.parameters()),
+        Muon(matrices),
+    ]  # fmt: skip
+    state = TrainingState(network, MovingAverage(network, 0.9), optimizers)
+    updates = Updates(state, 1.0, 0, tmp_path, Processes(0, 1, torch.device("meta")), spike_factor=20.0, late=9)
     batch = Batch(
         clip_ids=("",) * clips, text=torch.zeros(clips, 3, 8), text_length=torch.ones(clips, dtype=torch.long),
         empty_text=torch.zeros(1, 8), clip_start=torch.zeros(clips), duration=torch.ones(clips),
@@ -56,13 +69,14 @@ def test_a_step_reads_no_value_on_the_host(kind: str, monkeypatch: pytest.Monkey
     ).to("meta")  # fmt: skip
 
     def step(number: int) -> torch.Tensor:
+        """All that the loop does between two lines of the log, but for reading the outcomes of older steps."""
         losses = method.loss(network, batch, Draws(number, 2 * clips, 0, 2, "meta"))
         torch.autograd.backward(losses["loss"])
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        average.update(network)
-        norms.add(norm)
-        return torch.isfinite(norm) & norms.spikes(norm, 20.0)
+        update = updates.apply(number, losses["loss"])
+        recent.add({**losses, "gradient_norm": update.gradient_norm}, update.skipped)
+        return update.skipped
 
+    recent = Recent(mean=True)
     step(1)  # what is copied once, such as the basis' matrix, is there from then on
     monkeypatch.setattr(torch, "tensor", None)  # it would bring a list from the host
     with Copies() as copies:

@@ -16,6 +16,7 @@ from model.settings import override
 from model.train import train
 from model.training.checkpoint import CHECKSUMS, Run, load_average, restore, save
 from model.training.ema import MovingAverage
+from model.training.muon import Muon
 from model.training.state import TrainingState
 from tests.model.tiny_lake import make_lake
 
@@ -29,7 +30,7 @@ class Trained:
         self.average = MovingAverage(self.backbone, 0.9)
         matrices = [p for p in self.backbone.parameters() if p.ndim == 2]
         rest = [p for p in self.backbone.parameters() if p.ndim < 2]
-        self.optimizers = [torch.optim.AdamW(rest, 1e-2), torch.optim.Muon(matrices, 1e-2)]
+        self.optimizers = [torch.optim.AdamW(rest, 1e-2, fused=True), Muon(matrices, 1e-2)]
         self.state = TrainingState(self.backbone, self.average, self.optimizers)
         for _ in range(steps):
             self.step()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from torch.optim import AdamW, Muon
+from torch.optim import AdamW
 
 from model.backbones.dit import Backbone, BackboneConfig
 from model.recipes import train_recipe
 from model.settings import override
+from model.training.muon import Muon
 from model.training.optimizers import make_optimizers
 
 CONFIG = BackboneConfig(

@@ -67,7 +67,7 @@ def test_a_resumed_run_goes_on_and_a_finished_one_does_nothing(tmp_path: Path) -
 def test_the_throughput_counts_the_steps_since_the_last_line() -> None:
     recent = Recent(mean=False)
     for _ in range(5):
-        recent.add({"loss": torch.tensor(1.0)}, applied=True)
+        recent.add({"loss": torch.tensor(1.0)}, skipped=torch.tensor(False))
     recent.began -= 10
     recent.waited = 1.0
     training = Training(
@@ -79,9 +79,9 @@ def test_the_throughput_counts_the_steps_since_the_last_line() -> None:
     assert 0.05 < memory < 100
     expected = {"samples_per_second": 12.0, "clips_per_second": 4.0, "data_wait": 0.1, "mfu": 0.4}
     assert speed == pytest.approx(expected, rel=0.01)
-    line = note(training, {"loss": 0.5, "mean": 0.25, "rest": 1.0}, {**speed, "memory_gib": 1.5}, skipped=2)
+    line = note(training, {"loss": 0.5, "mean": 0.25, "rest": 1.0}, {**expected, "memory_gib": 1.5}, skipped=2)
     assert line == (
         "loss 0.5000  mean 0.2500  4 clips/s  data wait 10.0%  memory 1.50 GiB  MFU 40.0%  2 bad steps skipped"
     )
-    recent.add({"loss": torch.tensor(torch.nan)}, applied=False)
+    recent.add({"loss": torch.tensor(torch.nan)}, skipped=torch.tensor(True))
     assert recent.values() == {}
