@@ -17,7 +17,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage.local import TEMPORARY_SUFFIX, LocalStore, naming_full_disk, write_atomic
+from storage.address import store_at
+from storage.local import TEMPORARY_SUFFIX, write_atomic
 from storage.store import DiskFull, LakeBusy, LakeError, Store
 
 __all__ = ["DiskFull", "Lake", "LakeBusy", "LakeError", "version_naming", "write_atomic"]
@@ -76,37 +77,32 @@ class Lake:
         return self.store.local_path("failures")
 
     @staticmethod
-    def create(path: str | Path) -> Lake:
-        """The lake in the folder `path`, made if it is not there.
+    def create(address: str | Path) -> Lake:
+        """The lake at `address`, a folder or `s3://bucket/prefix`, made if it is not there.
 
         Raises:
-            LakeError: `path` is a file, or a folder that holds other things and is no lake.
+            LakeError: what is there is no lake, or the bucket cannot be used.
             DiskFull: no room for the folders.
         """
-        root = Path(path)
-        if root.exists() and not (root / "versions").is_dir():
-            if not root.is_dir():
-                raise LakeError(f"{root} is a file, not a folder; name a new folder for the lake")
-            if any(not entry.name.startswith(".") for entry in root.iterdir()):
-                raise LakeError(f"{root} holds other files and is no lake; name a new or an empty folder")
-        with naming_full_disk(root):
-            # versions/ comes first: it is what makes a folder a lake.
-            for folder in _FOLDERS:
-                (root / folder).mkdir(parents=True, exist_ok=True)
-        return Lake(LocalStore(root))
+        store = store_at(address)
+        store.create(_FOLDERS)
+        return Lake(store)
 
     @staticmethod
-    def open(path: str | Path) -> Lake:
-        """The lake that is in the folder `path`.
+    def open(address: str | Path) -> Lake:
+        """The lake that is at `address`, a folder or `s3://bucket/prefix`.
 
         Raises:
             LakeError: there is none; the message says how one is made.
         """
-        root = Path(path)
-        if not (root / "versions").is_dir():
-            what = "is no lake (it has no versions/ folder)" if root.exists() else "does not exist"
-            raise LakeError(f"{root} {what}; make a lake with: vlfm ingest SOURCE --lake {root}")
-        return Lake(LocalStore(root))
+        store = store_at(address)
+        store.check(_FOLDERS)
+        return Lake(store)
+
+    @property
+    def address(self) -> str:
+        """Where the lake is, for people and for other programs: a path or a URL."""
+        return self.store.address()
 
     def writing(self) -> AbstractContextManager[None]:
         """Hold the lake for one run that writes: from its plan until its version is published.

@@ -14,7 +14,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -36,6 +36,23 @@ class LocalStore:
 
     def address(self, key: str = "") -> str:
         return str(self.local_path(key))
+
+    def create(self, folders: Sequence[str]) -> None:
+        root, first = self.root, self.root / folders[0]
+        if root.exists() and not first.is_dir():
+            if not root.is_dir():
+                raise LakeError(f"{root} is a file, not a folder; name a new folder for the lake")
+            if any(not entry.name.startswith(".") for entry in root.iterdir()):
+                raise LakeError(f"{root} holds other files and is no lake; name a new or an empty folder")
+        with naming_full_disk(root):
+            # The first one comes first: it is what makes a folder a lake.
+            for folder in folders:
+                (root / folder).mkdir(parents=True, exist_ok=True)
+
+    def check(self, folders: Sequence[str]) -> None:
+        if not (self.root / folders[0]).is_dir():
+            what = f"is no lake (it has no {folders[0]}/ folder)" if self.root.exists() else "does not exist"
+            raise LakeError(f"{self.root} {what}; make a lake with: vlfm ingest SOURCE --lake {self.root}")
 
     def size(self, key: str) -> int | None:
         path = self.local_path(check_key(key))
@@ -99,6 +116,13 @@ class LocalStore:
             found += [(inside / name).as_posix() for name in files if not name.startswith(".")]
         return sorted(key for key in found if key.startswith(prefix))
 
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        sizes = {}
+        for key in self.list_keys(prefix):
+            with contextlib.suppress(FileNotFoundError):  # deleted since
+                sizes[key] = (self.root / key).stat().st_size
+        return sizes
+
     def delete(self, key: str) -> None:
         path = self.local_path(check_key(key))
         if not path.is_dir():
@@ -125,6 +149,9 @@ class LocalStore:
 
     def local_path(self, key: str = "") -> Path:
         return self.root / check_key(key) if key else self.root
+
+    def cache(self) -> None:
+        return None
 
     def _place(self, key: str) -> Path:
         """The path of a key that is about to be written, its folder made."""

@@ -1,4 +1,4 @@
-"""The store protocol: the few operations that a lake needs of what holds it, a folder today, a bucket tomorrow.
+"""The store protocol: the few operations that a lake needs of what holds it, a folder or a bucket.
 
 A store maps keys to bytes. A key is a relative path of plain names, such as `versions/1.json`; what is stored under one
 appears whole or not at all, and is replaced whole. A lake builds on three promises: `create_exclusive` has one winner
@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from storage.cache import ByteCache
 from storage.errors import Kind, VlfmError
 
 
@@ -52,6 +54,19 @@ class Store(Protocol):
 
     def address(self, key: str = "") -> str:
         """Where people and other programs find a key (or the whole store): a path, or a URL."""
+        ...
+
+    def create(self, folders: Sequence[str]) -> None:
+        """Make the place ready for keys below `folders`; nothing happens where it is. A bucket itself has to be there.
+
+        Raises:
+            LakeError: the place cannot be used, or holds other things.
+            DiskFull: no room.
+        """
+        ...
+
+    def check(self, folders: Sequence[str]) -> None:
+        """Raises LakeError where the place is not there, or was never made ready by `create(folders)`."""
         ...
 
     def size(self, key: str) -> int | None:
@@ -107,6 +122,10 @@ class Store(Protocol):
         """
         ...
 
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """The bytes stored under each key of `list_keys(prefix)`, in its order."""
+        ...
+
     def delete(self, key: str) -> None:
         """Remove a key. Nothing happens where nothing is stored under it."""
         ...
@@ -115,6 +134,8 @@ class Store(Protocol):
         """Hold the lease `name` (letters, digits, '-' and '_') within the block; only one process can.
 
         It ends with the block. When its process dies, it ends by itself: at once in a folder, after a time in a bucket.
+        Within the block the other methods may raise LakeBusy too: where the process was silent for so long that
+        another one holds the lease by now, it can publish nothing more.
 
         Raises:
             LakeBusy: another process holds it, and `wait` is False. With `wait`, it is waited for.
@@ -124,11 +145,15 @@ class Store(Protocol):
     def local_path(self, key: str = "") -> Path:
         """Where the key is (or will be) on a local disk: the only way around the protocol.
 
-        It is for what needs a file of its own: shards are read by their index, and Icechunk keeps its own repository.
+        It is for what needs a file of its own, such as Icechunk, which keeps its own repository.
 
         Raises:
             LakeError: the store is on no local disk.
         """
+        ...
+
+    def cache(self) -> ByteCache | None:
+        """Where what was read is kept on a local disk; None where the store is on one itself."""
         ...
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import faulthandler
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.s3_server import S3Server
 
 # Before any test imports them: hubs are never asked, telemetry is off, shards cannot run code.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -51,6 +54,21 @@ def one_torch_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """An S3 server on loopback, started when the first test asks for it."""
+    server = S3Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def s3_environment(s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The variables by which this process and its children find the server, and a cache of their own."""
+    for name, value in {**s3.environment(), "VLFM_CACHE": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(scope="session")

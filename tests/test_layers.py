@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("flows", "pipeline", "model", "storage")
 HEAVY = {
-    "diffusers", "ffmpeg", "huggingface_hub", "icechunk", "imageio_ffmpeg", "numpy", "PIL", "prefect", "pyarrow", "ray",
-    "torch", "torchdiffeq", "transformers", "webdataset", "zarr",
+    "boto3", "botocore", "diffusers", "ffmpeg", "huggingface_hub", "icechunk", "imageio_ffmpeg", "numpy", "PIL",
+    "prefect", "pyarrow", "ray", "torch", "torchdiffeq", "transformers", "webdataset", "zarr",
 }  # fmt: skip
 """What a function may import when it is called: big to load, or not there where the rest of its module is used."""
 STARTS_AT_ONCE = {"flows.cli", "flows.demo"}

@@ -13,6 +13,7 @@ A backend's test module needs one class:
         @pytest.fixture
         def full_store(self, ...) -> Store: ...         an empty store with room for 2 MiB (a skip by default)
         lease_expiry: float = 0.0                       seconds after which the lease of a dead process ends
+        race_rounds, kill_delays                        fewer where a request is slow
         local = True                                    whether `local_path` gives a path, or a refusal
 
 Several tests run the store in other processes, which get it pickled on their standard input, as workers do.
@@ -86,6 +87,8 @@ class StoreContract:
     """The tests; see the module's head for what a subclass gives."""
 
     lease_expiry = 0.0
+    race_rounds = 40
+    kill_delays: tuple[float, ...] = (0.0, 0.003, 0.007, 0.016)
     local = True
 
     @pytest.fixture
@@ -212,6 +215,9 @@ class StoreContract:
         assert store.list_keys("a/1") == ["a/10"]
         assert store.list_keys("a/B/") == ["a/B/1"]
         assert store.list_keys("none/") == store.list_keys("b/") == store.list_keys("a/10/x") == []
+        self.raw_write(store, "a/2", b"12")
+        assert store.sizes("a/") == {"a/10": 0, "a/2": 2, "a/B/1": 0, "a/b": 0, "a/ü": 0}
+        assert list(store.sizes()) == store.list_keys()
 
     def test_what_is_written_is_listed_at_once(self, store: Store) -> None:
         for number in range(20):
@@ -267,7 +273,7 @@ class StoreContract:
             "store.write('a', b'0' * 2_000_000); say('begun')\n"
             "for number in range(1, 100_000): store.write('a', b'%d' % (number % 10) * 2_000_000)"
         )
-        for delay in (0.0, 0.003, 0.007, 0.016):
+        for delay in self.kill_delays:
             writer = child(program)
             assert writer.hear() == "begun"
             time.sleep(delay)
@@ -309,7 +315,6 @@ class StoreContract:
         assert store.create_exclusive("versions/1.json", b"third") is True
 
     def test_of_two_processes_at_once_exactly_one_creates(self, store: Store, child: Callable[[str], Child]) -> None:
-        rounds = 40
         program = (
             "name = hear(); say('ready')\n"
             "while key := hear():\n"
@@ -319,14 +324,14 @@ class StoreContract:
         for name, racer in racers.items():
             racer.tell(name)
             assert racer.hear() == "ready"
-        for number in range(rounds):
+        for number in range(self.race_rounds):
             key = f"race/{number}"
             for racer in racers.values():
                 racer.tell(key)
             won = [name for name, racer in racers.items() if racer.hear() == "True"]
             assert len(won) == 1
             assert self.raw_read(store, key) == won[0].encode() * 1000
-        assert len(self.raw_everything(store)) == rounds
+        assert len(self.raw_everything(store)) == self.race_rounds
 
     # Leases.
 
