@@ -112,6 +112,9 @@ def ingest(sub: argparse.ArgumentParser) -> Run:
     add_settings_option(sub, "rate=8")
     sub.add_argument("--limit", type=int, metavar="N", help="only the first N films")
     sub.add_argument("--plan", action="store_true", help="say what would be done, and do nothing")
+    sub.add_argument(
+        "--prune", action="store_true", help="take films out of the dataset that the sources had and have no longer"
+    )
     sub.add_argument("--ray-address", metavar="A", help="an existing Ray cluster (default: start one here for the run)")
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
     return run_ingest
@@ -146,6 +149,7 @@ def run_ingest(options: argparse.Namespace) -> int:
             limit=options.limit,
             ray_address=options.ray_address,
             columns=columns,
+            prune=options.prune,
             allow_outside=options.allow_outside,
             on_progress=Stages(),
             found=found,
@@ -173,7 +177,7 @@ def show_plan(options: argparse.Namespace, settings: dict[str, Any]) -> int:
     with tempfile.TemporaryDirectory() as empty:
         there = (Path(options.lake) / "versions").is_dir()
         lake = Lake.open(options.lake) if there else Lake.create(empty)
-        plan = plan_ingest(lake, found, recipe, options.limit)
+        plan = plan_ingest(lake, found, recipe, options.limit, prune=options.prune)
         if options.json:
             print(json.dumps({"films": len(plan.films), "clips": len(plan.clips), "blocks": len(plan.blocks)}))
         else:

@@ -71,6 +71,7 @@ def run_ingest(
     limit: int | None = None,
     ray_address: str | None = None,
     columns: dict[str, str] | None = None,
+    prune: bool = False,
     allow_outside: bool = False,
     on_progress: Listener | None = None,
     found: Discovery | None = None,
@@ -81,7 +82,7 @@ def run_ingest(
     1) and, where the run could not be done, `error` (one line).
 
     Args:
-        source, lake, captions, recipe, settings, limit, ray_address, columns, allow_outside: the flow's.
+        source, lake, captions, recipe, settings, limit, ray_address, columns, prune, allow_outside: the flow's.
         on_progress: told of films read and clips done; warnings are printed where it is given.
         found: what pipeline.sources.folders.discover found for these sources, where that was called already.
 
@@ -92,7 +93,7 @@ def run_ingest(
     try:
         start_server()
         sources = [source] if isinstance(source, str) else list(source)
-        arguments = (sources, lake, captions, recipe, settings, limit, ray_address, columns, allow_outside)
+        arguments = (sources, lake, captions, recipe, settings, limit, ray_address, columns, prune, allow_outside)
         state = cast(State[Any], ingest(*arguments, return_state=True))
     except ServerError as error:
         return _nothing(str(error), lake)
@@ -131,6 +132,7 @@ def ingest(
     limit: int | None = None,
     ray_address: str | None = None,
     columns: dict[str, str] | None = None,
+    prune: bool = False,
     allow_outside: bool = False,
 ) -> Any:
     """Films and captions to the next version of a lake.
@@ -147,12 +149,13 @@ def ingest(
         limit: Only this many films, the first by name.
         ray_address: Address of a Ray cluster; without one, Ray is started on this machine for the run.
         columns: The tables' own names for file, caption, start and end, where they differ.
+        prune: Takes films out of the dataset that the sources had and have no longer.
         allow_outside: Reads films that links or '..' reach outside their source.
     """
     sources = [source] if isinstance(source, str) else list(source)
     logging.getLogger("prefect.task_runs").addFilter(_without_trace)
     try:
-        how = {"columns": columns, "allow_outside": allow_outside}
+        how = {"columns": columns, "prune": prune, "allow_outside": allow_outside}
         report = _ingest(sources, lake, captions, _recipe(recipe, settings), limit, ray_address, **how)
     except StepFailed as error:
         return Failed(message=str(error), data=IngestFailed(str(error), _nothing(str(error), lake)))

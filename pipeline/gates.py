@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.items import Certificate, Failure, Rejected, Row
 from storage.schema import CERTIFICATE
@@ -78,6 +78,14 @@ class GateDecision:
     def regained(self) -> set[str]:
         """Films with clips that may come back."""
         return {clip.film for clip in self.open.values()}
+
+    def renamed(self, names: Mapping[str, str]) -> GateDecision:
+        """The same of films that have new names, by their old ones."""
+        rejected, waiting = (
+            {name: replace(clip, film=names.get(clip.film, clip.film)) for name, clip in clips.items()}
+            for clips in (self.rejected, self.open)
+        )
+        return GateDecision(rejected, self.leaving, waiting, self.reflagged)
 
     @property
     def changes(self) -> bool:

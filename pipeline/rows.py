@@ -42,7 +42,7 @@ def place(path: str, film: str) -> str:
     return printable(path) + part_of(film)
 
 
-def film_row(film: str, caption: str, size: int, modified_ns: int, path: str) -> dict[str, Any]:
+def film_row(film: str, caption: str, size: int, modified_ns: int, path: str, source: str = "") -> dict[str, Any]:
     """A row of storage.schema.FILM_SCHEMA for a film that has not been read."""
     return {
         "film": film,
@@ -62,6 +62,7 @@ def film_row(film: str, caption: str, size: int, modified_ns: int, path: str) ->
         "frame_rate": float("nan"),
         "decoder": "",
         "path": path,
+        "source": source,
     }
 
 

@@ -44,6 +44,7 @@ FILM_SCHEMA = _schema(
         ("frame_rate", pa.float64(), "frames per second, NaN where unknown"),
         ("decoder", pa.string(), "version of the ffmpeg that read it, empty where unknown"),
         ("path", pa.string(), "where the file was when it was ingested, absolute; empty where unknown"),
+        ("source", pa.string(), "the folder or table that named it, absolute, or its address; empty where unknown"),
     ],
 )
 

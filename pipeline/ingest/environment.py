@@ -30,6 +30,9 @@ LASTING = frozenset(
 """Faults of the film itself: not looked at again before the file or the decoder changes, or the recipe's gates open.
 What fails for any other reason is tried again by the next run."""
 
+RECIPE_BOUND = frozenset(["shorter_than_window", "too_few_frames", "too_many_frames", "duplicate", BELOW_GATE])
+"""Those of them that another recipe may see otherwise."""
+
 CERTAIN = frozenset(["no_ffmpeg", "decoder_failed"])
 """Reasons that the tool itself was found to be broken: one film that fails for them tells enough."""
 

@@ -1,10 +1,21 @@
-"""What versions before the newest hold that an ingest can carry on: clips of the same recipe are never made twice."""
+"""What earlier versions hold that an ingest can carry on: the films of the dataset, and clips of the same recipe.
+
+The film table of the newest version is the list of the dataset's films, whatever the recipe: a film that was taken out
+under one recipe does not come back with another one's clips.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from pipeline.ingest.environment import LASTING, RECIPE_BOUND
+from pipeline.ingest.identity import content, covers
 from pipeline.items import Row
 from storage.layout import Lake
 from storage.version import Version, list_versions, load, read_manifest
+
+OTHER_RECIPE = "other_recipe"
+"""Reason of films that have no clips by this recipe yet, because its runs did not include their source."""
 
 
 def newest_of_recipe(lake: Lake, recipe_fingerprint: str) -> Version | None:
@@ -14,14 +25,80 @@ def newest_of_recipe(lake: Lake, recipe_fingerprint: str) -> Version | None:
 
 
 def older_rows(lake: Lake, base: Version | None, wanted: set[str]) -> dict[str, Row]:
-    """Rows of wanted clips, by id, in versions before `base` of its recipe: a film that is back is not made again."""
+    """Rows of wanted clips, by id, in versions up to `base` of its recipe: a film that is back is not made again."""
     rows: dict[str, Row] = {}
     if base is None or not wanted:
         return rows
     for number in list_versions(lake):
         version = load(lake, number)
-        if number < base.number and version.recipe_fingerprint == base.recipe_fingerprint:
+        if number <= base.number and version.recipe_fingerprint == base.recipe_fingerprint:
             table = read_manifest(lake, version, "clips")
             if wanted.intersection(table.column("clip_id").to_pylist()):
                 rows |= {row["clip_id"]: row for row in table.to_pylist() if row["clip_id"] in wanted}
     return rows
+
+
+def dataset_films(lake: Lake, parent: Version | None, base: Version | None) -> list[Row]:
+    """The films of the dataset, with what this recipe (that of `base`) made of them.
+
+    Args:
+        lake: where.
+        parent: the newest version.
+        base: the newest one of this recipe.
+    """
+    newest = read_manifest(lake, parent, "films").to_pylist() if parent else []
+    if base is None or parent is None or base.number == parent.number:
+        return newest if base is not None else [_without_clips(row) for row in newest]
+    before = read_manifest(lake, base, "films").to_pylist()
+    if not _is_list_of_films(newest):
+        return list(before)
+    by_name = {row["film"]: row for row in before}
+    by_content = {(*content(row), row["film"].rpartition("#")[2]): row for row in before if row["film_id"]}
+    rows = []
+    for row in newest:
+        own = by_name.get(row["film"])
+        if own is None or content(own) != content(row):
+            own = by_content.get((*content(row), row["film"].rpartition("#")[2]))
+        where = {name: row[name] for name in ("film", "bytes", "modified_ns", "sha256", "path", "source")}
+        rows.append({**own, **where} if own is not None else _without_clips(row))
+    return rows
+
+
+def dataset_clips(
+    lake: Lake, parent: Version | None, base: Version | None, films: Sequence[Row], windows: bool = True
+) -> list[Row]:
+    """The clips of `base` whose films (`films`, see `dataset_films`) are in the dataset still, under their names.
+
+    windows: as Identities'.
+    """
+    if base is None or parent is None:
+        return []
+    clips: list[Row] = read_manifest(lake, base, "clips").to_pylist()
+    if base.number == parent.number or not _is_list_of_films(read_manifest(lake, parent, "films").to_pylist()):
+        return clips
+    by_content: dict[tuple[str, str], list[str]] = {}
+    for row in films:
+        by_content.setdefault(content(row), []).append(row["film"])
+    # A film that cannot be read any more keeps what it gave.
+    lost = {row["film"] for row in films if not row["film_id"]}
+    kept = []
+    for clip in clips:
+        names = [name for name in by_content.get(content(clip), []) if covers(name, clip, windows)]
+        if clip["film"] in names or (not names and clip["film"] in lost):
+            kept.append(clip)
+        elif names:
+            kept.append({**clip, "film": names[0]})
+    return kept
+
+
+def _is_list_of_films(rows: Sequence[Row]) -> bool:
+    """Whether the program that wrote them knew sources; older ones forgot films when the recipe changed."""
+    return any(row["source"] for row in rows)
+
+
+def _without_clips(row: Row) -> Row:
+    """A film that has given nothing by this recipe yet."""
+    if row["status"] == "failed" and row["reason"] in LASTING - RECIPE_BOUND:
+        return {**row, "clips": 0}
+    detail = "its clips are of another recipe; ingest its source with this one"
+    return {**row, "clips": 0, "status": "filtered", "reason": OTHER_RECIPE, "detail": detail}

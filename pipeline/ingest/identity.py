@@ -1,8 +1,9 @@
-"""Which film of the lake a file is, the name it goes by, and who else has its clips.
+"""Which film of the lake a file is, the name it goes by, who else has its clips, and which films are gone.
 
 A film's identity is its place: the path of its file, and which part of it. The name that people see is the path within
 its source. Where another film has that name, it is told apart by its source: `walks/1.mp4`, then `walks-2/1.mp4`.
-A film that is at another place with the same content, while nothing is left at the old place, has moved.
+A film that is at another place with the same content, while its content is no longer at the old place, has moved: it
+stays the same film, under a new name where its file has one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from itertools import count
 
 from pipeline.items import Failure, Row
 from pipeline.rows import part_of, place, printable
-from pipeline.sources.folders import FilmEntry
+from pipeline.sources.folders import Discovery, FilmEntry
+from pipeline.sources.tables import TABLE_SUFFIXES
 
 Item = FilmEntry | Failure
 
@@ -23,29 +25,40 @@ Item = FilmEntry | Failure
 class Identities:
     """The films of a run among those of the lake."""
 
-    def __init__(self, rows: Iterable[Row], run: Sequence[Item], windows: bool = True) -> None:
-        """`rows`: the lake's films; those of lakes that knew no paths are found by name, whatever the source.
-        `windows`: clips are windows that follow each other, else shots or parts."""
+    def __init__(
+        self, rows: Iterable[Row], run: Sequence[Item], sources: Discovery | None = None, windows: bool = True
+    ) -> None:
+        """Args:
+        rows: the lake's films; those of lakes that knew no paths are found by name, whatever the source.
+        run: the films that this run looks at.
+        sources: all that the sources name, where that is more than the run.
+        windows: clips are windows that follow each other, else shots or parts.
+        """
         self.windows = windows
+        self.renamed: dict[str, str] = {}
+        """New names, by their old ones, of films that moved; known once `settle` was called."""
         self._rows = {row["film"]: row for row in rows}
         self._places = {item.place for item in run}
+        self._named = self._places | {item.place for item in (sources.items if sources else ())}
+        self._origins = list(sources.origins) if sources else []
+        self._unread = [f"{folder}/" for folder in (sources.unread if sources else ())]
         self._files = {printable(str(item.path)) for item in run}
         self._names: dict[str, str] = {}
         self._taken: set[str] = set()
+        self._sought: set[str] = set()
+        """Names, in the lake, of films that moved."""
         self._digests = {_version(row["path"] or _file(name), row): row["sha256"] for name, row in self._rows.items()}
         self._by_content: dict[tuple[str, str], list[Row]] | None = None
-        known = {place(row["path"], row["film"]): row["film"] for row in self._rows.values() if row["path"]}
+        self._at = {place(row["path"], row["film"]): row for row in self._rows.values() if row["path"]}
+        pathless = {name: row for name, row in self._rows.items() if not row["path"]}
         for item in run:
-            if item.place in known:
-                self._give(item, known[item.place])
-        for item in run:
-            row = self._rows.get(item.film)
-            if row is not None and not row["path"] and item.place not in self._names and item.film not in self._taken:
-                self._give(item, item.film)
+            if item.place not in self._at and item.film in pathless:
+                self._at[item.place] = pathless.pop(item.film)
+        self._here = {row["film"] for where, row in self._at.items() if where in self._places}
 
     def row(self, item: Item) -> Row | None:
-        """The lake's row of a film, as far as its name is known."""
-        return self._rows.get(self._names.get(item.place, ""))
+        """The lake's row of the film at this place."""
+        return self._at.get(item.place)
 
     def digest(self, entry: FilmEntry) -> str:
         """The digest of a film's content if its file is as the lake knows it; empty where it has to be read."""
@@ -53,23 +66,48 @@ class Identities:
         names = (printable(str(entry.path)), _file(entry.film))
         return next((digest for name in names if (digest := self._digests.get(_version(name, now)))), "")
 
-    def name(self, item: Item, digest: str = "") -> str:
-        """The name of a film of this run, from now on its own. `digest`: its content's, where it has been read."""
-        if item.place not in self._names:
-            free = (name for name in _candidates(item) if name not in self._taken and self._free(name, digest))
-            self._give(item, next(free))
+    def settle(self, known: Sequence[Item], read: Sequence[tuple[FilmEntry, str]]) -> None:
+        """Says which film of the lake each film of the run is. Call it once.
+
+        Args:
+            known: films that were not read, or could not be: they are what was at their place.
+            read: films with their contents' digests.
+        """
+        new = [(item, digest) for item, digest in read if not self._stays(item, digest)]
+        for item in [*known, *(item for item, digest in read if self._stays(item, digest))]:
+            if row := self.row(item):
+                self._give(item, row["film"])
+        moved = self._moved(new)
+        for item, _ in new:
+            row = self.row(item)
+            # What became of the film that was here is settled first: it may have moved away.
+            if item.place not in moved and row is not None and row["film"] not in self._sought:
+                self._give(item, row["film"])
+        for item, _ in new:
+            if old := moved.get(item.place):
+                self._give(item, old if old == item.film or old.endswith(f"/{item.film}") else self._candidate(item))
+                if self._names[item.place] != old:
+                    self.renamed[old] = self._names[item.place]
+        for item in [*known, *(item for item, _ in new)]:
+            if item.place not in self._names:
+                self._give(item, self._candidate(item))
+
+    def name(self, item: Item) -> str:
+        """The name of a film of this run, once they are settled."""
         return self._names[item.place]
 
     def in_run(self, film: str) -> bool:
-        """Whether the name is that of a film of this run."""
-        return film in self._taken
+        """Whether the lake's film of this name is, by its place, one of this run's."""
+        return film in self._here
 
     def elsewhere(self, film: str) -> bool:
         """Whether the lake's film of this name is no matter of this run: from another source, where it still is."""
         row = self._rows.get(film)
-        if row is None or film in self._taken or not row["path"] or row["path"] in self._files:
+        if row is None or film in self._taken or film in self.renamed or not row["path"]:
             return False
-        return os.path.exists(row["path"])
+        if place(row["path"], film) in self._named:
+            return True  # beyond the run's limit
+        return row["path"] not in self._files and not self._gone(row)
 
     def heir(self, clip: Row) -> str | None:
         """The film elsewhere that has the same clip (a row of storage.schema.CLIP_SCHEMA), if there is one."""
@@ -78,24 +116,86 @@ class Identities:
             for row in self._rows.values():
                 self._by_content.setdefault(content(row), []).append(row)
         rows = self._by_content.get(content(clip), [])
-        heirs = (
-            row["film"] for row in rows if _covers(row["film"], clip, self.windows) and self.elsewhere(row["film"])
-        )
+        heirs = (row["film"] for row in rows if covers(row["film"], clip, self.windows) and self.elsewhere(row["film"]))
         return next(heirs, None)
+
+    def missing(self) -> dict[str, str]:
+        """Films of the lake that this run's sources had and have no longer, and that did not move: source by name."""
+        found = {}
+        for film, row in self._rows.items():
+            settled = film in self._taken or film in self.renamed
+            if not settled and row["path"] and place(row["path"], film) not in self._named:
+                origin = self._origin(row)
+                if origin is not None:
+                    found[film] = origin
+        return found
+
+    def _stays(self, item: Item, digest: str) -> bool:
+        """Whether the film at this place is the one that was there, as far as its content tells."""
+        row = self.row(item)
+        return row is not None and bool(row["sha256"] in ("", digest))
+
+    def _moved(self, new: Sequence[tuple[FilmEntry, str]]) -> dict[str, str]:
+        """Names of the lake's films that these are, by place: of the same content, which has left its old place."""
+        displaced = {row["film"] for item, _ in new if (row := self.row(item)) is not None}
+        free: dict[tuple[str, str], list[Row]] = {}
+        for film, row in self._rows.items():
+            if row["sha256"] and film not in self._taken and (film in displaced or self._gone(row)):
+                free.setdefault((row["sha256"], part_of(film)), []).append(row)
+        found: dict[str, str] = {}
+        for agree in (_same_name_and_caption, _same_caption, _any):
+            for item, digest in new:
+                rows = free.get((digest, part_of(item.film)), [])
+                row = next((row for row in rows if agree(row, item)), None)
+                if item.place not in found and row is not None:
+                    rows.remove(row)
+                    found[item.place] = row["film"]
+                    self._sought.add(row["film"])
+        return found
+
+    def _gone(self, row: Row) -> bool:
+        """Whether a film that is not in this run is no longer where it was."""
+        if not row["path"] or place(row["path"], row["film"]) in self._named:
+            return False
+        # What an address holds is known to its own source only.
+        return self._origin(row) is not None or ("://" not in row["path"] and not os.path.exists(row["path"]))
+
+    def _origin(self, row: Row) -> str | None:
+        """The source of this run that a film would have to be in."""
+        if any(row["path"].startswith(folder) for folder in self._unread):
+            return None
+        own = row["source"]
+        if own.endswith(TABLE_SUFFIXES):
+            return own if own in self._origins else None
+        below = (origin for origin in self._origins if own == origin or row["path"].startswith(f"{origin}/"))
+        return next(below, None)
 
     def _give(self, item: Item, name: str) -> None:
         self._names[item.place] = name
         self._taken.add(name)
 
-    def _free(self, name: str, digest: str) -> bool:
-        """Whether no film has the name, or this one that has moved, or one that is not in this run and gave nothing."""
+    def _candidate(self, item: Item) -> str:
+        return next(name for name in _candidates(item) if name not in self._taken and self._free(name))
+
+    def _free(self, name: str) -> bool:
+        """Whether no film has the name, or one that moved away, or one that is not in this run and gave nothing."""
         row = self._rows.get(name)
-        if row is None:
+        if row is None or name in self._sought:
             return True
         gave_nothing = not row["sha256"] and not row["clips"]
-        # Where the old file is still there, this one is a copy: it shares the clips under a name of its own.
-        moved = digest != "" and row["sha256"] == digest and not os.path.exists(row["path"])
-        return place(row["path"], name) not in self._places and (gave_nothing or moved)
+        return gave_nothing and place(row["path"], name) not in self._places
+
+
+def _same_name_and_caption(row: Row, item: FilmEntry) -> bool:
+    return bool(row["film"].rpartition("/")[2] == item.film.rpartition("/")[2] and row["caption"] == item.caption)
+
+
+def _same_caption(row: Row, item: FilmEntry) -> bool:
+    return bool(row["caption"] == item.caption)
+
+
+def _any(row: Row, item: FilmEntry) -> bool:
+    return True
 
 
 def _candidates(item: Item) -> Iterator[str]:
@@ -118,7 +218,7 @@ def _version(file: str, row: Row) -> tuple[str, int, int]:
     return file, row["bytes"], row["modified_ns"]
 
 
-def _covers(film: str, clip: Row, windows: bool) -> bool:
+def covers(film: str, clip: Row, windows: bool) -> bool:
     """Whether a film, or a part by its name, may have the clip; `windows`: they follow each other from its start."""
     start, end, named = 0.0, math.inf, False
     number = r"[0-9.]+(?:e[+-]?[0-9]+)?"

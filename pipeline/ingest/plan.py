@@ -14,20 +14,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from pipeline.gates import decide, rejection
 from pipeline.ingest.block import cut_blocks
 from pipeline.ingest.cut import Cut, cut_film
 from pipeline.ingest.environment import LASTING, STOP_FILMS, check_environment, decoder_version
-from pipeline.ingest.history import newest_of_recipe, older_rows
+from pipeline.ingest.history import dataset_clips, dataset_films, newest_of_recipe, older_rows
 from pipeline.ingest.identity import Identities, content
 from pipeline.ingest.state import PARTIAL, FilmState, IngestPlan, Progress
 from pipeline.items import ClipPlan, Failure, Row
 from pipeline.media.decode import Probe, ffmpeg_binary, probe, select_frames
 from pipeline.media.faults import DecodeError, digest_of
 from pipeline.recipes import DataRecipe, Shots
-from pipeline.rows import caption_id, film_row, observed_frames, printable, split_of
-from pipeline.sources.folders import Discovery, FilmEntry
+from pipeline.rows import caption_id, film_row, observed_frames, place, printable, split_of
+from pipeline.sources.folders import Discovery, FilmEntry, SourceError
 from storage.fingerprint import fingerprint, short_id
 from storage.layout import Lake
 from storage.version import latest, read_manifest
@@ -40,6 +41,7 @@ def plan_ingest(
     limit: int | None = None,
     now: float | None = None,
     on_progress: Progress | None = None,
+    prune: bool = False,
 ) -> IngestPlan:
     """Plans an ingest into `lake`. Starts no Ray and decodes nothing.
 
@@ -50,13 +52,14 @@ def plan_ingest(
         limit: this many films only, the first by name.
         now: seconds since 1970, for the run's name.
         on_progress: told how many films have been read.
+        prune: whether films that these sources had and have no longer leave the dataset; else they stay, and are named.
 
     Raises:
         DecodeError: `no_ffmpeg`.
+        SourceError: a source of films to be pruned has none at all.
         RunnerError: all of the first films fail for one reason that lies outside them.
     """
     begin = time.perf_counter()
-    found = found.limited(limit)
     moment = time.gmtime(time.time() if now is None else now)
     recipe_fingerprint = fingerprint(recipe.data_fields())
     parent = latest(lake)
@@ -64,9 +67,11 @@ def plan_ingest(
     notes = list(found.notes)
     if parent is not None and base is None:
         notes.append(f"the recipe differs from version {parent.number}'s: its clips are not carried on, all are new")
-    base_clips = read_manifest(lake, base, "clips").to_pylist() if base else []
-    base_films = read_manifest(lake, base, "films").to_pylist() if base else []
+    base_films = dataset_films(lake, parent, base)
+    base_clips = dataset_clips(lake, parent, base, base_films, recipe.whole_shots is None)
     rejected = read_manifest(lake, base, "rejected").to_pylist() if base else []
+    whole = _without_known_missing(found, base_films)
+    found = whole.limited(limit)
     plan = IngestPlan(
         lake=lake,
         recipe=recipe,
@@ -75,7 +80,7 @@ def plan_ingest(
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", moment),
         parent=parent,
         base=base,
-        identities=Identities(base_films, [*found.entries, *found.failures], recipe.whole_shots is None),
+        identities=Identities(base_films, found.items, whole, recipe.whole_shots is None),
         films=[],
         blocks=[],
         staged={},
@@ -86,8 +91,10 @@ def plan_ingest(
         failures=[],
         notes=notes,
         seconds={},
+        prune=prune,
     )
     _plan_films(plan, found, on_progress or (lambda stage, done, total: None))
+    _note_missing(plan, whole)
     plan.films.sort(key=lambda film: film.name)
     plan.failures.extend(
         Failure(film.name, "source" if film.row["sha256"] == "" else "plan", it.reason, it.detail, it.status)
@@ -98,10 +105,51 @@ def plan_ingest(
     return plan
 
 
+def _without_known_missing(found: Discovery, films: Sequence[Row]) -> Discovery:
+    """The sources without films that a table names, that are not there, and that the dataset has.
+
+    They are no failures of every run to come: they are missing from the source, and can be pruned.
+    """
+    known = {place(row["path"], row["film"]) for row in films if row["path"] and row["clips"]}
+    failures = [it for it in found.failures if it.reason != "film_missing" or it.place not in known]
+    return replace(found, failures=failures)
+
+
+def _note_missing(plan: IngestPlan, sources: Discovery) -> None:
+    """Fills in `missing`, and says so."""
+    held = {clip["film"] for clip in plan.base_clips}
+    missing = plan.identities.missing()
+    plan.missing = missing
+    named = sorted(film for film in missing if film in held)
+    if not named:
+        return
+    if plan.prune:
+        for origin in {missing[film] for film in named}:
+            if not any(item.origin == origin for item in sources.items):
+                count = sum(missing[film] == origin for film in named)
+                raise SourceError(
+                    f"--prune would take out all {count} films of {origin}, which has none now; correct the source, "
+                    "or take them out one by one with: vlfm erase FILM"
+                )
+    shown = ", ".join(printable(film) for film in named[:5]) + (", ..." if len(named) > 5 else "")
+    are = "film of the dataset is" if len(named) == 1 else "films of the dataset are"
+    its = "its" if len(named) == 1 else "their"
+    what = f"{its} clips leave the dataset" if plan.prune else f"{its} clips stay, --prune takes them out"
+    plan.notes.append(f"{len(named)} {are} not in the source ({shown}); {what}")
+
+
 def _unusable(plan: IngestPlan, failure: Failure) -> FilmState:
-    state = FilmState(film_row(plan.identities.name(failure), "", 0, 0, failure.path))
+    row = film_row(plan.identities.name(failure), "", 0, 0, failure.path, failure.origin)
+    state = FilmState(_remembered(row, plan.identities.row(failure)))
     state.reject(failure)
     return state
+
+
+def _remembered(row: dict[str, Any], before: Row | None) -> dict[str, Any]:
+    """The row of a film that could not be looked at this time, with what the dataset knows of it."""
+    facts = ("caption", "bytes", "modified_ns", "sha256", "film_id", "seconds", "codec", "width", "height")
+    known = () if before is None or not before["sha256"] else (*facts, "frame_rate", "decoder")
+    return {**row, **{name: before[name] for name in known if before is not None}}
 
 
 # --- films ---
@@ -120,7 +168,8 @@ def _plan_films(plan: IngestPlan, found: Discovery, on_progress: Progress) -> No
             to_read.append(entry)
             continue
         done = row["status"] in ("done", "unchanged")
-        state = FilmState({**row, "path": printable(str(entry.path)), **({"status": "unchanged"} if done else {})})
+        where = {"path": printable(str(entry.path)), "source": entry.origin}
+        state = FilmState({**row, **where, **({"status": "unchanged"} if done else {})})
         state.remembered = True
         if done:
             state.known = clips_of.get(state.name, [])
@@ -132,11 +181,17 @@ def _plan_films(plan: IngestPlan, found: Discovery, on_progress: Progress) -> No
         films: list[tuple[FilmState, FilmEntry, tuple[Probe, Cut] | None]] = []
         for part in (to_read[:STOP_FILMS], to_read[STOP_FILMS:]):
             for entry, (state, film) in zip(part, pool.map(partial(_read_film, plan), part), strict=True):
-                name = plan.identities.name(entry, state.row["sha256"])
-                state.row["film"] = name
-                films.append((state, replace(entry, film=name), film))
+                films.append((state, entry, film))
                 on_progress("plan", len(films), len(to_read))
             check_environment([state.outcome for state, _, _ in films], plan.tolerated, STOP_FILMS)
+    unread = [entry for entry in found.entries if entry.place in settled]
+    unread += [entry for state, entry, _ in films if not state.row["sha256"]]
+    read = [(entry, state.row["sha256"]) for state, entry, _ in films if state.row["sha256"]]
+    plan.identities.settle([*unread, *found.failures], read)
+    _rename(plan)
+    films = [(state, replace(entry, film=plan.identities.name(entry)), film) for state, entry, film in films]
+    for state, entry, _ in films:
+        state.row["film"] = entry.film
     plan.films += [_unusable(plan, failure) for failure in found.failures]
     in_base = {clip["clip_id"] for clip in plan.base_clips}
     claimed: dict[str, str] = {clip: film.name for film in plan.films for clip in film.known}
@@ -150,6 +205,16 @@ def _plan_films(plan: IngestPlan, found: Discovery, on_progress: Progress) -> No
     clips = [clip for clip in clips if clip.clip_id not in older]
     clips = _with_previews(plan, sorted(clips, key=lambda clip: (clip.film_id, clip.window.start, clip.clip_id)))
     plan.blocks, plan.staged = cut_blocks(plan.lake, clips, plan.recipe.block_clips, plan.recipe_fingerprint)
+
+
+def _rename(plan: IngestPlan) -> None:
+    """Gives what the dataset has of films that moved their new names."""
+    renamed = plan.identities.renamed
+    if not renamed:
+        return
+    plan.base_clips = [{**clip, "film": renamed.get(clip["film"], clip["film"])} for clip in plan.base_clips]
+    plan.base_films = [row for row in plan.base_films if row["film"] not in renamed]
+    plan.gate_decision = plan.gate_decision.renamed(renamed)
 
 
 def _keep_out(plan: IngestPlan, state: FilmState, clips: Sequence[str]) -> None:
@@ -197,7 +262,8 @@ def _settled_rows(plan: IngestPlan, entries: Sequence[FilmEntry]) -> dict[str, R
 
 def _read_film(plan: IngestPlan, entry: FilmEntry) -> tuple[FilmState, tuple[Probe, Cut] | None]:
     """Hashes (unless the digest is known), probes and cuts one film."""
-    state = FilmState(film_row(entry.film, entry.caption, entry.bytes, entry.modified_ns, printable(str(entry.path))))
+    facts = (entry.film, entry.caption, entry.bytes, entry.modified_ns, printable(str(entry.path)), entry.origin)
+    state = FilmState(film_row(*facts))
     state.row["decoder"] = decoder_version()
     try:
         film = probe(entry.path, plan.recipe.limits)

@@ -8,8 +8,7 @@ from dataclasses import replace
 
 from pipeline.gates import REJECT, flags, rejection
 from pipeline.ingest.environment import LASTING, check_environment
-from pipeline.ingest.identity import content
-from pipeline.ingest.pack import Packed, pack, publish_version
+from pipeline.ingest.pack import pack, publish_version
 from pipeline.ingest.report import Account, IngestReport
 from pipeline.ingest.state import PARTIAL, FilmState, IngestPlan
 from pipeline.items import BlockResult, Failure, Outcome, Rejected, Row
@@ -46,11 +45,13 @@ def commit(plan: IngestPlan, texts: Texts | None, results: Sequence[BlockResult]
     superseded, owners = _ownership(plan, made)
     leaving = superseded | plan.gate_decision.leaving
     stays = any(row["clip_id"] not in leaving for row in plan.base_clips)
-    if made or (stays and (plan.goes_back or rejected or superseded or plan.gate_decision.changes or _joined(plan))):
+    stays = stays or bool(made)
+    changed = plan.goes_back or rejected or superseded or plan.gate_decision.changes
+    if stays and (made or changed or _recorded_anew(plan, owners, leaving)):
         with_clips = [block for block in plan.blocks if any(clip.clip_id in made for clip in block.clips)]
         packed = pack(plan, texts, with_clips, leaving, set(rejected))
         packed = replace(packed, rows=[{**row, "film": owners.get(row["clip_id"], row["film"])} for row in packed.rows])
-        rows = _all_films(plan, packed)
+        rows = _all_films(plan, packed.rows)
         counts = {"films": films.to_json(), "clips": clips.to_json()}
         waiting = {name: clip for name, clip in plan.gate_decision.open.items() if clip.film not in here}
         outside = {**waiting, **plan.gate_decision.rejected, **rejected}
@@ -147,8 +148,9 @@ def _ownership(plan: IngestPlan, made: set[str]) -> tuple[set[str], dict[str, st
         if film.known or film.row["reason"] == "duplicate" or any(clip in made for clip in film.new)
     }
     leaving = set()
+    going = renewed | plan.pruned
     for row in plan.base_clips:
-        if row["film"] in renewed and row["clip_id"] not in current:
+        if row["film"] in going and row["clip_id"] not in current:
             heir = plan.identities.heir(row)
             if heir is None:
                 leaving.add(row["clip_id"])
@@ -157,24 +159,32 @@ def _ownership(plan: IngestPlan, made: set[str]) -> tuple[set[str], dict[str, st
     return leaving, owners
 
 
-def _joined(plan: IngestPlan) -> bool:
-    """Whether a film that gives nothing new has no row of its content and place yet.
+_FACTS = ("film_id", "caption", "bytes", "modified_ns", "clips", "reason")
+"""What a row of the film table says that a later run goes by."""
 
-    By its row it keeps its clips when another film that shares them changes. Rows without a path are of older programs.
+
+def _recorded_anew(plan: IngestPlan, owners: Mapping[str, str], leaving: set[str]) -> bool:
+    """Whether the film table says other things than before, though no clip is new.
+
+    A film that was touched, moved, or found to be at fault is recorded, or each run would read it again. What failed
+    for a reason outside the film is not worth a version. Rows without a path are of older programs.
     """
     recorded = {row["film"]: row for row in plan.base_films}
-    for film in plan.films:
-        if film.known or film.row["reason"] == "duplicate":
-            row = recorded.get(film.name)
-            if row is None or content(row) != content(film.row) or row["path"] not in ("", film.row["path"]):
+    clips = [{**row, "film": owners.get(row["clip_id"], row["film"])} for row in plan.base_clips]
+    for row in _all_films(plan, [clip for clip in clips if clip["clip_id"] not in leaving]):
+        if row["status"] in ("done", "unchanged") or row["reason"] in LASTING:
+            before = recorded.get(row["film"])
+            if before is None or any(before[name] != row[name] for name in _FACTS):
+                return True
+            if before["path"] not in ("", row["path"]):
                 return True
     return False
 
 
-def _all_films(plan: IngestPlan, packed: Packed) -> list[Row]:
-    """Rows of this run's films and of those that other runs brought."""
+def _all_films(plan: IngestPlan, clips: Sequence[Row]) -> list[Row]:
+    """Rows of this run's films and of those that other runs brought; `clips`: the dataset's from now on."""
     held: dict[str, int] = {}
-    for row in packed.rows:
+    for row in clips:
         held[row["film"]] = held.get(row["film"], 0) + 1
     here = {film.name for film in plan.films}
     others: list[Row] = [{**row, "status": "unchanged"} if row["status"] == "done" else row for row in plan.base_films]
@@ -184,7 +194,11 @@ def _all_films(plan: IngestPlan, packed: Packed) -> list[Row]:
     heirs = {"status": "unchanged", "reason": "", "detail": ""}
     others = [{**row, **heirs} if row["reason"] == "duplicate" and row["film"] in held else row for row in others]
     rows: list[Row] = [film.row for film in plan.films if film.row["reason"] != BAD_ROW]
-    rows += [row for row in others if row["film"] not in here]
+    rows += [
+        row
+        for row in others
+        if row["film"] not in here and not (row["film"] in plan.missing and row["film"] not in held)
+    ]
     return [{**row, "clips": held.get(row["film"], 0)} for row in sorted(rows, key=lambda row: row["film"])]
 
 

@@ -86,6 +86,10 @@ class IngestPlan:
     """What the plan itself found."""
     notes: list[str]
     seconds: dict[str, float]
+    missing: Mapping[str, str] = field(default_factory=dict)
+    """Films of the dataset that the sources had and have no longer, each with its source."""
+    prune: bool = False
+    """Whether the missing films leave the dataset."""
     tried: list[Outcome] = field(default_factory=list)
     """What became of the clips that this run has finished so far."""
 
@@ -98,6 +102,11 @@ class IngestPlan:
     def clips(self) -> list[ClipPlan]:
         """The clips to be made."""
         return [clip for block in self.blocks for clip in block.clips]
+
+    @property
+    def pruned(self) -> set[str]:
+        """Films that leave the dataset because their sources no longer have them."""
+        return set(self.missing) if self.prune else set()
 
     @property
     def goes_back(self) -> bool:

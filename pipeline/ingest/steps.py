@@ -173,6 +173,7 @@ def ingest(
     ray_address: str | None = None,
     columns: Mapping[str, str] | None = None,
     found: Discovery | None = None,
+    prune: bool = False,
     allow_outside: bool = False,
 ) -> IngestReport:
     """Films and captions to the next version of `lake`, which is made once there is something to put into it.
@@ -185,9 +186,10 @@ def ingest(
         runner, on_progress, step, ray_address: as in `carry_out`; `on_progress` is told of the plan too.
         say: gets the plan's lines.
         found: what `discover` found, where that has been called already.
+        prune: as in `plan_ingest`.
 
     Raises:
-        SourceError: there is nothing to ingest.
+        SourceError: there is nothing to ingest, or nothing left of what is to be pruned.
         LakeBusy: another run is writing to the lake.
         and what the steps raise.
     """
@@ -204,7 +206,7 @@ def ingest(
         plan = step(
             f"plan the clips of {names}",
             "plan",
-            lambda: plan_ingest(place, films, recipe, limit, on_progress=on_progress),
+            lambda: plan_ingest(place, films, recipe, limit, on_progress=on_progress, prune=prune),
         )
         if say:
             for line in plan.lines():

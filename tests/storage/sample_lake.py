@@ -113,7 +113,7 @@ def film_row(clips: int) -> dict[str, Any]:
         "film": "folder/film.mp4", "film_id": identity("film"), "caption": "a caption", "bytes": 10, "modified_ns": 1,
         "sha256": "0" * 64, "status": "done", "reason": "", "detail": "", "clips": clips, "seconds": 9.0,
         "codec": "h264", "width": 64, "height": 48, "frame_rate": 25.0,
-        "decoder": "5.1", "path": "/films/folder/film.mp4",
+        "decoder": "5.1", "path": "/films/folder/film.mp4", "source": "/films/folder",
     }  # fmt: skip
 
 

@@ -363,8 +363,9 @@ def test_a_twin_that_fails_leaves_the_content_to_the_other(library: Path, tmp_pa
         put(library, "red", films / f"{name}.mp4")
     make(lake, films)
     (films / "a.mp4").write_bytes((films / "a.mp4").read_bytes()[:2000])
-    report = nothing_new(lake, films)
-    assert (report.clips.unchanged, report.films.failed) == (2, {"truncated": 1})
+    report = make(lake, films)
+    assert (report.clips.done, report.clips.unchanged, report.films.failed) == (0, 2, {"truncated": 1})
+    assert nothing_new(lake, films).clips.unchanged == 2, "that it is truncated is recorded"
 
 
 # --- names and tables through the whole ingest ---
