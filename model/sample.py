@@ -1,4 +1,4 @@
-"""Sampling: prompts to videos at any frame rate, from a training run alone."""
+"""Sampling: prompts to videos from a training run alone, at any frame rate or of as many frames as its method makes."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model.backbones.conditioning import Conditioning
 from model.backbones.dit import Backbone
 from model.codecs.base import Codec
 from model.codecs.factory import codec_from_spec
-from model.methods.base import Request, Sample, SampleSettings
+from model.methods.base import Request, Sample, SampledSequences, is_guided
 from model.program import run_program
+from model.sampling_options import add_sampling_options, chosen_sampling
 from model.text.encoder import TextEncoder, text_encoder_from_spec
 from model.training.checkpoint import Run, load_average
 from model.training.record import RunRecord
@@ -30,6 +33,18 @@ if TYPE_CHECKING:
 
 READ_AT_ONCE = 64
 """Frames of a clip that are read and decoded together."""
+
+
+@dataclass(frozen=True)
+class FrameVideo:
+    """A video that a method made as frames in order."""
+
+    frames: Frames
+    """(N, H, W, 3)."""
+    inserted: NDArray[np.float64]
+    """(N,): the clock when a frame was inserted, 0 for those that it began with, NaN for given ones."""
+    full: bool
+    """Whether it would have grown further, but for the most frames that were allowed."""
 
 
 class LoadedSampler:
@@ -97,18 +112,21 @@ class LoadedSampler:
         prompts: Sequence[str],
         starts: Sequence[float] | None,
         seeds: Sequence[int],
-        settings: SampleSettings,
+        settings: Any,
         first_frames: Tensor | None = None,
         negative: Sequence[str] | None = None,
+        given: Tensor | None = None,
     ) -> Sample:
-        """One window of latents for each prompt, readable at any time.
+        """A clip of latents for each prompt, readable at any time.
 
         starts: seconds into their films that the clips are to be from; None leaves it open.
+        settings: of the method's `Sampling`.
         first_frames: (B, C, h, w) latents, for the image-to-video task.
         negative: captions that guidance leads away from; None for the empty one.
+        given: (B, G, C, h, w) latents of frames in order, the first of them the clip's first, in place of first_frames.
         """
         empty = None
-        if settings.guidance != 1.0:
+        if is_guided(settings):
             empty = self.conditioning(negative or [""] * len(prompts), None, start_given=False)
         request = Request(
             conditioning=self.conditioning(prompts, starts),
@@ -117,12 +135,14 @@ class LoadedSampler:
             settings=settings,
             unconditional=empty,
         )
-        if first_frames is not None:
+        if given is None and first_frames is not None:
+            given = first_frames[:, None]
+        if given is not None:
             request = dataclasses.replace(
                 request,
-                frames=first_frames[:, None],
-                frame_time=torch.zeros(1, dtype=torch.float64),
-                given=torch.ones((len(prompts), 1), dtype=torch.bool),
+                frames=given,
+                frame_time=torch.zeros(1, dtype=torch.float64) if given.shape[1] == 1 else None,
+                given=torch.ones(given.shape[:2], dtype=torch.bool),
             )
         return self.method.sample(self.backbone, request)
 
@@ -131,7 +151,7 @@ class LoadedSampler:
         prompts: Sequence[str],
         rate: float,
         duration: float,
-        settings: SampleSettings | None = None,
+        settings: Any = None,
         start: float | None = None,
         image: Tensor | None = None,
         seeds: Sequence[int] | None = None,
@@ -145,7 +165,7 @@ class LoadedSampler:
             prompts: captions.
             rate: frames per second, any.
             duration: seconds, any above 0.
-            settings: how to integrate.
+            settings: how to integrate, of the method's `Sampling`; None for its defaults.
             start: seconds into the film that the clip is to be from; None leaves it open.
             image: (3, H, W) in [-1, 1], a first frame to start from.
             seeds: the seed of each video's noise; None for the settings' seed and those after it.
@@ -154,7 +174,7 @@ class LoadedSampler:
         Raises:
             ValueError: a rate or duration that is not positive, or a start that is no number.
         """
-        settings = settings or SampleSettings()
+        settings = settings or self.method.Sampling()
         if not (rate > 0 and math.isfinite(rate)):
             raise ValueError(f"fps is {rate}; it must be a number above 0")
         if not (duration > 0 and math.isfinite(duration)):
@@ -185,6 +205,51 @@ class LoadedSampler:
                 first = sample.read([1.0])[0]
         return [np.concatenate(part) for part in parts]
 
+    def frame_videos(
+        self,
+        prompts: Sequence[str],
+        settings: Any = None,
+        given: Sequence[Tensor] = (),
+        seeds: Sequence[int] | None = None,
+        negative: Sequence[str] | None = None,
+    ) -> list[FrameVideo]:
+        """A video for each prompt, of a method that makes frames in order (`Method.sequences`).
+
+        Args:
+            prompts: captions.
+            settings: of the method's `Sampling`; None for its defaults.
+            given: pictures (3, H, W) in [-1, 1], frames of every video in order.
+            seeds: the seed of each video's noise; None for the settings' seed and those after it.
+            negative: a caption for each video that guidance leads away from; None for the empty one.
+
+        Raises:
+            ValueError: a task or settings that the method cannot do; the message says the remedy.
+        """
+        settings = settings or self.method.Sampling()
+        seeds = [settings.seed + index for index in range(len(prompts))] if seeds is None else seeds
+        frames = None
+        if given:
+            pictures = torch.stack(list(given)).to(self.device)
+            frames = torch.stack([self.codec.encode(pictures, text=prompt).latents for prompt in prompts])
+        sample = cast(SampledSequences, self.sample(prompts, None, seeds, settings, negative=negative, given=frames))
+        parts = zip(prompts, sample.clips, sample.inserted, sample.full, strict=True)
+        return [
+            FrameVideo(self.decoded(latents, prompt), inserted.double().cpu().numpy(), full)
+            for prompt, latents, inserted, full in parts
+        ]
+
+    def decoded(self, latents: Tensor, prompt: str) -> Frames:
+        """Latents (N, C, h, w) as frames, a few at a time."""
+        some = latents.split(READ_AT_ONCE)
+        return np.concatenate([to_frames(self.codec.decode(part, text=prompt)) for part in some])
+
+    def strip(self, prompt: str, frames: int, seed: int) -> Frames:
+        """`frames` frames evenly over a video of a prompt, from its first frame on."""
+        if not self.method.sequences:
+            return self.videos([prompt], frames / self.window, self.window, seeds=[seed])[0]
+        made = self.frame_videos([prompt], seeds=[seed])[0].frames
+        return made[np.arange(frames) * len(made) // frames]
+
 
 class Sampler(LoadedSampler):
     """The sampler of a training run's averaged weights.
@@ -208,8 +273,10 @@ class Sampler(LoadedSampler):
         super().__init__(record, backbone)
 
 
-def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
+def read_image(path: str | Path, size: tuple[int, int], option: str = "--image") -> Tensor:
     """A picture file as (3, H, W) in [-1, 1], scaled to cover `size` (H, W) and cropped at the centre.
+
+    option: what messages call it.
 
     Raises:
         ValueError: the file is no picture, or a damaged one.
@@ -218,14 +285,14 @@ def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
     from PIL import Image, UnidentifiedImageError
 
     if not Path(path).is_file():
-        raise FileNotFoundError(f"--image {path}: there is no such file")
+        raise FileNotFoundError(f"{option} {path}: there is no such file")
     try:
         with Image.open(path) as picture:
             return fit_picture(picture, size)
     except UnidentifiedImageError:
-        raise ValueError(f"--image {path} is no picture that can be read; use a png or jpeg") from None
+        raise ValueError(f"{option} {path} is no picture that can be read; use a png or jpeg") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"--image {path} cannot be read ({error}); use another picture") from None
+        raise ValueError(f"{option} {path} cannot be read ({error}); use another picture") from None
 
 
 def fit_picture(picture: PIL.Image.Image, size: tuple[int, int]) -> Tensor:
@@ -239,60 +306,74 @@ def fit_picture(picture: PIL.Image.Image, size: tuple[int, int]) -> Tensor:
 
 def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
     """Add the sampler's options to a parser; returns what runs them."""
-    defaults = SampleSettings()
     parser.add_argument("--run", required=True, metavar="DIR", help="folder of a training run")
     parser.add_argument(
         "--prompt", required=True, action="append", metavar="TEXT", help="what to show; may be given several times"
     )
-    parser.add_argument(
-        "--start",
-        type=float,
-        metavar="S",
-        help="seconds into its film that the clip is to be from (default: left open)",
-    )
     parser.add_argument("--image", metavar="FILE", help="start from this picture instead of noise")
-    parser.add_argument("--fps", type=float, default=16.0, metavar="F", help="frames per second, any (default 16)")
     parser.add_argument(
-        "--duration", type=float, metavar="T", help="seconds, any (default: the window the run was trained on)"
+        "--fps",
+        type=float,
+        metavar="F",
+        help="frames per second (default 16); where a method makes frames in order it only says how fast the file is "
+        "shown (default: as the films were read)",
     )
     parser.add_argument("--out", required=True, metavar="FILE", help=".mp4, .gif, .webp, or .png for a strip of frames")
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of the noise (default 0)")
-    parser.add_argument("--steps", type=int, default=defaults.steps, help="solver steps on a window (default 16)")
-    parser.add_argument(
-        "--warmup-steps", type=int, default=defaults.warmup_steps, help="solver steps to the first frame (default 16)"
-    )
-    parser.add_argument(
-        "--solver", default=defaults.solver, help="ddim (default), euler, midpoint, heun, rk4 or adaptive"
-    )
-    parser.add_argument(
-        "--guidance", type=float, default=defaults.guidance, help="classifier-free guidance; 1 (default) is none"
-    )
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint to use (default: the newest)")
+    add_sampling_options(parser)
     return run_arguments
 
 
 def run_arguments(options: argparse.Namespace) -> int:
     """Sample as the options say."""
     check_output(options.out)  # what cannot be written is not worth the wait
-    settings = SampleSettings(options.steps, options.warmup_steps, options.solver, options.guidance, options.seed)
+    record = RunRecord.read(Run(Path(options.run)))
+    settings = chosen_sampling(record.method(), options)  # and neither are weights for options that cannot be
     sampler = Sampler(options.run, options.step)
-    height, width = sampler.clip["frame_shape"][:2]
-    image = None if options.image is None else read_image(options.image, (height, width))
-    if options.start is not None and sampler.method.clip_start_dropout == 1:
-        print("note: the run was trained without clip_start; --start is ignored", file=sys.stderr)
-    duration = sampler.window if options.duration is None else options.duration
+    size = (sampler.clip["frame_shape"][0], sampler.clip["frame_shape"][1])
     for prompt in options.prompt:
         if sampler.encoder.truncated(prompt):
             print(
                 f"note: the prompt is longer than the text encoder reads, its end is ignored: {prompt}", file=sys.stderr
             )
-    videos = sampler.videos(options.prompt, options.fps, duration, settings, options.start, image)
+    make = _frame_videos if sampler.method.sequences else _videos
+    rate, videos = make(sampler, options, settings, size)
     for index, frames in enumerate(videos):
         out = Path(options.out)
         path = out if len(videos) == 1 else out.with_name(f"{out.stem}-{index + 1}{out.suffix}")
-        write_video(path, frames, options.fps)
-        print(f"{path}  {len(frames)} frames at {options.fps:g} fps")
+        write_video(path, frames, rate)
+        print(f"{path}  {len(frames)} frames at {rate:g} fps")
     return 0
+
+
+def _videos(
+    sampler: Sampler, options: argparse.Namespace, settings: Any, size: tuple[int, int]
+) -> tuple[float, list[Frames]]:
+    """Frame rate and videos of a method whose clips are read at any time."""
+    image = None if options.image is None else read_image(options.image, size)
+    if options.start is not None and sampler.method.clip_start_dropout == 1:
+        print("note: the run was trained without clip_start; --start is ignored", file=sys.stderr)
+    duration = sampler.window if options.duration is None else options.duration
+    rate = 16.0 if options.fps is None else options.fps
+    return rate, sampler.videos(options.prompt, rate, duration, settings, options.start, image)
+
+
+def _frame_videos(
+    sampler: Sampler, options: argparse.Namespace, settings: Any, size: tuple[int, int]
+) -> tuple[float, list[Frames]]:
+    """Frame rate and videos of a method that makes frames in order."""
+    rate = float(sampler.clip["rate"]) if options.fps is None else options.fps
+    if not (rate > 0 and math.isfinite(rate)):
+        raise ValueError(f"fps is {rate}; it must be a number above 0")
+    files = {"--image": [] if options.image is None else [options.image], "--given": options.given or []}
+    given = [read_image(path, size, name) for name, paths in files.items() for path in paths]
+    videos = sampler.frame_videos(options.prompt, settings, given)
+    for number, video in enumerate(videos, start=1):
+        if video.full:
+            which = f"video {number}" if len(videos) > 1 else "the video"
+            most = f"--max-frames {2 * len(video.frames)}"
+            print(f"note: {which} would have grown beyond {len(video.frames)} frames: {most}", file=sys.stderr)
+    return rate, [video.frames for video in videos]
 
 
 def main(arguments_given: Sequence[str] | None = None) -> int:

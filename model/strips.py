@@ -84,8 +84,8 @@ class Strips:
             with self._sampler.backbone.register_forward_pre_hook(check):
                 for number, index in enumerate(spread_evenly(range(len(self.clips)), CAPTIONS)):
                     check()
-                    caption, window = self.clips[index].about["caption"], self._sampler.window
-                    (frames,) = self._sampler.videos([caption], FRAMES / window, window, seeds=[number])
+                    caption = self.clips[index].about["caption"]
+                    frames = self._sampler.strip(caption, FRAMES, number)
                     found[f"sample/{number} {caption}"] = np.concatenate(list(frames), axis=1)
         except _Interrupted:
             return {}

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import nn
 
 from model.backbones.dit import Backbone, BackboneConfig
-from model.backbones.published import official_weights, start_from_dit
 from model.methods.base import Method
 from model.methods.registry import method_named
 from model.program import add_settings_option, parse_settings, run_program
@@ -38,8 +37,8 @@ from model.training.optimizers import learning_rate_factor, make_optimizers
 from model.training.processes import FirstFailed, Processes, end_program, given_rank, join_processes
 from model.training.record import DatasetVersion, RunRecord
 from model.training.sharding import replicate, shard
+from model.training.start import start_from
 from model.training.state import TrainingState
-from storage.fingerprint import stream_digest
 from storage.layout import Lake
 from storage.version import Version, read_empty_text
 
@@ -49,8 +48,8 @@ def train(
 ) -> Path:
     """Train on one version of a lake until the recipe's last step, resuming where the run stands.
 
-    init_from: an official DiT checkpoint for the first weights (model/backbones/published.py); a run that has a
-    checkpoint of its own goes on from that.
+    init_from: an official DiT checkpoint or a run's folder for the first weights (model/training/start.py); a run that
+    has a checkpoint of its own goes on from that.
 
     A step whose loss or gradient is not finite changes nothing and is logged. SIGTERM and Ctrl-C end the run after the
     step in flight, with a checkpoint.
@@ -90,6 +89,7 @@ def _train(
 ) -> Path:
     check_divides(recipe, processes.world)
     collate = Collate(read_empty_text(lake, version), method_named(recipe.method).members)
+    check_members(recipe.method, collate.members, version)
     clips = Clips(lake, version, "train", collate.arrays)
     validation = Clips(lake, version, "validation", collate.arrays)
     record = processes.by_first(lambda: run_record(recipe, version, clips, run, init_from))
@@ -98,7 +98,7 @@ def _train(
     torch.manual_seed(recipe.seed)
     backbone = Backbone(record.backbone)
     if init_from is not None and not run.steps():
-        start_from_dit(backbone, init_from)
+        start_from(init_from).load(backbone)
     backbone.activation_checkpointing = recipe.activation_checkpointing
     backbone = backbone.to(processes.device, objective.dtype)
     trained: nn.Module = backbone
@@ -139,6 +139,15 @@ def _train(
     return run_training(training, state, run, schedule, processes, stop)
 
 
+def check_members(method: str, members: Sequence[str], version: Version) -> None:
+    """Refuses a version whose shards lack what the method reads. Raises ValueError with the remedy."""
+    if "latents" in members and not version.recipe.get("store_latents", True):
+        raise ValueError(
+            f"the method {method} learns from latents, which the shards of version {version.number} do not hold; "
+            "ingest with --set store_latents=true"
+        )
+
+
 def check_divides(recipe: TrainRecipe, count: int) -> None:
     """Refuses a batch that so many processes cannot share evenly. Raises ValueError with the remedy."""
     told = f"{count} processes" if recipe.accumulate == 1 else f"{count} processes x {recipe.accumulate} parts"
@@ -160,7 +169,7 @@ def run_record(
     reference = DatasetVersion(version.number, version.merkle_root, version.recipe_fingerprint)
     if before is not None:
         before.check_resumable(recipe, reference, run)
-    start: Mapping[str, str] | None = None if init_from is None else _named_with_digest(init_from)
+    start: Mapping[str, str] | None = None if init_from is None else start_from(init_from).describe()
     if before is not None:
         before.check_start(start, run)
         start = start or before.initialised_from
@@ -184,19 +193,11 @@ def run_record(
         architecture=recipe.architecture,
     )
     if before is None and init_from is not None:
-        official_weights(init_from, backbone)  # a file that does not fit is told before the run is described
+        start_from(init_from).check(backbone)  # weights that do not fit are told before the run is described
     record = RunRecord(recipe, figures, backbone, version.clip, version.codec, version.text, reference, start)
     if before is None:
         run.write(record.to_json())
     return record
-
-
-def _named_with_digest(path: Path) -> dict[str, str]:
-    """A file's name, without where it lies, and its sha256. Raises FileNotFoundError where there is none."""
-    if not path.is_file():
-        raise FileNotFoundError(f"--init-from {path}: there is no such file")
-    with open(path, "rb") as file:
-        return {"name": path.name, "sha256": stream_digest(file)}
 
 
 def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
@@ -217,7 +218,8 @@ def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
     parser.add_argument(
         "--init-from",
         metavar="FILE",
-        help="an official DiT checkpoint (.pt or .safetensors) for the first weights; wants --set architecture=dit",
+        help="first weights: a run's folder, whose backbone has the same shape, or an official DiT checkpoint (.pt "
+        "or .safetensors), which wants --set architecture=dit",
     )
     parser.add_argument(
         "--processes",

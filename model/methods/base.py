@@ -123,8 +123,8 @@ class Request:
     """The seed of each clip's noise (B)."""
     shape: tuple[int, int, int]
     """(C, h, w) of a frame's latents."""
-    settings: SampleSettings = dataclasses.field(default_factory=SampleSettings)
-    """How to integrate."""
+    settings: Any = dataclasses.field(default_factory=SampleSettings)
+    """How to sample: of the method's `Sampling`."""
     unconditional: Conditioning | None = None
     """The empty caption's, for guidance."""
     frames: Tensor | None = None
@@ -251,6 +251,31 @@ class Method(Protocol):
     def sample(self, backbone: nn.Module, request: Request) -> Sample:
         """Samples the requested clips. Raises ValueError for a task it cannot do."""
         ...
+
+
+class SampledSequences(Sample, Protocol):
+    """What a method samples whose `sequences` is true: frames in order, as many as a clip has."""
+
+    @property
+    def clips(self) -> list[Tensor]:
+        """Latents (N_i, C, h, w) of each clip."""
+        ...
+
+    @property
+    def inserted(self) -> list[Tensor]:
+        """(N_i,) of each clip: the clock when a frame was inserted, 0 for those that it began with, NaN for given
+        ones."""
+        ...
+
+    @property
+    def full(self) -> list[bool]:
+        """Whether a clip would have grown further, but for the most frames that were allowed."""
+        ...
+
+
+def is_guided(settings: Any) -> bool:
+    """Whether settings of a method's `Sampling` ask for guidance: a field `guidance` or `*_guidance` that is not 1."""
+    return any(value != 1 for name, value in vars(settings).items() if name.endswith("guidance"))
 
 
 def drop_captions(batch: Batch, dropped: Tensor) -> tuple[Tensor, Tensor]:

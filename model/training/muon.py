@@ -1,4 +1,4 @@
-"""Muon for the matrices inside the blocks (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
+"""Muon for the matrices inside the blocks (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural nets").
 
 torch has one too, but it can leave out no step on the device, keeps no sharded matrices, and iterates in bfloat16 on
 processors that have no fast one. The state and the settings have torch's names, so its checkpoints are read.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,8 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model.train import main
+from model.backbones.dit import Backbone
+from model.train import check_members, main
 from model.training.checkpoint import Run
+from model.training.record import RunRecord
+from model.training.start import FromRun
+from storage import version
 from storage.layout import Lake
 from tests.model.tiny_lake import make_lake
 
@@ -96,3 +101,59 @@ def test_a_file_that_does_not_fit_leaves_no_run(lake: Lake, tmp_path: Path, caps
     assert run_it(lake, run) == 0
     assert run_it(lake, run, "--init-from", str(given), steps=2) == 1
     assert "was started without --init-from; leave it out, or give another --run" in capsys.readouterr().err
+
+
+VLFM = {"architecture": "vlfm"}
+
+
+def test_a_run_starts_from_another_run(lake: Lake, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, run = tmp_path / "before", tmp_path / "run"
+    assert run_it(lake, before, learning_rate=1e-2, steps=2, ema_decay=0.5, **VLFM) == 0
+    assert run_it(lake, run, "--init-from", str(before), **VLFM) == 0
+    kept = json.loads((run / "run.json").read_text())["initialised_from"]
+    assert kept["name"] == "before/step-00000002"
+    averaged = load_file(Run(before).checkpoint() / "average.safetensors")
+    weights = load_file(Run(run).checkpoint() / "backbone.safetensors")
+    assert averaged.keys() == weights.keys()
+    for name, value in averaged.items():
+        torch.testing.assert_close(weights[name], value, atol=1e-6, rtol=0)
+    # A relative path is the same run; one that trained on since is another start.
+    assert run_it(lake, run, "--init-from", str(before.parent / "." / "before"), steps=2, **VLFM) == 0
+    assert run_it(lake, before, learning_rate=1e-2, steps=3, ema_decay=0.5, **VLFM) == 0
+    capsys.readouterr()
+    assert run_it(lake, run, "--init-from", str(before), steps=3, **VLFM) == 1
+    assert "was started from before/step-00000002" in capsys.readouterr().err
+    assert run_it(lake, tmp_path / "wide", "--init-from", str(before), width=32, **VLFM) == 1
+    assert "its backbone has width=16, not 32; set the same with --set" in capsys.readouterr().err
+    assert not (tmp_path / "wide" / "run.json").exists()
+    (tmp_path / "empty").mkdir()
+    assert run_it(lake, tmp_path / "new", "--init-from", str(tmp_path / "empty"), **VLFM) == 1
+    assert "is no training run" in capsys.readouterr().err
+
+
+def test_what_a_run_lacks_starts_without_effect(lake: Lake, tmp_path: Path) -> None:
+    """Fine-tuning under a method with other heads, frame times and rates."""
+    assert run_it(lake, tmp_path / "run", learning_rate=1e-2, steps=2, **VLFM) == 0
+    config = RunRecord.read(Run(tmp_path / "run")).backbone
+    new = Backbone(dataclasses.replace(config, outputs=("velocity",), temporal=True, rates=True))
+    FromRun(tmp_path / "run").load(new)
+    averaged = load_file(Run(tmp_path / "run").checkpoint() / "average.safetensors")
+    state = new.state_dict()
+    shared = averaged.keys() & state.keys()
+    assert averaged.keys() - shared == {f"{head}_head.{part}" for head in config.outputs for part in ("weight", "bias")}
+    assert all(torch.equal(averaged[name], state[name]) for name in shared)
+    assert not state["velocity_head.weight"].any()
+    assert not state["rate_head.last.weight"].any()
+    assert not state["frame_time.second.weight"].any()
+    assert not state["frame_time.second.bias"].any()
+    assert new.frame_time is not None
+    assert new.frame_time.second.weight.requires_grad
+
+
+def test_methods_of_latents_need_them_in_the_shards(lake: Lake) -> None:
+    found = version.load(lake)
+    without = dataclasses.replace(found, recipe={**found.recipe, "store_latents": False})
+    check_members("flowception", ("latents",), found)
+    check_members("vlfm", ("coefficients",), without)
+    with pytest.raises(ValueError, match="the shards of version 1 do not hold; ingest with --set store_latents=true"):
+        check_members("flowception", ("latents",), without)
