@@ -30,10 +30,11 @@ from model.settings import (
 )
 
 RULES = {
-    **dict.fromkeys(("width", "depth", "heads", "patch", "batch", "steps", "accumulate"), AT_LEAST_1),
+    **dict.fromkeys(("width", "depth", "heads", "patch", "stem_depth"), AT_LEAST_1),
+    **dict.fromkeys(("batch", "steps", "accumulate"), AT_LEAST_1),
     **dict.fromkeys(("checkpoint_every", "checkpoints_kept", "log_every", "validate_every"), AT_LEAST_1),
     **dict.fromkeys(("matrix_learning_rate", "weight_decay", "learning_rate_warmup"), AT_LEAST_0),
-    **dict.fromkeys(("bad_steps_allowed", "loader_workers", "spike_factor", "sample_every"), AT_LEAST_0),
+    **dict.fromkeys(("bad_steps_allowed", "loader_workers", "spike_factor", "sample_every", "stem"), AT_LEAST_0),
     **dict.fromkeys(("learning_rate", "gradient_clip"), ABOVE_0),
     "learning_rate_decay": SHARE,
     "ema_decay": SHARE_BELOW_1,
@@ -69,6 +70,10 @@ class TrainRecipe:
     """Norm of each head's queries and keys: `none`, `rms` or `layer`."""
     architecture: str = "vlfm"
     """`vlfm`, or `dit`: norms and time embedding of the published DiT, which `--init-from` needs."""
+    stem: int = 0
+    """Channels of convolutions before and after the transformer's blocks, a multiple of 8; 0 leaves them out."""
+    stem_depth: int = 2
+    """Residual blocks of these convolutions on either side."""
     activation_checkpointing: bool = False
     """Whether a block is computed again in the backward pass, which saves its memory and costs a third more work."""
     batch: int = 64
@@ -175,18 +180,25 @@ def combinations() -> TrainRecipe:
     return TrainRecipe(
         name="combinations",
         width=128,
-        depth=5,
+        depth=3,
         heads=4,
-        patch=4,
+        patch=2,
+        stem=64,
         options=VLFMOptions(
-            start_anywhere=0.9, times_per_clip=4, warmup_share=0.6, state_jitter=0.05, clip_start_dropout=1.0
+            start_anywhere=0.9,
+            times_per_clip=4,
+            warmup_share=0.6,
+            state_jitter=0.05,
+            clip_start_dropout=1.0,
+            signal_weight=9.0,
         ),
         batch=32,
-        steps=2000,
+        steps=1000,
         learning_rate=2e-3,
         learning_rate_warmup=50,
         ema_decay=0.99,
-        checkpoint_every=500,
+        checkpoint_every=250,
+        checkpoints_kept=4,
         log_every=10,
         validate_every=250,
     )

@@ -191,6 +191,8 @@ def run_record(
         rates=method.rates,
         qk_norm=recipe.qk_norm,
         architecture=recipe.architecture,
+        stem=recipe.stem,
+        stem_depth=recipe.stem_depth,
     )
     if before is None and init_from is not None:
         start_from(init_from).check(backbone)  # weights that do not fit are told before the run is described

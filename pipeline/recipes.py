@@ -220,6 +220,8 @@ def combinations() -> DataRecipe:
         name="combinations",
         rate=8.0,
         observe="all",
+        # Large blocks: 64 tokens' worth of latents show all attributes, and the network learns them on a CPU.
+        codec={"kind": "linear", "factor": 8, "channels": 12, "scale": 0.5},
         text={"kind": "pretrained", "source": "vlfm-text"},
         validation_fraction=0.05,
         preview_clips=16,

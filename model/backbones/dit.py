@@ -5,7 +5,8 @@ time. Flow time has the shape (B, L), one value for each frame of a sequence; VL
 frame its own time use more, and set `temporal`, so that frames are told apart by their place in the clip. Every block
 modulates its tokens by adaLN-Zero (Peebles and Xie 2023, arXiv 2212.09748, section 3.2) and reads the caption by
 cross-attention; the heads start at zero. `architecture=dit` has the published norms and time embedding, so that an
-official checkpoint fits (model/backbones/published.py).
+official checkpoint fits (model/backbones/published.py). With a `stem` the transformer is the middle of a U:
+convolutions at the latents' own size come before and after it (model/backbones/stem.py).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from model.backbones.attention import Attention, FrameCache, PairCount, attentio
 from model.backbones.blocks import QK_NORMS, Block, RateHead
 from model.backbones.conditioning import Conditioning
 from model.backbones.embeddings import SinusoidalEmbedding, StepEmbedding
+from model.backbones.stem import GROUPS, Stem
 from model.backbones.tensors import check_tensors, read_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -68,11 +70,17 @@ class BackboneConfig:
     """`vlfm`, or `dit`: norms and time embedding as published, which official checkpoints need."""
     rates: bool = False
     """Whether each frame has a token of its own that predicts the rate of insertions to its right (`log_rate`)."""
+    stem: int = 0
+    """Channels of the convolutions before and after the blocks, a multiple of 8; 0 leaves them out."""
+    stem_depth: int = 2
+    """Residual blocks of convolutions before the transformer, and as many after it."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+            if isinstance(value, int) and not isinstance(value, bool) and value < (name != "stem"):
+                raise ValueError(f"{name} is {value}; it must be at least {int(name != 'stem')}")
+        if self.stem % GROUPS:
+            raise ValueError(f"stem is {self.stem}; it must be a multiple of {GROUPS}, or 0 for none")
         if not self.outputs:
             raise ValueError("outputs is empty; a backbone needs a head")
         for name, value, known in (
@@ -130,9 +138,10 @@ class Backbone(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
-        width, pixels = config.width, config.channels * config.patch**2
+        width, pixels = config.width, (config.stem or config.channels) * config.patch**2
         self.embed_latents = nn.Linear(pixels, width)
-        self.embed_context = nn.Linear(pixels, width)
+        if not config.stem:
+            self.embed_context = nn.Linear(pixels, width)
         self.position = nn.Parameter(torch.empty(config.tokens, width))
         published = config.architecture == "dit"
         self.time = StepEmbedding(width) if published else SinusoidalEmbedding(width, longest=4.0, shortest=1 / 32)
@@ -146,8 +155,11 @@ class Backbone(nn.Module):
         )
         self.modulation = nn.Linear(width, 2 * width)
         self.norm = nn.LayerNorm(width, eps=config.norm_epsilon, elementwise_affine=False)
+        self.stem = Stem(config.channels, config.stem, config.stem_depth, width) if config.stem else None
+        self.leave_blocks = nn.Linear(width, pixels) if config.stem else None
         for name in config.outputs:
-            self.add_module(f"{name}_head", nn.Linear(width, pixels))
+            head = nn.Linear(config.stem, config.channels) if config.stem else nn.Linear(width, pixels)
+            self.add_module(f"{name}_head", head)
         # Only where it is used: a backbone of single states has no parameter that never learns.
         self.frame_time = SinusoidalEmbedding(width, longest=64.0, shortest=1 / 16) if config.temporal else None
         self.rate_token = nn.Parameter(torch.empty(width)) if config.rates else None
@@ -164,8 +176,12 @@ class Backbone(nn.Module):
         with torch.no_grad():
             self.position.copy_(position_embedding(self.config))
         nn.init.zeros_(self.context_flag)
-        for layer in (self.embed_context, self.modulation, *self.heads):
+        for layer in (self.modulation, *self.heads):
             nn.init.zeros_(layer.weight)
+        if self.stem is None:
+            nn.init.zeros_(self.embed_context.weight)
+        else:
+            self.stem.initialise()
         for block in self.blocks:
             assert isinstance(block, Block)
             nn.init.zeros_(block.modulation.weight)
@@ -218,13 +234,7 @@ class Backbone(nn.Module):
                 f"{'missing' if frame_time is None else 'given'}; build it for the method that runs it"
             )
         batch, frames = flow_time.shape
-        tokens = self.embed_latents(self.patchify(latents))  # (B, L, n, W)
-        context = self.embed_context(self.patchify(given.context))  # (B, L or 1, n, W)
-        shown = given.context_given.to(context.dtype)  # (B, L or 1)
-        tokens = tokens + self.position + context * shown[:, :, None, None]  # (B, L, n, W)
-        if self.rate_token is not None:
-            tokens = torch.cat([tokens, self.rate_token.to(tokens.dtype).expand(batch, frames, 1, -1)], 2)
-
+        shown = given.context_given.to(latents.dtype)  # (B, L or 1)
         pooled = self.pooled_text(last_rows(given.text, given.text_length))  # (B or B/K, W)
         clip = self.duration(given.log_duration) + pooled.repeat_interleave(batch // len(pooled), 0)  # (B, W)
         clip = clip + self.clip_start(given.clip_start) * given.start_given[:, None]  # (B, W)
@@ -233,6 +243,16 @@ class Backbone(nn.Module):
             assert frame_time is not None
             frame = frame + self.frame_time(frame_time)  # (B, L, W)
         condition = functional.silu(self.time(flow_time) + frame)  # (B, L, W)
+
+        if self.stem is None:
+            tokens = self.embed_latents(self.patchify(latents))  # (B, L, n, W)
+            context = self.embed_context(self.patchify(given.context))  # (B, L or 1, n, W)
+            tokens = tokens + self.position + context * shown[:, :, None, None]  # (B, L, n, W)
+        else:
+            features = self.stem.enter(latents, given.context, shown, condition)  # (B, L, S, h, w)
+            tokens = self.embed_latents(self.patchify(features)) + self.position  # (B, L, n, W)
+        if self.rate_token is not None:
+            tokens = torch.cat([tokens, self.rate_token.to(tokens.dtype).expand(batch, frames, 1, -1)], 2)
 
         text = self.text(given.text)  # (B or B/K, M, W)
         words = torch.arange(text.shape[1], device=text.device) < given.text_length[:, None]  # (B or B/K, M)
@@ -260,9 +280,14 @@ class Backbone(nn.Module):
         shift, scale = self.modulation(condition)[:, :, None].chunk(2, dim=-1)  # (B, L, 1, W) each
         tokens = self.norm(tokens) * (1 + scale) + shift  # (B, L, n, W)
         of_latents = tokens[:, :, : self.config.tokens]  # (B, L, n, W)
-        found = {
-            name: self.unpatchify(head(of_latents)) for name, head in zip(self.config.outputs, self.heads, strict=True)
-        }
+        heads = zip(self.config.outputs, self.heads, strict=True)
+        if self.stem is None:
+            found = {name: self.unpatchify(head(of_latents)) for name, head in heads}
+        else:
+            assert self.leave_blocks is not None
+            features = features + self.unpatchify(self.leave_blocks(of_latents))  # (B, L, S, h, w)
+            features = self.stem.leave(features, condition).movedim(2, -1)  # (B, L, h, w, S)
+            found = {name: head(features).movedim(-1, 2) for name, head in heads}
         if self.rate_head is not None:
             found[LOG_RATE] = self.rate_head(tokens[:, :, -1])
         return found
@@ -297,7 +322,7 @@ class Backbone(nn.Module):
 
     def patchify(self, latents: Tensor) -> Tensor:
         """(B, L, C, h, w) to (B, L, n, C*p*p)."""
-        batch, frames, channels, height, width = latents.shape
+        batch, frames, channels, height, width = latents.shape  # C: the latents' channels, or the stem's
         p = self.config.patch
         cut = latents.reshape(batch, frames, channels, height // p, p, width // p, p)
         return cut.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch, frames, self.config.tokens, channels * p * p)
@@ -306,8 +331,8 @@ class Backbone(nn.Module):
         """(B, L, n, C*p*p) to (B, L, C, h, w)."""
         c, p = self.config, self.config.patch
         batch, frames = patches.shape[:2]
-        cut = patches.reshape(batch, frames, c.height // p, c.width_latent // p, c.channels, p, p)
-        return cut.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, frames, c.channels, c.height, c.width_latent)
+        cut = patches.reshape(batch, frames, c.height // p, c.width_latent // p, -1, p, p)
+        return cut.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, frames, -1, c.height, c.width_latent)
 
 
 def position_embedding(config: BackboneConfig) -> Tensor:

@@ -68,6 +68,8 @@ def official_weights(path: Path, config: BackboneConfig) -> dict[str, Tensor]:
     """
     if config.architecture != "dit":
         raise ValueError(f"{path.name} fits the published architecture alone: --set architecture=dit")
+    if config.stem:
+        raise ValueError(f"{path.name} has no convolutions around its blocks: --set stem=0")
     if config.qk_norm != "none":
         raise ValueError(f"{path.name} was trained without a norm of queries and keys: --set qk_norm=none")
     tensors = read_tensors(path)

@@ -260,9 +260,10 @@ def test_every_field_of_the_recipe_changes_something(lake: Lake, tmp_path: Path)
     changes = {
         "name": None, "method": "per_frame",
         "width": 64, "depth": 1, "heads": 4, "patch": 4, "qk_norm": "rms", "architecture": "dit", "optimizer": "grams",
+        "stem": 8, "stem_depth": 1,
         "activation_checkpointing": None, "path": "paper", "warmup": 0.5, "sigma_end": 0.3,
-        "warmup_share": 0.6, "warmup_focus": 1.5, "anchor": "none", "anchor_noise": 0.5, "anchor_dropout": 0.9,
-        "start_anywhere": 0.5, "clip_start_dropout": 0.0,
+        "warmup_share": 0.6, "warmup_focus": 1.5, "signal_weight": 5.0, "anchor": "none", "anchor_noise": 0.5,
+        "anchor_dropout": 0.9, "start_anywhere": 0.5, "clip_start_dropout": 0.0,
         "state_jitter": 0.0, "error_focus": 1.0, "derivative_weight": 1.0, "caption_dropout": 0.9,
         "context_dropout": 0.1, "batch": 2, "times_per_clip": 1, "steps": 4, "learning_rate": 1e-4,
         "matrix_learning_rate": 1e-3, "weight_decay": 0.5, "learning_rate_warmup": 1, "learning_rate_decay": 1.0,
@@ -283,11 +284,14 @@ def test_every_field_of_the_recipe_changes_something(lake: Lake, tmp_path: Path)
 
     reference = outcome("reference", base)
     assert reference == outcome("again", base)
-    alone, without = {"path", "context_dropout"}, override(base, {"anchor": "none"})
-    unanchored = outcome("unanchored", without)
+    unanchored, stemmed = override(base, {"anchor": "none"}), override(base, {"stem": 8})
+    # Those that count only with another option, and the outcome of that option alone.
+    alone = {name: (unanchored, outcome("unanchored", unanchored)) for name in ("path", "context_dropout")}
+    alone["stem_depth"] = (stemmed, outcome("stemmed", stemmed))
     for name, value in changes.items():
         if name in alone:
-            assert outcome(name, override(without, {name: value})) != unanchored, name
+            with_it, before = alone[name]
+            assert outcome(name, override(with_it, {name: value})) != before, name
         elif value is not None and name != "checkpoint_every":
             assert outcome(name, override(base, {name: value})) != reference, name
     kept_all = outcome("checkpoint_every", override(base, {"checkpoint_every": 3}))
