@@ -224,8 +224,7 @@ class VLFM:
             target = self.path.velocity(latents, wide, mean, derivative)
             velocity_loss = (self.path.velocity(latents, wide, predicted, slope) - target).square().mean()
         return {
-            "loss": (errors * self.weights(errors, flow_time, draws)).mean()
-            + options.derivative_weight * slope_errors.mean(),
+            "loss": weighted + options.derivative_weight * slope_errors.mean(),
             "mean": errors.detach().mean(),
             "derivative": slope_errors.detach().mean(),
             "velocity": velocity_loss,

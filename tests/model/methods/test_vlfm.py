@@ -55,6 +55,13 @@ class Oracle(torch.nn.Module):
         }
 
 
+class Silent(torch.nn.Module):
+    """Answers zeros."""
+
+    def forward(self, latents: torch.Tensor, time: torch.Tensor, given: Conditioning) -> dict[str, Any]:
+        return {"mean": torch.zeros_like(latents), "derivative": torch.zeros_like(latents)}
+
+
 def given(named: float = 1.0) -> Conditioning:
     none = torch.zeros(2)
     return Conditioning(
@@ -222,6 +229,24 @@ def test_the_curve_and_its_slope_are_those_of_the_clip() -> None:
     step = 1e-6
     ahead, behind = curve(clips(), times + step)[0], curve(clips(), times - step)[0]
     torch.testing.assert_close(slope, (ahead - behind) / (2 * step), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("most", [0.0, 9.0])
+def test_states_count_by_their_signal_up_to_a_limit(most: float) -> None:
+    """The weight is 1 + min(S, limit) with S = (M a / sigma)^2, and the loss is the errors' mean with these weights."""
+    method = replace(METHOD, options=VLFMOptions(signal_weight=most, derivative_weight=0.0, anchor_noise=0.0))
+    times, errors = torch.tensor([[-0.25, -0.125, -0.05], [0.0, 0.5, 1.0]]), torch.ones(2, 3)
+    q = (times + 0.25).clamp(max=0.25) / 0.25
+    rise = q**2 * (3 - 2 * q)
+    ratio = (MEAN_SCALE * rise / (1 - 0.9 * rise)) ** 2
+    weights = method.weights(errors, times, Draws(0, 2))
+    torch.testing.assert_close(weights, 1 + ratio.clamp(max=most))
+    assert float(weights[0, 0]) == 1
+    assert bool((weights[1] == 1 + most).all())
+    losses = method.loss(Silent(), batch_of(2), Draws(0, 2))
+    place = losses["place"]
+    weights = method.weights(losses["errors"], torch.where(place < 0, 0.25 * place, place), Draws(0, 2))
+    torch.testing.assert_close(losses["loss"], (losses["errors"] * weights).mean())
 
 
 # --- anchors ---
