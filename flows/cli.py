@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -105,7 +104,12 @@ def parser(chosen: str | None = None) -> argparse.ArgumentParser:
 def ingest(sub: argparse.ArgumentParser) -> Run:
     """Options of `vlfm ingest`."""
     add_source_options(sub)
-    sub.add_argument("--lake", required=True, metavar="DIR", help="folder of the dataset; made when it is not there")
+    sub.add_argument(
+        "--lake",
+        required=True,
+        metavar="DIR",
+        help="folder of the dataset, or s3://BUCKET/PREFIX; made when it is not there",
+    )
     sub.add_argument(
         "--recipe", default="demo", metavar="NAME", help="data recipe: demo (default), linear, stable_diffusion"
     )
@@ -175,8 +179,7 @@ def show_plan(options: argparse.Namespace, settings: dict[str, Any]) -> int:
     columns = parse_columns(options.column)
     found = discover(options.source, options.captions, recipe.captions_required, columns, options.allow_outside)
     with tempfile.TemporaryDirectory() as empty:
-        there = (Path(options.lake) / "versions").is_dir()
-        lake = Lake.open(options.lake) if there else Lake.create(empty)
+        lake = Lake.open(options.lake) if Lake.exists(options.lake) else Lake.create(empty)
         plan = plan_ingest(lake, found, recipe, options.limit, prune=options.prune)
         if options.json:
             print(json.dumps({"films": len(plan.films), "clips": len(plan.clips), "blocks": len(plan.blocks)}))
@@ -216,7 +219,7 @@ def evaluate(sub: argparse.ArgumentParser) -> Run:
 def inspect(sub: argparse.ArgumentParser) -> Run:
     """Options of `vlfm inspect`."""
     sub.add_argument("clip", nargs="?", metavar="CLIP", help="a clip's id, or its first digits, to show all of it")
-    sub.add_argument("--lake", required=True, metavar="DIR", help="the lake")
+    sub.add_argument("--lake", required=True, metavar="DIR", help="the lake: a folder, or s3://BUCKET/PREFIX")
     sub.add_argument("--version", type=int, metavar="N", help="version (default: the newest)")
     sub.add_argument("--json", action="store_true", help="print as JSON")
     return run_inspect
@@ -249,7 +252,7 @@ def run_inspect(options: argparse.Namespace) -> int:
         return 0
     clip = version.clip
     print(
-        f"version {version.number} of {lake.root}, {version.created}: {len(clips)} clips of {clip['duration']:g} s, "
+        f"version {version.number} of {lake.address}, {version.created}: {len(clips)} clips of {clip['duration']:g} s, "
         f"order {clip['order']}, codec {version.codec['id']}, {len(version.shards)} shards"
     )
     for row in rows:
@@ -265,7 +268,7 @@ def run_inspect(options: argparse.Namespace) -> int:
 
 def verify(sub: argparse.ArgumentParser) -> Run:
     """Options of `vlfm verify`."""
-    sub.add_argument("--lake", required=True, metavar="DIR", help="the lake")
+    sub.add_argument("--lake", required=True, metavar="DIR", help="the lake: a folder, or s3://BUCKET/PREFIX")
     sub.add_argument("--version", type=int, metavar="N", help="version (default: the newest)")
     sub.add_argument("--json", action="store_true", help="print as JSON")
     return run_verify
@@ -283,7 +286,9 @@ def run_verify(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"version": version.number, "problems": problems}))
     else:
-        print("\n".join(problems) or f"version {version.number} of {lake.root} is whole: {len(version.shards)} shards")
+        print(
+            "\n".join(problems) or f"version {version.number} of {lake.address} is whole: {len(version.shards)} shards"
+        )
     return 1 if problems else 0
 
 

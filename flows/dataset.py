@@ -33,6 +33,7 @@ from pipeline.ingest import IngestReport
 from pipeline.ingest import ingest as pipeline_ingest
 from pipeline.recipes import DataRecipe, recipe_named
 from pipeline.sources.folders import Discovery
+from storage.address import last_name
 from storage.errors import VlfmError, is_expected
 from storage.layout import Lake
 from storage.version import load
@@ -119,7 +120,7 @@ def _run_name() -> str:
     source = parameters["source"]
     sources = [source] if isinstance(source, str) else list(source)
     names = [Path(name).name or "folder" for name in sources[:1]] + [f"{len(sources) - 1}-more"] * (len(sources) > 1)
-    return f"ingest-{'-and-'.join(names) or 'nothing'}-to-{Path(parameters['lake']).name or 'lake'}"
+    return f"ingest-{'-and-'.join(names) or 'nothing'}-to-{last_name(parameters['lake']) or 'lake'}"
 
 
 @flow(name="ingest", flow_run_name=_run_name, validate_parameters=True, log_prints=False)
@@ -295,11 +296,11 @@ class _LogLines(io.StringIO):
 
 
 def _leave_artifacts(report: IngestReport, recipe: DataRecipe, names: str, lake: Lake) -> None:
-    title = f"{names} into {lake.root.name}"
+    title = f"{names} into {last_name(lake.address)}"
     create_table_artifact(accounts_table(report), key="ingest-accounts", description=f"What became of {title}")
     create_markdown_artifact(summary(report, recipe, names), key="ingest-summary", description=f"Ingest of {title}")
     if report.version is not None:
         sheet = contact_sheet(lake, load(lake, report.version))
         if sheet is not None:
-            words = f"Frames of version {report.version} of {lake.root.name}, as the model is to see them"
+            words = f"Frames of version {report.version} of {last_name(lake.address)}, as the model is to see them"
             create_image_artifact(data_address(sheet), key="ingest-contact-sheet", description=words)

@@ -210,7 +210,9 @@ def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
         metavar="DIR",
         help="folder of a training run; given several times, for runs of other seeds: prints means and ranges",
     )
-    parser.add_argument("--lake", required=True, metavar="DIR", help="the lake it was trained on")
+    parser.add_argument(
+        "--lake", required=True, metavar="DIR", help="the lake it was trained on: a folder, or s3://BUCKET/PREFIX"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for report.html and metrics.json")
     parser.add_argument("--clips", type=int, default=16, metavar="N", help="clips of each split to sample (default 16)")
     parser.add_argument("--shown", type=int, default=6, metavar="N", help="clips with pictures (default 6)")

@@ -204,7 +204,12 @@ def run_record(
 
 def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
     """Add the trainer's options to a parser; returns what runs them."""
-    parser.add_argument("--lake", required=True, metavar="DIR", help="the lake that `vlfm ingest` wrote")
+    parser.add_argument(
+        "--lake",
+        required=True,
+        metavar="DIR",
+        help="the lake that `vlfm ingest` wrote: a folder, or s3://BUCKET/PREFIX",
+    )
     # torchrun takes --run for an abbreviation of its own --run-path, even behind -m; --run-dir gets past it.
     parser.add_argument(
         "--run",

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from storage.address import store_at
 from storage.local import TEMPORARY_SUFFIX, write_atomic
+from storage.s3_client import BucketError
 from storage.store import DiskFull, LakeBusy, LakeError, Store
 
 __all__ = ["DiskFull", "Lake", "LakeBusy", "LakeError", "version_naming", "write_atomic"]
@@ -98,6 +99,17 @@ class Lake:
         store = store_at(address)
         store.check(_FOLDERS)
         return Lake(store)
+
+    @staticmethod
+    def exists(address: str | Path) -> bool:
+        """Whether a lake is at `address`. Raises BucketError where its bucket cannot be used."""
+        try:
+            Lake.open(address)
+        except BucketError:
+            raise
+        except LakeError:
+            return False
+        return True
 
     @property
     def address(self) -> str:

@@ -1,7 +1,8 @@
 """The Icechunk repository under the arrays: opened, read at a snapshot, kept to one committer, swept.
 
 Icechunk's own warning on local disks ("not safe for concurrent commits") goes to stdout; it is silenced here, and
-answered by a lock. Its errors are raised as one line each, a full disk as `DiskFull`.
+answered by a lock. In a bucket Icechunk finds credentials as the bucket's own client does. Its errors are raised as one
+line each, a full disk as `DiskFull`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from typing import TYPE_CHECKING
 
 from storage.layout import DiskFull, Lake, LakeError
 from storage.local import free_bytes, fsync_path, naming_full_disk
+from storage.s3 import S3Store
 from storage.version import latest, list_versions, load
 
 if TYPE_CHECKING:
     import icechunk
 
+_ARRAYS = "arrays"
 REMEDY = "restore the lake from a copy, or ingest the films into a new one"
 
 
@@ -38,16 +41,25 @@ def open_repository(lake: Lake, create: bool = False) -> icechunk.Repository:
     import icechunk
 
     icechunk.set_logs_filter("error")
-    if not lake.arrays.is_dir():
-        if not create:
-            raise LakeError(f"{lake.arrays} is missing; {REMEDY}")
-        lake.arrays.mkdir()
-    storage = icechunk.local_filesystem_storage(str(lake.arrays))
+    if isinstance(lake.store, S3Store):
+        storage = _in_bucket(lake.store)
+    else:
+        folder = lake.store.local_path(_ARRAYS)
+        if not folder.is_dir():
+            if not create:
+                raise LakeError(f"{folder} is missing; {REMEDY}")
+            folder.mkdir()
+        storage = icechunk.local_filesystem_storage(str(folder))
     if icechunk.Repository.exists(storage):
         return icechunk.Repository.open(storage)
     if not create:
-        raise LakeError(f"{lake.arrays} is no Icechunk repository; {REMEDY}")
+        raise LakeError(f"{address(lake)} is no Icechunk repository; {REMEDY}")
     return icechunk.Repository.create(storage)
+
+
+def address(lake: Lake) -> str:
+    """Where the repository is, for people."""
+    return lake.store.address(_ARRAYS)
 
 
 def at_snapshot(lake: Lake, snapshot: str) -> icechunk.Session:
@@ -62,7 +74,7 @@ def at_snapshot(lake: Lake, snapshot: str) -> icechunk.Session:
     try:
         return repository.readonly_session(snapshot_id=snapshot)
     except icechunk.IcechunkError as error:
-        raise LakeError(f"{lake.arrays} has no snapshot {snapshot} ({first_line(error)}); {REMEDY}") from error
+        raise LakeError(f"{address(lake)} has no snapshot {snapshot} ({first_line(error)}); {REMEDY}") from error
 
 
 def writable_from(lake: Lake, repository: icechunk.Repository, parent: str | None) -> icechunk.Session:
@@ -80,7 +92,7 @@ def writable_from(lake: Lake, repository: icechunk.Repository, parent: str | Non
         try:
             repository.reset_branch("main", base)
         except icechunk.IcechunkError as error:
-            raise LakeError(f"{lake.arrays} has no snapshot {base} ({first_line(error)}); {REMEDY}") from error
+            raise LakeError(f"{address(lake)} has no snapshot {base} ({first_line(error)}); {REMEDY}") from error
     return repository.writable_session("main")
 
 
@@ -101,12 +113,19 @@ def drop_unreachable(lake: Lake, repository: icechunk.Repository) -> int:
     kept = {snapshot.id for snapshot in repository.ancestry(branch="main")}
     for number in list_versions(lake):
         if load(lake, number).snapshot not in kept:
-            raise LakeError(f"version {number}'s snapshot is not in the history of {lake.arrays}; nothing is collected")
+            raise LakeError(
+                f"version {number}'s snapshot is not in the history of {address(lake)}; nothing is collected"
+            )
     return int(repository.garbage_collect(datetime.datetime.now(datetime.UTC)).bytes_deleted)
 
 
 def fsync_changed(lake: Lake, since: float) -> None:
-    """Bring every file of the repository that changed since then (seconds since 1970) to disk: Icechunk does not."""
+    """Bring every file of the repository that changed since then (seconds since 1970) to disk: Icechunk does not.
+
+    What a bucket has acknowledged is there.
+    """
+    if isinstance(lake.store, S3Store):
+        return
     for folder, _, files in os.walk(lake.arrays):
         paths = [os.path.join(folder, name) for name in files]
         changed = [path for path in paths if os.stat(path).st_mtime >= since - 2]
@@ -120,16 +139,16 @@ def storage_errors(lake: Lake) -> Iterator[None]:
     import icechunk
 
     try:
-        with naming_full_disk(lake.arrays):
+        with contextlib.nullcontext() if isinstance(lake.store, S3Store) else naming_full_disk(lake.arrays):
             yield
     except ValueError as error:
         if "checksum" in str(error):  # of a chunk, in Zarr's words
-            raise LakeError(f"{lake.arrays}: a chunk is damaged ({first_line(error)}); {REMEDY}") from error
+            raise LakeError(f"{address(lake)}: a chunk is damaged ({first_line(error)}); {REMEDY}") from error
         raise
     except icechunk.IcechunkError as error:
         if is_disk_full(error):
             raise DiskFull(lake.arrays, free_bytes(lake.arrays)) from error
-        raise LakeError(f"{lake.arrays}: {first_line(error)}; {REMEDY}") from error
+        raise LakeError(f"{address(lake)}: {first_line(error)}; {REMEDY}") from error
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -145,3 +164,18 @@ def first_line(error: BaseException) -> str:
 def _newest(lake: Lake, repository: icechunk.Repository) -> str:
     version = latest(lake)
     return version.snapshot if version is not None else list(repository.ancestry(branch="main"))[-1].id
+
+
+def _in_bucket(store: S3Store) -> icechunk.Storage:
+    import icechunk
+
+    service, region, path_style = store.service
+    return icechunk.s3_storage(
+        bucket=store.bucket,
+        prefix=store.key_in_bucket(_ARRAYS),
+        region=region,
+        endpoint_url=service if path_style else None,
+        allow_http=service.startswith("http:"),
+        force_path_style=path_style,
+        from_env=True,
+    )

@@ -219,14 +219,15 @@ class S3Store:
 
         self._again(key, copied)
 
-    # Objects.
-
-    def _full(self, key: str) -> str:
+    def key_in_bucket(self, key: str) -> str:
+        """The bucket's own name of a key of the store."""
         return f"{self.prefix}/{key}" if self.prefix else key
+
+    # Objects.
 
     def _call(self, operation: str, key: str, **given: Any) -> Any:
         with self._errors(key):
-            return getattr(client(self.endpoint), operation)(Bucket=self.bucket, Key=self._full(key), **given)
+            return getattr(client(self.endpoint), operation)(Bucket=self.bucket, Key=self.key_in_bucket(key), **given)
 
     def _size(self, key: str) -> int | None:
         try:
@@ -249,7 +250,8 @@ class S3Store:
             answer = self._call("get_object", key, Range=f"bytes={start}-{stop - 1}")
         except NoRange:
             raise self._no_range(key, start, stop, self._size(key) or 0) from None
-        data: bytes = answer["Body"].read()
+        with contextlib.closing(answer["Body"]) as body:
+            data: bytes = body.read()
         total = int(answer["ContentRange"].rpartition("/")[2])
         if stop > total:
             raise self._no_range(key, start, stop, total)
@@ -272,10 +274,11 @@ class S3Store:
 
     def _stream(self, answer: Mapping[str, Any], file: IO[bytes]) -> None:
         digest, size = hashlib.sha256(), 0
-        for piece in answer["Body"].iter_chunks(1 << 20):
-            file.write(piece)
-            digest.update(piece)
-            size += len(piece)
+        with contextlib.closing(answer["Body"]) as body:
+            for piece in body.iter_chunks(1 << 20):
+                file.write(piece)
+                digest.update(piece)
+                size += len(piece)
         if size != answer["ContentLength"]:
             raise _Torn(f"{size} bytes came of {answer['ContentLength']}")
         # What another program has put (a film of a source) has no checksum of ours.
@@ -300,7 +303,11 @@ class S3Store:
         parts = TransferConfig(multipart_threshold=_ONE_PUT, multipart_chunksize=_PART, max_concurrency=4)
         with self._errors(key):
             client(self.endpoint).upload_fileobj(
-                _Unclosed(file), self.bucket, self._full(key), ExtraArgs={"Metadata": {_DIGEST: digest}}, Config=parts
+                _Unclosed(file),
+                self.bucket,
+                self.key_in_bucket(key),
+                ExtraArgs={"Metadata": {_DIGEST: digest}},
+                Config=parts,
             )
 
     def _create(self, key: str, data: bytes) -> bool:
@@ -329,7 +336,7 @@ class S3Store:
             except (_Torn, BotoCoreError, ConnectionError) as error:
                 last = error
                 time.sleep(pause)
-        told = f"s3://{self.bucket}/{self._full(key)} could not be read whole in {ATTEMPTS} tries"
+        told = f"s3://{self.bucket}/{self.key_in_bucket(key)} could not be read whole in {ATTEMPTS} tries"
         if isinstance(last, _Torn | FlexibleChecksumError):
             raise DamagedObject(f"{told} ({last}); restore it from a copy, or ingest the films into a new lake")
         raise BucketError(f"{told} ({type(last).__name__}); run the same command again later") from last
@@ -374,7 +381,7 @@ class S3Store:
                 raise
             if isinstance(meaning, Absent):
                 meaning = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.address()}/{key}")
-            raise meaning from (error if isinstance(meaning, BucketError) else None)
+            raise meaning from (None if isinstance(meaning, FileNotFoundError | Condition | NoRange) else error)
 
 
 @dataclass(frozen=True)

@@ -23,19 +23,19 @@ class BucketError(LakeError):
     kind = Kind.ENVIRONMENT
 
 
-class Absent(Exception):
+class Absent(BucketError):
     """Nothing is stored under the key."""
 
 
-class NoRange(Exception):
+class NoRange(BucketError):
     """The object ends before the range begins."""
 
 
-class Condition(Exception):
+class Condition(BucketError):
     """A put's condition does not hold; `raced`: another put was under way, so that it is not known yet."""
 
     def __init__(self, raced: bool) -> None:
-        super().__init__()
+        super().__init__("another program puts the same object")
         self.raced = raced
 
 

@@ -124,7 +124,12 @@ def rebuild_index(lake: Lake, name: str) -> ShardInfo:
     Raises:
         DamagedShard: the tar itself is torn or holds what we do not write.
     """
-    entries = _scan(lake, name)
+    path = lake.store.address(shard_key(name))
+    try:
+        with lake.store.open_read(shard_key(name)) as file:
+            entries = _scan(file, path)
+    except FileNotFoundError:
+        raise DamagedShard(f"{path} is missing; {_REMEDY}") from None
     info = ShardInfo(name, lake.store.size(shard_key(name)) or 0, _digest(lake, name), len(entries))
     lake.store.write(index_key(name), _index_bytes(info, entries))
     return info
@@ -136,17 +141,20 @@ class ShardReader:
     `reader[i]` is a dictionary of members: arrays are read-only, JSON members are dictionaries. A sample's checksum is
     compared when it is first read, for which all of it is read. Nothing is mapped: a mapped file that shrinks ends the
     process (SIGBUS).
+
+    From a store that is far away a sample comes whole, in one request, and is kept in the store's cache under its own
+    checksum.
     """
 
     def __init__(self, lake: Lake, name: str) -> None:
         """Open the shard `name`, `<block_id>.tar`, and its index.
 
         Raises:
-            LakeError: the lake is on no local disk.
             DamagedShard: the tar or the index is missing, is of another size or cannot be read.
         """
         self.lake, self.name = lake, name
-        self.path = lake.store.local_path(shard_key(name))
+        self.path = lake.store.address(shard_key(name))
+        self._cache = lake.store.cache()
         index = _read_index(lake, name)
         size = lake.store.size(shard_key(name))
         if size != index["bytes"]:
@@ -190,8 +198,11 @@ class ShardReader:
         key, members = entry["key"], entry["members"]
         wanted = list(members if names is None else names)
         if unknown := [name for name in wanted if name not in members]:
-            raise KeyError(f"{self.path.name}, clip {key}: no member {unknown[0]!r}, there are {sorted(members)}")
-        found = self._bytes(entry, wanted) if key in self._compared else self._compare(entry)
+            raise KeyError(f"{self.name}, clip {key}: no member {unknown[0]!r}, there are {sorted(members)}")
+        if key in self._compared:
+            found = self._bytes(entry, wanted)
+        else:
+            found = self._compare(entry, self._bytes(entry, members))
         self._compared.add(key)
         sample: dict[str, Any] = {"__key__": key}
         for name in wanted:
@@ -207,42 +218,79 @@ class ShardReader:
         return DamagedShard(f"{self.path}, clip {key}, {what}; {verify}; {_REMEDY}")
 
     def verify(self) -> list[str]:
-        """Compare every byte with the index, and the index with the tar: the problems found, each naming the file."""
+        """Compare every byte with the index, and the index with the tar: the problems found, each naming the file.
+
+        The store itself is read, never its cache.
+        """
         problems, damaged = [], []
-        for entry in self._entries:
+        try:
+            opened = self.lake.store.open_read(shard_key(self.name))
+        except LakeError as error:
+            return [str(error)]
+        with opened as file:
+            for entry in self._entries:
+                try:
+                    self._compare(entry, self._members(entry, entry["members"], file))
+                except DamagedShard:
+                    damaged.append(entry["key"])
+            file.seek(0)
+            digest = stream_digest(file)
+            file.seek(0)
             try:
-                self._compare(entry)
-            except DamagedShard:
-                damaged.append(entry["key"])
+                found = [(entry["key"], entry["members"]) for entry in _scan(file, self.path)]
+            except DamagedShard as error:
+                found, torn = [], [str(error)]
+            else:
+                torn = []
         if damaged:
             problems.append(f"{self.path}: clips {', '.join(damaged)} are damaged (wrong checksum); {_REMEDY}")
-        if _digest(self.lake, self.name) != self.info.sha256:
+        if digest != self.info.sha256:
             problems.append(f"{self.path}: wrong checksum; {_REMEDY}")
-        try:
-            found = [(entry["key"], entry["members"]) for entry in _scan(self.lake, self.name)]
-        except DamagedShard as error:
-            return [*problems, str(error)]
+        if torn:
+            return [*problems, *torn]
         if found != [(entry["key"], entry["members"]) for entry in self._entries]:
             index = self.lake.store.address(index_key(self.name))
             problems.append(f"{index} does not match the tar; {_rebuild(self.lake, self.name)}")
         return problems
 
-    def _compare(self, entry: Mapping[str, Any]) -> dict[str, bytes]:
-        found = self._bytes(entry, entry["members"])
+    def _compare(self, entry: Mapping[str, Any], found: dict[str, bytes]) -> dict[str, bytes]:
         if _sample_digest(found) != entry["sha256"]:
             raise self.damaged(entry["key"], "wrong checksum")
         return found
 
     def _bytes(self, entry: Mapping[str, Any], names: Iterable[str]) -> dict[str, bytes]:
+        if self._cache is None:
+            with self.lake.store.open_read(shard_key(self.name)) as file:
+                return self._members(entry, names, file)
+        places = entry["members"].values()
+        start, stop = min(offset for offset, _ in places), max(offset + size for offset, size in places)
+        if stop > self.info.bytes:
+            raise self._truncated(entry, "a member")
+
+        def fetch() -> bytes:
+            data = self.lake.store.read(shard_key(self.name), start, stop)
+            # What is wrong in the store is not kept, or it would stay wrong once the store is put right.
+            self._compare(entry, _cut(data, entry["members"], start))
+            return data
+
+        whole = self._cache.get(entry["sha256"], fetch)
+        return _cut(whole, {name: entry["members"][name] for name in names}, start)
+
+    def _members(self, entry: Mapping[str, Any], names: Iterable[str], file: BinaryIO) -> dict[str, bytes]:
         found = {}
-        with self.lake.store.open_read(shard_key(self.name)) as file:
-            for name in names:
-                offset, size = entry["members"][name]
-                data = os.pread(file.fileno(), size, offset) if offset + size <= self.info.bytes else b""
-                if len(data) != size:
-                    raise self.damaged(entry["key"], f"{name} lies beyond the shard's end, it was truncated")
-                found[name] = data
+        for name in names:
+            offset, size = entry["members"][name]
+            data = b""
+            if offset + size <= self.info.bytes:
+                file.seek(offset)
+                data = file.read(size)
+            if len(data) != size:
+                raise self._truncated(entry, name)
+            found[name] = data
         return found
+
+    def _truncated(self, entry: Mapping[str, Any], name: str) -> DamagedShard:
+        return self.damaged(entry["key"], f"{name} lies beyond the shard's end, it was truncated")
 
     def _decode(self, name: str, data: bytes) -> Any:
         if name.endswith(".json"):
@@ -328,6 +376,11 @@ def _header(raw: bytes) -> _Header:
     return _Header(shape, fortran, dtype)
 
 
+def _cut(data: bytes, places: Mapping[str, tuple[int, int]], start: int) -> dict[str, bytes]:
+    """The members at `places` of a sample whose bytes begin at `start` of the shard."""
+    return {name: data[offset - start : offset - start + size] for name, (offset, size) in places.items()}
+
+
 def _sample_digest(members: Mapping[str, bytes | memoryview]) -> str:
     """A sample's digest: over its members' names, sizes and bytes, whatever tar they are in."""
     digest = hashlib.sha256()
@@ -375,13 +428,12 @@ def _rebuild(lake: Lake, name: str) -> str:
     return f"make it anew: python -c \"{program}; rebuild_index(Lake.open('{lake.store.address()}'), '{name}')\""
 
 
-def _scan(lake: Lake, name: str) -> list[dict[str, Any]]:
-    """The entries of an index, from the tar's own headers and bytes."""
+def _scan(opened: BinaryIO, path: str) -> list[dict[str, Any]]:
+    """The entries of an index, from the tar's own headers and bytes; `path` is where it is, for messages."""
     entries: list[dict[str, Any]] = []
     digests: dict[str, bytes | memoryview] = {}
-    path = lake.store.address(shard_key(name))
     try:
-        with lake.store.open_read(shard_key(name)) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
+        with tarfile.open(fileobj=opened, mode="r:") as tar:
             for member in tar:
                 key, _, part = member.name.partition(".")
                 if not member.isreg() or not part.endswith((".npy", ".json")):
@@ -393,8 +445,6 @@ def _scan(lake: Lake, name: str) -> list[dict[str, Any]]:
                 digests[part] = file.read() if file is not None else b""
                 entries[-1]["members"][part] = [member.offset_data, member.size]
                 entries[-1]["sha256"] = _sample_digest(digests)
-    except FileNotFoundError:
-        raise DamagedShard(f"{path} is missing; {_REMEDY}") from None
     except (tarfile.TarError, EOFError) as error:
         raise DamagedShard(f"{path} is no whole tar ({error}); {_REMEDY}") from error
     return entries

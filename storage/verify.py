@@ -14,6 +14,7 @@ import numpy as np
 from storage.arrays import Array, count_rows, read_clips, read_texts
 from storage.layout import Lake, LakeError
 from storage.repository import REMEDY as RESTORE
+from storage.repository import address
 from storage.shards import DamagedShard, ShardReader
 from storage.version import REMEDY, Version, checked_bytes, read_manifest, samples_root
 
@@ -111,7 +112,7 @@ def _compare_arrays(
             if (stored["preview_row"] >= 0).any():
                 stored |= read_clips(lake, snapshot, group, [row["array_row"] for row in part], ["preview"])
             for number, row in enumerate(part):
-                where = f"{lake.arrays} ({group}), row {row['array_row']}"
+                where = f"{address(lake)} ({group}), row {row['array_row']}"
                 clip_id, text_row = stored["clip_id"][number], stored["text_row"][number]
                 if clip_id != row["clip_id"]:
                     problems.append(f"{where} is clip {clip_id}, the manifest says {row['clip_id']}; {RESTORE}")
@@ -124,7 +125,8 @@ def _compare_arrays(
                         expected["preview"] = stored["preview"][stored["preview_row"][number]]
                     problems += _compare_sample(readers, row, expected, where)
         problems += [
-            f"{lake.arrays} ({group}) has {total} rows, not row {row['array_row']} of clip {row['clip_id']}; {RESTORE}"
+            f"{address(lake)} ({group}) has {total} rows, not row {row['array_row']} of clip {row['clip_id']}; "
+            f"{RESTORE}"
             for row in rows
             if not 0 <= row["array_row"] < total
         ]

@@ -18,7 +18,7 @@ from model.methods.base import Batch
 from model.stop import end_with_trainer
 from storage.errors import is_expected
 from storage.layout import Lake
-from storage.shards import ShardReader
+from storage.shards import ShardReader, shard_key
 from storage.version import Version, load, read_manifest
 
 
@@ -57,14 +57,14 @@ class Clips(Dataset[Clip]):
         self.lake, self.version, self.split, self.arrays = lake, version, split, arrays
         self._readers: dict[int, ShardReader] = {}
         self._finite: set[int] = set()
+        sizes = lake.store.sizes("shards/")
         for shard in version.shards:
-            path = lake.shards / shard.name
-            size = path.stat().st_size if path.is_file() else -1
+            size = sizes.get(shard_key(shard.name))
             if size != shard.bytes:
-                state = "is missing" if size < 0 else f"has {size} bytes instead of {shard.bytes}"
+                state = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
                 raise ValueError(
                     f"shard {shard.name} of version {version.number} {state}; "
-                    f"`vlfm verify --lake {lake.root}` lists all damage, ingesting again into a new lake repairs it"
+                    f"`vlfm verify --lake {lake.address}` lists all damage, ingesting again into a new lake repairs it"
                 )
 
     @cached_property
@@ -84,7 +84,7 @@ class Clips(Dataset[Clip]):
         except KeyError as error:
             raise ValueError(
                 f"the manifest of version {self.version.number} names shard {error}, which the version does not; "
-                f"`vlfm verify --lake {self.lake.root}` lists all damage"
+                f"`vlfm verify --lake {self.lake.address}` lists all damage"
             ) from None
 
     def reader(self, shard: int) -> ShardReader:
@@ -265,5 +265,5 @@ class Loader(Iterator[Batch]):
 
 def lake_and_version(lake: str | Path, number: int | None) -> tuple[Lake, Version]:
     """Open a lake and one of its versions, the newest unless a number is given."""
-    opened = Lake.open(Path(lake))
+    opened = Lake.open(lake)
     return opened, load(opened, number)

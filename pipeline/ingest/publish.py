@@ -63,7 +63,7 @@ def commit(plan: IngestPlan, texts: Texts | None, results: Sequence[BlockResult]
     plan.seconds["commit"] = time.perf_counter() - begin
     return IngestReport(
         run_id=plan.run_id,
-        lake=str(plan.lake.root),
+        lake=plan.lake.address,
         version=version.number if version else None,
         published=packed is not None,
         films=films,
