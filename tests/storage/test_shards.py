@@ -318,11 +318,11 @@ def test_an_index_that_points_elsewhere_is_found(shard: Path) -> None:
 def test_a_published_shard_never_changes(published: Lake, sample_lake: ModuleType) -> None:
     reader = opened(next(published.shards.glob("*.tar")))
     same = list(reader)
-    before = reader.path.read_bytes()
+    before = Path(reader.path).read_bytes()
     assert write_shard(published, reader.name, same) == reader.info
     with pytest.raises(LakeError, match="belongs to version 1 and never changes"):
         write_shard(published, reader.name, [sample_lake.sample(sample_lake.clip(99))])
-    assert reader.path.read_bytes() == before
+    assert Path(reader.path).read_bytes() == before
     assert reader.verify() == []
     assert published.garbage() == []
 
