@@ -159,4 +159,4 @@ def test_where_no_lake_can_be(s3: S3Server, address: str) -> None:
         Lake.create(address)
     for work in (Lake.open, Lake.create, Lake.exists):
         with pytest.raises(BucketError, match="does not exist; create it, or correct its name"):
-            work(f"s3://no-{bucket}/lake")
+            work(address.replace(bucket, f"no-{bucket}"))
