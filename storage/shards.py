@@ -105,7 +105,8 @@ def write_shard(lake: Lake, name: str, samples: Iterable[Sample]) -> ShardInfo:
                 writer.write({"__key__": key, part: members[part]})
                 size = len(members[part])
                 places[part] = [writer.tarstream.offset - -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, size]
-            entries.append({"key": key, "members": places, "sha256": _sample_digest(members)})
+            sums = {part: _member_digest(data) for part, data in members.items()}
+            entries.append({"key": key, "members": places, "sha256": _sample_digest(members), "checksums": sums})
         if not entries:
             raise ValueError(f"{name}: a shard needs at least one sample")
         writer.close()
@@ -138,9 +139,9 @@ def rebuild_index(lake: Lake, name: str) -> ShardInfo:
 class ShardReader:
     """Random access to the samples of one shard.
 
-    `reader[i]` is a dictionary of members: arrays are read-only, JSON members are dictionaries. A sample's checksum is
-    compared when it is first read, for which all of it is read. Nothing is mapped: a mapped file that shrinks ends the
-    process (SIGBUS).
+    `reader[i]` is a dictionary of members: arrays are read-only, JSON members are dictionaries. A member's checksum is
+    compared when it is first read; where an older index has none, the sample's is, for which all of it is read. Nothing
+    is mapped: a mapped file that shrinks ends the process (SIGBUS).
 
     From a store that is far away a sample comes whole, in one request, and is kept in the store's cache under its own
     checksum.
@@ -199,11 +200,16 @@ class ShardReader:
         wanted = list(members if names is None else names)
         if unknown := [name for name in wanted if name not in members]:
             raise KeyError(f"{self.name}, clip {key}: no member {unknown[0]!r}, there are {sorted(members)}")
-        if key in self._compared:
+        if (sums := entry.get("checksums")) is not None:
             found = self._bytes(entry, wanted)
-        else:
-            found = self._compare(entry, self._bytes(entry, members))
-        self._compared.add(key)
+            for name in sums.keys() & wanted:
+                if _member_digest(found[name]) != sums[name]:
+                    raise self.damaged(key, f"{name}: wrong checksum")
+                del sums[name]  # those that are left were not compared yet
+        else:  # an index of before has checksums of whole samples alone
+            compared = key in self._compared
+            found = self._bytes(entry, wanted) if compared else self._compare(entry, self._bytes(entry, members))
+            self._compared.add(key)
         sample: dict[str, Any] = {"__key__": key}
         for name in wanted:
             try:
@@ -222,15 +228,17 @@ class ShardReader:
 
         The store itself is read, never its cache.
         """
-        problems, damaged = [], []
+        problems, damaged, wrong = [], [], False
+        entries = _read_index(self.lake, self.name)["samples"]  # ours lack the checksums that were compared already
         try:
             opened = self.lake.store.open_read(shard_key(self.name))
         except LakeError as error:
             return [str(error)]
         with opened as file:
-            for entry in self._entries:
+            for entry in entries:
                 try:
-                    self._compare(entry, self._members(entry, entry["members"], file))
+                    members = self._compare(entry, self._members(entry, entry["members"], file))
+                    wrong |= any(_member_digest(members[name]) != s for name, s in entry.get("checksums", {}).items())
                 except DamagedShard:
                     damaged.append(entry["key"])
             file.seek(0)
@@ -248,7 +256,7 @@ class ShardReader:
             problems.append(f"{self.path}: wrong checksum; {_REMEDY}")
         if torn:
             return [*problems, *torn]
-        if found != [(entry["key"], entry["members"]) for entry in self._entries]:
+        if wrong or found != [(entry["key"], entry["members"]) for entry in entries]:
             index = self.lake.store.address(index_key(self.name))
             problems.append(f"{index} does not match the tar; {_rebuild(self.lake, self.name)}")
         return problems
@@ -390,6 +398,11 @@ def _sample_digest(members: Mapping[str, bytes | memoryview]) -> str:
     return digest.hexdigest()
 
 
+def _member_digest(data: bytes | memoryview) -> str:
+    """A member's digest, as the index has it: enough to see damage, short because there are many."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
 def _index_bytes(info: ShardInfo, entries: list[dict[str, Any]]) -> bytes:
     head = {"format": INDEX_FORMAT, "shard": info.name, "bytes": info.bytes, "sha256": info.sha256}
     return canonical_json({**head, "samples": entries}).encode("ascii")
@@ -439,11 +452,12 @@ def _scan(opened: BinaryIO, path: str) -> list[dict[str, Any]]:
                 if not member.isreg() or not part.endswith((".npy", ".json")):
                     raise DamagedShard(f"{path} holds {member.name!r}, which we do not write; {_REMEDY}")
                 if not entries or entries[-1]["key"] != key:
-                    entries.append({"key": key, "members": {}, "sha256": ""})
+                    entries.append({"key": key, "members": {}, "sha256": "", "checksums": {}})
                     digests = {}
                 file = tar.extractfile(member)
                 digests[part] = file.read() if file is not None else b""
                 entries[-1]["members"][part] = [member.offset_data, member.size]
+                entries[-1]["checksums"][part] = _member_digest(digests[part])
                 entries[-1]["sha256"] = _sample_digest(digests)
     except (tarfile.TarError, EOFError) as error:
         raise DamagedShard(f"{path} is no whole tar ({error}); {_REMEDY}") from error

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.legs import basis_torch, derivative_torch
 from model.methods.base import Clip
-from model.spread import spread_evenly
+from model.spread import spread_in_runs
 
 
 def curve(coefficients: Tensor, flow_time: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,13 +25,17 @@ def curve(coefficients: Tensor, flow_time: Tensor) -> tuple[Tensor, Tensor]:
         )
 
 
+RUN = 16
+"""Clips in a row that are measured: neighbours are in one shard, and of a large dataset few shards are then opened."""
+
+
 def curve_scales(clips: Sequence[Clip], order: int, most: int = 1024) -> tuple[float, float]:
-    """Root mean squares of m(r) and m'(r) over r in [0, 1] and over the clips (`most` of them, evenly spread).
+    """Root mean squares of m(r) and m'(r) over r in [0, 1] and over clips (`most` in evenly spread runs).
 
     Exact for each clip: the basis is orthonormal, so the mean square of a curve is the sum of its squared coefficients,
     and Gauss-Legendre quadrature of the derivative is exact for polynomials.
     """
-    chosen = spread_evenly(range(len(clips)), most)
+    chosen = spread_in_runs(range(len(clips)), most, RUN)
     nodes, weights = np.polynomial.legendre.leggauss(order + 1)
     at = torch.from_numpy((nodes + 1) / 2)
     gram = torch.from_numpy(weights / 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -68,8 +69,8 @@ class Clips(Dataset[Clip]):
                 )
 
     @cached_property
-    def places(self) -> list[tuple[int, int]]:
-        """(shard, row) of every clip of the split, in the version's order.
+    def places(self) -> NDArray[np.int32]:
+        """(clips, 2): shard and row of every clip of the split, in the version's order.
 
         Raises:
             ValueError: the manifest names a shard that the version does not.
@@ -80,12 +81,13 @@ class Clips(Dataset[Clip]):
             table = table.filter([split == self.split for split in table["split"].to_pylist()])
         rows = zip(table["shard"].to_pylist(), table["shard_row"].to_pylist(), strict=True)
         try:
-            return sorted((numbers[shard], row) for shard, row in rows)
+            found = sorted((numbers[shard], row) for shard, row in rows)
         except KeyError as error:
             raise ValueError(
                 f"the manifest of version {self.version.number} names shard {error}, which the version does not; "
                 f"`vlfm verify --lake {self.lake.address}` lists all damage"
             ) from None
+        return np.array(found, np.int32).reshape(-1, 2)
 
     def reader(self, shard: int) -> ShardReader:
         """A shard, opened on first use in each process, which compares each sample's checksum once."""
@@ -101,7 +103,7 @@ class Clips(Dataset[Clip]):
         return len(self.places)
 
     def __getitem__(self, index: int) -> Clip:
-        shard, row = self.places[index]
+        shard, row = self.places[index].tolist()
         names = None if self.arrays is None else ["clip.json", *(f"{name}.npy" for name in self.arrays)]
         reader = self.reader(shard)
         sample = reader.read(row, names)
@@ -218,7 +220,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 class Loader(Iterator[Batch]):
-    """The batches of the steps on a device, in order; with workers they are read ahead, by processes of their own.
+    """The batches of the steps on a device, in order, read ahead: by worker processes, or one batch by a thread.
 
     Numbers come to the device in the type that they are stored in, and are `dtype` there.
     """
@@ -245,22 +247,33 @@ class Loader(Iterator[Batch]):
                 worker_init_fn=end_with_trainer if workers else None,
             )
         )
+        # A pinned batch belongs to the thread's current GPU, which is the first one until it is told.
+        told = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        self._thread = None if workers else ThreadPoolExecutor(1, "loader", *told)
+        self._ahead = self._thread.submit(next, self._batches, None) if self._thread else None
 
     def __next__(self) -> Batch:
         """Raises DamagedShard where a clip cannot be read."""
-        batch = next(self._batches)
+        if self._thread is None or self._ahead is None:
+            batch = next(self._batches)
+        else:
+            batch, self._ahead = self._ahead.result(), self._thread.submit(next, self._batches, None)
+        if batch is None:
+            raise StopIteration
         if isinstance(batch, Exception):
             raise batch
         return batch.to(self._device, self._dtype)
 
     def close(self) -> None:
-        """End the workers.
+        """End the workers, or the thread.
 
         Left to garbage collection they could stay as long as a traceback holds this object, and Python waits for them
         at its end: its SIGTERM does not end a worker that holds signals (model.stop.signals_held).
         """
         if isinstance(self._batches, _MultiProcessingDataLoaderIter):
             self._batches._shutdown_workers()
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
 
 
 def lake_and_version(lake: str | Path, number: int | None) -> tuple[Lake, Version]:

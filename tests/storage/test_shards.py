@@ -235,23 +235,43 @@ def test_a_flipped_byte_names_the_clip(shard: Path, samples: list[dict[str, Any]
     assert "block.tar: wrong checksum" in problems[1]
 
 
-def test_a_samples_checksum_is_compared_when_it_is_first_read(shard: Path, samples: list[dict[str, Any]]) -> None:
-    """Whatever is asked of it; afterwards only what is asked is read."""
-    offset, _ = json.loads(index_path(shard).read_bytes())["samples"][1]["members"]["latents.npy"]
+@pytest.mark.parametrize("older", [False, True], ids=["by member", "an older index, by sample"])
+def test_a_checksum_is_compared_when_it_is_first_read(shard: Path, samples: list[dict[str, Any]], older: bool) -> None:
+    """Of the members that are asked for; an older index has checksums of whole samples, and all of it is read once."""
+    index = json.loads(index_path(shard).read_bytes())
+    if older:
+        for entry in index["samples"]:
+            del entry["checksums"]
+        index_path(shard).write_text(json.dumps(index))
+        assert opened(shard).verify() == []
+    offset, _ = index["samples"][1]["members"]["latents.npy"]
     before = opened(shard)
-    assert before.read(1, ["text.npy"])
+    assert before.read(1, ["latents.npy"])
     data = bytearray(shard.read_bytes())
     data[offset + 150] ^= 1
     shard.write_bytes(data)
-    told = (
-        rf"block\.tar, clip {samples[1]['__key__']}, wrong checksum; `vlfm verify --lake .*` lists all damage; restore"
-    )
+    told = rf"block\.tar, clip {samples[1]['__key__']}, .*wrong checksum; `vlfm verify --lake .*` lists all damage; "
     reader = opened(shard)
     for _ in range(2):
         with pytest.raises(DamagedShard, match=told):
-            reader.read(1, ["text.npy"])
+            reader.read(1, ["text.npy"] if older else ["text.npy", "latents.npy"])
+    if not older:
+        assert reader.read(1, ["text.npy"]), "what is not asked for is not read"
     assert reader.read(0, ["text.npy"])
-    assert before.read(1, ["text.npy"])
+    assert before.read(1, ["latents.npy"]), "compared already"
+
+
+def test_checksums_of_members_that_are_not_the_tars_are_found(shard: Path, samples: list[dict[str, Any]]) -> None:
+    index = json.loads(index_path(shard).read_bytes())
+    index["samples"][1]["checksums"]["text.npy"] = "0" * 16
+    index_path(shard).write_text(json.dumps(index))
+    reader = opened(shard)
+    with pytest.raises(DamagedShard, match=rf"clip {samples[1]['__key__']}, text\.npy: wrong checksum"):
+        reader[1]
+    assert [problem for problem in reader.verify() if "does not match the tar; make it anew" in problem]
+    rebuild(shard)
+    assert opened(shard).verify() == []
+    assert opened(shard)[1]
 
 
 SHRINKING = """
