@@ -101,6 +101,8 @@ def _train(
         start_from(init_from).load(backbone)
     backbone.activation_checkpointing = recipe.activation_checkpointing
     backbone = backbone.to(processes.device, objective.dtype)
+    if recipe.compile:
+        backbone.compile_blocks()
     trained: nn.Module = backbone
     if recipe.sharding == "fsdp":
         shard(backbone, processes, recipe.precision)

@@ -292,6 +292,14 @@ class Backbone(nn.Module):
             found[LOG_RATE] = self.rate_head(tokens[:, :, -1])
         return found
 
+    def compile_blocks(self) -> None:
+        """Have torch compile each block; they are alike, so that one compilation serves all of a shape.
+
+        In place: names and values of the weights stay, also when blocks are sharded or checkpointed afterwards.
+        """
+        for block in self.blocks:
+            block.compile()
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config and weights into a folder, as `config.json` and `model.safetensors`."""
         path = Path(folder)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from model.methods.base import Method
+from model.methods.direct import Direct
 from model.methods.per_frame import PerFrame
 from model.methods.vlfm import VLFM
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (VLFM, PerFrame)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (VLFM, PerFrame, Direct)}
 
 
 def method_named(name: str) -> type[Any]:

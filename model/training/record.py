@@ -31,6 +31,7 @@ RESUMABLE = frozenset(
         "bad_steps_allowed",
         "spike_factor",
         "activation_checkpointing",
+        "compile",
         "sharding",
         "accumulate",
     ]

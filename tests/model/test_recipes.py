@@ -127,7 +127,7 @@ def test_a_methods_options_go_with_the_method() -> None:
         assert recipe.options == PerFrameOptions(warmup=0.5, times_per_clip=2, clip_start_dropout=0.2)
     with pytest.raises(ValueError, match=r"setting .state_jitter. is unknown; the fields are: .*times_per_clip"):
         override(demo(), {"method": "per_frame", "state_jitter": "0.1"})
-    with pytest.raises(ValueError, match="method is 'vae'; it must be one of vlfm, per_frame"):
+    with pytest.raises(ValueError, match="method is 'vae'; it must be one of vlfm, per_frame, direct"):
         override(demo(), {"method": "vae"})
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model.backbones.conditioning import Conditioning
-from model.backbones.dit import Backbone, BackboneConfig, position_embedding
+from model.backbones.dit import Backbone, BackboneConfig, Block, position_embedding
 
 CONFIG = BackboneConfig(
     channels=3, height=4, width_latent=6, text_dim=10, width=32, depth=2, heads=2, patch=2
@@ -336,3 +336,23 @@ def test_a_folder_that_holds_no_backbone_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"model.safetensors: there is no such file"):
         Backbone.from_pretrained(tmp_path)
+
+
+# torch's tracer looks at a gradient and hides its own warning, which pytest brings back.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_blocks_compute_the_same(awake: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, checkpointed too; without the code generator, which takes a compiler and half a minute."""
+    compiled = Backbone(CONFIG).eval()
+    compiled.load_state_dict(awake.state_dict())
+    monkeypatch.setattr(Block, "compile", lambda self: torch.nn.Module.compile(self, backend="aot_eager"))
+    compiled.compile_blocks()
+    assert compiled.state_dict().keys() == awake.state_dict().keys()
+    x, r = latents()
+    gradients = []
+    for backbone, again in ((awake, False), (compiled, False), (compiled, True)):
+        backbone.activation_checkpointing = again
+        loss = sum(value.square().sum() for value in backbone(x, r, given()).values())
+        gradients.append(torch.autograd.grad(loss, list(backbone.blocks.parameters())))
+    for one, other, third in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(third, one, rtol=1e-4, atol=1e-5)
