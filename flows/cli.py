@@ -269,7 +269,9 @@ def run_inspect(options: argparse.Namespace) -> int:
 def verify(sub: argparse.ArgumentParser) -> Run:
     """Options of `vlfm verify`."""
     sub.add_argument("--lake", required=True, metavar="DIR", help="the lake: a folder, or s3://BUCKET/PREFIX")
-    sub.add_argument("--version", type=int, metavar="N", help="version (default: the newest)")
+    which = sub.add_mutually_exclusive_group()
+    which.add_argument("--version", type=int, metavar="N", help="version (default: the newest)")
+    which.add_argument("--all", action="store_true", help="every version")
     sub.add_argument("--json", action="store_true", help="print as JSON")
     return run_verify
 
@@ -278,9 +280,17 @@ def run_verify(options: argparse.Namespace) -> int:
     """Check every file, checksum and array of a version; exit status 1 where something is wrong."""
     from storage import version as versions
     from storage.layout import Lake
-    from storage.verify import verify
+    from storage.verify import verify, verify_all
 
     lake = Lake.open(options.lake)
+    if options.all:
+        found = verify_all(lake)
+        if options.json:
+            print(json.dumps({"versions": found}))
+        for number, wrong in () if options.json else found.items():
+            print(f"version {number} of {lake.address} is {'damaged:' if wrong else 'whole'}")
+            print("".join(f"  {problem}\n" for problem in wrong), end="")
+        return 1 if any(found.values()) else 0
     version = versions.load(lake, options.version)
     problems = verify(lake, version)
     if options.json:

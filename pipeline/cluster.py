@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.sessions import SessionFolder, end_dead_sessions
 from pipeline.stage import one_line
 from storage.errors import Kind, VlfmError
 
@@ -44,6 +45,7 @@ class RaySession:
         self.address = address
         self._before: dict[str, str | None] = {}
         self._open = False
+        self._folder: SessionFolder | None = None
 
     def open(self) -> None:
         """Starts or joins Ray, quietly; nothing where this process is in a session already.
@@ -66,11 +68,15 @@ class RaySession:
                 self._join(self.address)
             else:
                 cores = len(os.sched_getaffinity(0))
+                end_dead_sessions()
+                self._folder = SessionFolder()
                 # "local" keeps RAY_ADDRESS of the environment from being joined unasked.
                 local: dict[str, Any] = {"address": "local", "include_dashboard": False}
+                local["_temp_dir"] = str(self._folder.path)
                 _init(**local, num_cpus=cores, object_store_memory=OBJECT_STORE_BYTES)
         except BaseException:
             _set(self._before)
+            self._remove_folder()
             raise
         self._open = True
 
@@ -82,6 +88,12 @@ class RaySession:
             ray.shutdown()
             _set(self._before)
             self._open = False
+            self._remove_folder()
+
+    def _remove_folder(self) -> None:
+        if self._folder is not None:
+            self._folder.remove()
+            self._folder = None
 
     def _join(self, address: str) -> None:
         with _heard() as words:

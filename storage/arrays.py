@@ -83,6 +83,7 @@ def append_clips(
     texts: Texts | None = None,
     message: str = "append clips",
     parent: str | None = None,
+    made_again: bool = False,
 ) -> tuple[str, int]:
     """Append clips to a group in one commit: (the new snapshot's id, the first new row).
 
@@ -97,6 +98,7 @@ def append_clips(
         message: for Icechunk's history.
         parent: snapshot to continue, by default that of the newest version (or nothing, before the first). A run that
             appends several times hands on each snapshot; anything else behind `parent` is dropped.
+        made_again: whether clips may be in the group already, of versions that are damaged or gone; they get new rows.
 
     Raises:
         ValueError: entries missing, of other types, sizes or names than the group's; a clip that is there already; a
@@ -111,7 +113,7 @@ def append_clips(
         repository = open_repository(lake, create=True)
         session = writable_from(lake, repository, parent)
         try:
-            first = _append(_open_group(session, group, create=True), dict(clips), texts)
+            first = _append(_open_group(session, group, create=True), dict(clips), texts, made_again)
             snapshot = session.commit(message)
         except Exception as error:
             if is_disk_full(error):
@@ -210,7 +212,7 @@ def _check_clips(clips: Mapping[str, Any]) -> None:
         raise ValueError("a clip id occurs twice among the clips to append")
 
 
-def _append(group: zarr.Group, clips: dict[str, Any], texts: Texts | None) -> int:
+def _append(group: zarr.Group, clips: dict[str, Any], texts: Texts | None, made_again: bool = False) -> int:
     """Add the rows to every array of the group: the first new row."""
     known = _append_texts(group, texts)
     captions = clips.pop("caption_id")
@@ -218,7 +220,7 @@ def _append(group: zarr.Group, clips: dict[str, Any], texts: Texts | None) -> in
     if unknown is not None:
         raise ValueError(f"caption {unknown} has no text in the group and none was given; add it to texts")
     first = _length(group, "clip_id") if "clip_id" in group else 0
-    if first:
+    if first and not made_again:
         there = set(_to_ids(_read(group["clip_id"], None)))
         again = next((identity for identity in clips["clip_id"] if identity in there), None)
         if again is not None:

@@ -142,6 +142,8 @@ def storage_errors(lake: Lake) -> Iterator[None]:
         with contextlib.nullcontext() if isinstance(lake.store, S3Store) else naming_full_disk(lake.arrays):
             yield
     except ValueError as error:
+        if isinstance(error, FileNotFoundError):  # Zarr's: what a snapshot names is not there, or it is damaged
+            raise LakeError(f"{lake.store.address('arrays')}: {first_line(error)}; {REMEDY}") from error
         if "checksum" in str(error):  # of a chunk, in Zarr's words
             raise LakeError(f"{address(lake)}: a chunk is damaged ({first_line(error)}); {REMEDY}") from error
         raise

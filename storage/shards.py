@@ -39,6 +39,12 @@ class DamagedShard(VlfmError):
     kind = Kind.DAMAGE
 
 
+class ShardTaken(LakeError):
+    """A version names the shard, with other bytes."""
+
+    kind = Kind.CONFLICT
+
+
 @dataclass(frozen=True)
 class ShardInfo:
     """What a version says of a shard."""
@@ -75,14 +81,14 @@ def write_shard(lake: Lake, name: str, samples: Iterable[Sample]) -> ShardInfo:
 
     Args:
         lake: where.
-        name: `<block_id>.tar`. A shard that a version names is never altered: writing the same bytes again is fine,
-            other bytes are refused.
+        name: `<block_id>.tar`. A shard that a version names is never altered: writing the same bytes again is fine
+            (and heals one that was damaged), other bytes are refused.
         samples: read once, one at a time.
 
     Raises:
         ValueError: no shard's name, no samples, a key twice or with a dot or slash, a member that is neither `.npy`
             nor `.json`, an array of Python objects.
-        LakeError: a version names the shard, and its bytes are different.
+        ShardTaken: a version names the shard, and its bytes are different.
         DiskFull: no room; nothing stays behind.
     """
     place = shard_key(name)
@@ -112,9 +118,11 @@ def write_shard(lake: Lake, name: str, samples: Iterable[Sample]) -> ShardInfo:
         writer.close()
         info = ShardInfo(name, counter.bytes, counter.digest.hexdigest(), len(entries))
         changed = lake.store.size(place) is not None and _digest(lake, name) != info.sha256
-        if changed and (number := version_naming(lake, place)) is not None:
+        number = version_naming(lake, place) if changed else None
+        named = "" if number is None else lake.store.read(f"versions/{number}.json").decode("utf-8", "replace")
+        if number is not None and info.sha256 not in named:
             where = lake.store.address(place)
-            raise LakeError(f"{where} belongs to version {number} and never changes; give the new block another id")
+            raise ShardTaken(f"{where} belongs to version {number} and never changes; give the new block another id")
     lake.store.write(index_key(name), _index_bytes(info, entries))
     return info
 

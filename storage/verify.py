@@ -16,7 +16,7 @@ from storage.layout import Lake, LakeError
 from storage.repository import REMEDY as RESTORE
 from storage.repository import address
 from storage.shards import DamagedShard, ShardReader
-from storage.version import REMEDY, Version, checked_bytes, read_manifest, samples_root
+from storage.version import REMEDY, Version, checked_bytes, list_versions, load, read_manifest, samples_root
 
 _BATCH = 16  # clips read together; previews are large
 _MEMBERS = ("coefficients", "latents", "frame_time", "observed")
@@ -40,6 +40,23 @@ def verify(lake: Lake, version: Version, arrays: bool = True) -> list[str]:
         except LakeError as error:
             problems.append(str(error))
     return problems + _compare_stores(lake, version, arrays)
+
+
+def verify_all(lake: Lake, arrays: bool = True) -> dict[int, list[str]]:
+    """`verify` of every version, also of those whose files cannot be read: problems by number.
+
+    Raises:
+        LakeError: there is no version at all.
+    """
+    found: dict[int, list[str]] = {}
+    for number in list_versions(lake):
+        try:
+            found[number] = verify(lake, load(lake, number), arrays)
+        except LakeError as error:
+            found[number] = [str(error)]
+    if not found:
+        load(lake)
+    return found
 
 
 def _compare_stores(lake: Lake, version: Version, arrays: bool) -> list[str]:

@@ -145,6 +145,17 @@ def load(lake: Lake, number: int | None = None) -> Version:
         raise LakeError(f"{path} is damaged ({error}); restore it from a copy") from error
 
 
+def readable_versions(lake: Lake) -> tuple[list[Version], list[str]]:
+    """All versions whose files are whole, the newest first, and what is wrong with the others, a line each."""
+    found, problems = [], []
+    for number in reversed(list_versions(lake)):
+        try:
+            found.append(load(lake, number))
+        except LakeError as error:
+            problems.append(str(error))
+    return found, problems
+
+
 def write_manifest(
     lake: Lake,
     number: int,
@@ -225,8 +236,7 @@ def write_empty_text(lake: Lake, text_id: str, embedding: np.ndarray[Any, Any]) 
     if embedding.ndim != 2 or embedding.dtype != np.float16:
         raise ValueError(f"the empty caption's embedding: {embedding.dtype} {embedding.shape}, not float16 (length, D)")
     key = _empty_text_key(text_id)
-    if (number := version_naming(lake, key)) is not None:
-        kept = load(lake, number)
+    if (kept := _keeping(lake, key)) is not None:
         check_rounding(f"the empty caption's embedding by {text_id}", read_empty_text(lake, kept), embedding)
         return dict(kept.text["empty"])
     buffer = io.BytesIO()
@@ -241,8 +251,14 @@ def kept_empty_text(lake: Lake, text_id: str) -> np.ndarray[Any, Any] | None:
     Raises:
         LakeError: the file is missing or altered.
     """
-    number = version_naming(lake, _empty_text_key(text_id))
-    return None if number is None else read_empty_text(lake, load(lake, number))
+    kept = _keeping(lake, _empty_text_key(text_id))
+    return None if kept is None else read_empty_text(lake, kept)
+
+
+def _keeping(lake: Lake, key: str) -> Version | None:
+    """The newest version that can be read and keeps the empty caption's embedding under this key."""
+    versions, _ = readable_versions(lake)
+    return next((version for version in versions if version.text.get("empty", {}).get("path") == key), None)
 
 
 def read_empty_text(lake: Lake, version: Version) -> np.ndarray[Any, Any]:

@@ -6,22 +6,38 @@ under one recipe does not come back with another one's clips.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 from pipeline.ingest.environment import LASTING, RECIPE_BOUND
 from pipeline.ingest.identity import content, covers
 from pipeline.items import Row
-from storage.layout import Lake
-from storage.version import Version, list_versions, load, read_manifest
+from storage.layout import Lake, LakeError
+from storage.shards import DamagedShard, ShardReader
+from storage.version import Version, read_manifest, readable_versions
 
 OTHER_RECIPE = "other_recipe"
 """Reason of films that have no clips by this recipe yet, because its runs did not include their source."""
 
 
-def newest_of_recipe(lake: Lake, recipe_fingerprint: str) -> Version | None:
-    """The newest version of this recipe; None where there is none."""
-    versions = (load(lake, number) for number in reversed(list_versions(lake)))
-    return next((version for version in versions if version.recipe_fingerprint == recipe_fingerprint), None)
+def newest_of_recipe(lake: Lake, parent: Version | None, recipe_fingerprint: str) -> tuple[Version | None, list[str]]:
+    """The newest version of this recipe, None where there is none; and what is wrong with older ones, a line each.
+
+    parent: the newest version, which has to be whole. An older one that is damaged stops nothing.
+    """
+    versions, problems = readable_versions(lake)
+    for version in versions:
+        if version.recipe_fingerprint == recipe_fingerprint:
+            if parent is not None and version.number == parent.number:
+                return version, problems
+            try:
+                for table in ("clips", "films", "rejected"):
+                    read_manifest(lake, version, table, [])
+            except LakeError as error:
+                problems.append(str(error))
+            else:
+                return version, problems
+    return None, problems
 
 
 def older_rows(lake: Lake, base: Version | None, wanted: set[str]) -> dict[str, Row]:
@@ -29,13 +45,23 @@ def older_rows(lake: Lake, base: Version | None, wanted: set[str]) -> dict[str, 
     rows: dict[str, Row] = {}
     if base is None or not wanted:
         return rows
-    for number in list_versions(lake):
-        version = load(lake, number)
-        if number <= base.number and version.recipe_fingerprint == base.recipe_fingerprint:
-            table = read_manifest(lake, version, "clips")
-            if wanted.intersection(table.column("clip_id").to_pylist()):
-                rows |= {row["clip_id"]: row for row in table.to_pylist() if row["clip_id"] in wanted}
-    return rows
+    versions, _ = readable_versions(lake)
+    for version in reversed(versions):
+        if version.number <= base.number and version.recipe_fingerprint == base.recipe_fingerprint:
+            with contextlib.suppress(LakeError):  # a damaged old table: those clips are made again
+                table = read_manifest(lake, version, "clips")
+                if wanted.intersection(table.column("clip_id").to_pylist()):
+                    rows |= {row["clip_id"]: row for row in table.to_pylist() if row["clip_id"] in wanted}
+    return {clip: row for clip, row in rows.items() if _is_whole(lake, row)}
+
+
+def _is_whole(lake: Lake, row: Row) -> bool:
+    """Whether a clip's sample in an older shard can be copied; its checksum is compared."""
+    try:
+        ShardReader(lake, row["shard"]).read(row["shard_row"], [])
+    except DamagedShard:
+        return False
+    return True
 
 
 def dataset_films(lake: Lake, parent: Version | None, base: Version | None) -> list[Row]:

@@ -21,7 +21,7 @@ from pipeline.stages.embed import Texts
 from storage.errors import Kind, VlfmError
 from storage.fingerprint import fingerprint, short_id
 from storage.layout import LakeError
-from storage.shards import ShardInfo, ShardReader, write_shard
+from storage.shards import ShardInfo, ShardReader, ShardTaken, write_shard
 from storage.staging import DamagedBlock, read_block, remove_block, staged_blocks
 from storage.version import Version, publish, shards_root, write_empty_text, write_manifest
 
@@ -87,7 +87,14 @@ def pack(
         codec = _same("codec", codec, staged.codec.to_version())
         clips, arrays = _inside(staged.made, arrays, rejected)
         shard = f"{block.block_id}.tar"
-        shards.append(write_shard(plan.lake, shard, _samples(clips, arrays, texts, plan.recipe.store_latents)))
+        try:
+            info = write_shard(plan.lake, shard, _samples(clips, arrays, texts, plan.recipe.store_latents))
+        except ShardTaken:
+            # An older version has these clips in a shard that is damaged, and another machine made them: by rounding
+            # they differ.
+            shard = f"{block.block_id}-{short_id(fingerprint({'run': plan.run_id}))}.tar"
+            info = write_shard(plan.lake, shard, _samples(clips, arrays, texts, plan.recipe.store_latents))
+        shards.append(info)
         placed = [{**clip.to_row(), "shard": shard, "shard_row": row} for row, clip in enumerate(clips)]
         waiting.append((list(placed), arrays))
         if sum(len(part) for part, _ in waiting) >= CLIPS_PER_SHARD or block is blocks[-1]:
@@ -289,4 +296,4 @@ def _append(
         clips["preview_row"] = np.where(keeps, np.cumsum(keeps) - 1, -1).astype(np.int32)
     stored = StoredTexts([caption_id(caption) for caption in captions], padded, lengths)
     group = short_id(plan.recipe_fingerprint)
-    return append_clips(plan.lake, group, clips, stored, f"run {plan.run_id}", parent=snapshot)
+    return append_clips(plan.lake, group, clips, stored, f"run {plan.run_id}", snapshot, made_again=True)

@@ -63,8 +63,8 @@ def plan_ingest(
     moment = time.gmtime(time.time() if now is None else now)
     recipe_fingerprint = fingerprint(recipe.data_fields())
     parent = latest(lake)
-    base = newest_of_recipe(lake, recipe_fingerprint)
-    notes = list(found.notes)
+    base, damage = newest_of_recipe(lake, parent, recipe_fingerprint)
+    notes = [*found.notes, *(f"an older version is damaged, which stops nothing: {problem}" for problem in damage)]
     if parent is not None and base is None:
         notes.append(f"the recipe differs from version {parent.number}'s: its clips are not carried on, all are new")
     base_films = dataset_films(lake, parent, base)

@@ -16,6 +16,7 @@ from pipeline.sources.tables import BAD_ROW
 from pipeline.stages.embed import Texts
 from storage.failures import write_failures
 from storage.schema import certificate_spread
+from storage.staging import read_block_meta, remove_block, staged_blocks
 
 
 def commit(plan: IngestPlan, texts: Texts | None, results: Sequence[BlockResult]) -> IngestReport:
@@ -56,6 +57,7 @@ def commit(plan: IngestPlan, texts: Texts | None, results: Sequence[BlockResult]
         waiting = {name: clip for name, clip in plan.gate_decision.open.items() if clip.film not in here}
         outside = {**waiting, **plan.gate_decision.rejected, **rejected}
         version = publish_version(plan, packed, rows, counts, [clip.to_row() for clip in outside.values()])
+    _remove_unwanted_blocks(plan, packed is not None)
     write_failures(plan.lake, plan.run_id, [failure.to_row() for failure in failures])
     for result in results:
         for stage, seconds in result.seconds.items():
@@ -80,6 +82,30 @@ def commit(plan: IngestPlan, texts: Texts | None, results: Sequence[BlockResult]
         tolerate=plan.recipe.tolerate,
         faulty_films=sum(film.outcome.status == "failed" or film.outcome.reason == PARTIAL for film in plan.films),
     )
+
+
+def _remove_unwanted_blocks(plan: IngestPlan, published: bool) -> None:
+    """Removes staged blocks of dead runs that no later run could take: parts of blocks, damaged ones, and those of this
+    recipe with a clip that the dataset has, or whose films this run looked at without wanting their clips.
+
+    Those of films beyond this run, and of other recipes, are kept for the run that wants them.
+    """
+    wanted = set() if published else {block.block_id for block in plan.blocks}
+    held = {row["clip_id"] for row in plan.base_clips}
+    looked_at = {film.name for film in plan.films} | set(plan.missing) | set(plan.identities.renamed)
+    for block_id in staged_blocks(plan.lake):
+        if block_id in wanted:
+            continue
+        try:
+            meta = read_block_meta(plan.lake, block_id)
+            clips = [(clip["clip_id"], clip["film"]) for clip in meta["clips"]]
+            useless = meta["recipe"] == plan.recipe_fingerprint and (
+                any(clip in held for clip, _ in clips) or all(film in looked_at for _, film in clips)
+            )
+        except (ValueError, KeyError, TypeError, OSError):
+            useless = True
+        if useless or "-" in block_id:
+            remove_block(plan.lake, block_id)
 
 
 def accounts(plan: IngestPlan, made: set[str], lost: Mapping[str, Failure]) -> tuple[Account, Account]:

@@ -31,6 +31,7 @@ from pipeline.runner import Runner, Task, Worker
 from pipeline.sources.folders import Discovery, discover
 from pipeline.stages.embed import Texts, embed
 from storage.layout import Lake
+from storage.leftovers import remove_leftovers
 
 Result = TypeVar("Result")
 
@@ -203,6 +204,7 @@ def ingest(
 
     films, place = step(f"look for films in {names}", "discover", look)
     with place.writing():
+        remove_leftovers(place)
         plan = step(
             f"plan the clips of {names}",
             "plan",
