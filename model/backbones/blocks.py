@@ -16,8 +16,9 @@ QK_NORMS: Mapping[str, type[nn.RMSNorm | nn.LayerNorm] | None] = {
     "layer": nn.LayerNorm,
 }
 """Norms of each head's queries and keys."""
-LOG_RATE_LIMIT = 8.0
-"""Largest absolute logarithm of a rate: exp(8) is some 3000 frames in one gap."""
+LOG_RATE_LEAST, LOG_RATE_MOST = -16.0, 8.0
+"""Bounds of a logarithm of a rate. exp(8) is some 3000 frames in one gap. exp(-16) is none: over 145 gaps, all steps of a
+sample together, exp(-8) would still insert every fifth time."""
 
 
 class Block(nn.Module):
@@ -111,8 +112,8 @@ class RateHead(nn.Module):
         self.last = nn.Linear(width, 1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(..., W) to (...), at least float32, in [-LOG_RATE_LIMIT, LOG_RATE_LIMIT]; what is not finite stays so."""
+        """(..., W) to (...), at least float32, in [LOG_RATE_LEAST, LOG_RATE_MOST]; what is no number stays so."""
         inner = self.first(tokens)
         normed = self.norm(inner.to(self.norm.weight.dtype)).to(inner.dtype)
         rate = self.last(functional.silu(normed))[..., 0]
-        return rate.to(torch.promote_types(rate.dtype, torch.float32)).clamp(-LOG_RATE_LIMIT, LOG_RATE_LIMIT)
+        return rate.to(torch.promote_types(rate.dtype, torch.float32)).clamp(LOG_RATE_LEAST, LOG_RATE_MOST)

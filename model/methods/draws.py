@@ -27,9 +27,9 @@ STEP, FIRST, SECOND = (_wrapped(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E
 class Draws:
     """Random numbers of one step for the clips that this process has of the batch, and means over all of it.
 
-    Each call of `rand`, `randn` and `even` gives new numbers; in the same order they are the same ones. They are exact
-    to float32, whatever their type, so that training in float64 has the draws of training in float32. `randn` may
-    differ between devices by rounding; nothing else does.
+    Each call of `rand`, `randn`, `randn_frames` and `even` gives new numbers; in the same order they are the same ones.
+    They are exact to float32, whatever their type, so that training in float64 has the draws of training in float32.
+    Normal ones may differ between devices by rounding; nothing else does.
 
     Args:
         seed: of this step, in [0, 2^63).
@@ -62,12 +62,22 @@ class Draws:
 
     def randn(self, *shape: int) -> Tensor:
         """(B here, *shape) standard normal, up to 6.6 in size (Box and Muller 1958)."""
-        count = math.prod(shape)
-        bits = self._bits(self._keys, (count + 1) // 2)
+        return self._normal(1, math.prod(shape)).reshape(-1, *shape)
+
+    def randn_frames(self, frames: int, *shape: int) -> Tensor:
+        """(B here, frames, *shape) standard normal; each frame's numbers are the same however many frames there are.
+
+        So padding, which differs from process to process, changes nothing of a clip.
+        """
+        return self._normal(frames, math.prod(shape)).reshape(-1, frames, *shape)
+
+    def _normal(self, rows: int, count: int) -> Tensor:
+        half = (count + 1) // 2
+        bits = self._bits(self._keys, rows * half).view(-1, rows, half)
         radius = ((_shifted(bits, 32) + 1).float() * 2.0**-32).log().mul(-2).sqrt()
         angle = (bits & 0xFFFFFFFF).float() * (2 * math.pi * 2.0**-32)
-        pairs = torch.cat([radius * angle.cos(), radius * angle.sin()], 1)
-        return pairs[:, :count].to(self.dtype).reshape(-1, *shape)
+        pairs = torch.cat([radius * angle.cos(), radius * angle.sin()], 2)
+        return pairs[..., :count].to(self.dtype)
 
     def even(self, times: int) -> Tensor:
         """(B here, times) numbers in [0, 1], stratified: over the whole batch one in each of B * times equal parts."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.backbones.attention import FrameCache, attention_mask, count_pairs
-from model.backbones.blocks import LOG_RATE_LIMIT
+from model.backbones.blocks import LOG_RATE_LEAST, LOG_RATE_MOST
 from model.backbones.conditioning import Conditioning
 from model.backbones.dit import Backbone, BackboneConfig
 
@@ -104,9 +104,9 @@ def test_a_rate_is_clamped_and_stays_not_finite() -> None:
     assert rates.rate_head is not None
     with torch.no_grad():
         rates.rate_head.last.bias.fill_(100.0)
-        assert (rates(**inputs())["log_rate"] == LOG_RATE_LIMIT).all()
+        assert (rates(**inputs())["log_rate"] == LOG_RATE_MOST).all()
         rates.rate_head.last.bias.fill_(-100.0)
-        assert (rates(**inputs())["log_rate"] == -LOG_RATE_LIMIT).all()
+        assert (rates(**inputs())["log_rate"] == LOG_RATE_LEAST).all()
         rates.rate_head.last.bias.fill_(float("nan"))
         assert rates(**inputs())["log_rate"].isnan().all()
 
