@@ -55,7 +55,7 @@ class TrainRecipe:
     name: str
     """Name of the recipe function that made it."""
     method: str = "vlfm"
-    """How videos are learned: `vlfm`, or `per_frame` and `direct` for comparison."""
+    """How videos are learned: `vlfm`, `flowception`, or one for comparison, of those in docs/training.md."""
     options: Any = dataclasses.field(default_factory=VLFMOptions)
     """The method's own fields; `--set` takes them by their names, like the recipe's."""
     width: int = 384

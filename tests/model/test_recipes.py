@@ -114,7 +114,7 @@ def test_every_field_is_documented() -> None:
     import inspect
 
     for kind in (TrainRecipe, *(method.Options for method in METHODS.values())):
-        source = inspect.getsource(kind)
+        source = "".join(inspect.getsource(base) for base in kind.__mro__ if dataclasses.is_dataclass(base))
         for field in dataclasses.fields(kind):
             after = source.split(f"    {field.name}: ", 1)[1].split("\n", 2)[1]
             assert after.strip().startswith('"""'), field.name
