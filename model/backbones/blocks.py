@@ -17,8 +17,8 @@ QK_NORMS: Mapping[str, type[nn.RMSNorm | nn.LayerNorm] | None] = {
 }
 """Norms of each head's queries and keys."""
 LOG_RATE_LEAST, LOG_RATE_MOST = -16.0, 8.0
-"""Bounds of a logarithm of a rate. exp(8) is some 3000 frames in one gap. exp(-16) is none: over 145 gaps, all steps of a
-sample together, exp(-8) would still insert every fifth time."""
+"""Bounds of a logarithm of a rate. exp(8) is some 3000 frames in one gap. exp(-16) is none; exp(-8) in each of 145 gaps
+would still insert a frame in every fifth sample."""
 
 
 class Block(nn.Module):
