@@ -240,7 +240,7 @@ class Method(Protocol):
 
         - `errors` (states of the batch, in any shape): the loss of each state before any weights.
         - `place`, of the same shape: where the state is on its flow, from pure noise (-1) to the clip's first frame (0)
-          and along the clip to its end (1). Validation tells the errors by it.
+          and along the clip to its end (1). Validation tells the errors by it, and leaves out states where it is NaN.
 
         `batch` is this process's share of the step's, and each scalar the mean over its clips. What chance decides is
         from `draws`, what normalises over a batch from `draws.mean`: the losses and gradients of the processes then

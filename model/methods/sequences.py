@@ -22,9 +22,10 @@ from model.backbones.attention import FrameCache
 from model.backbones.conditioning import Conditioning
 from model.backbones.dit import LOG_RATE
 from model.methods.base import Batch, Clip, Request, drop_captions
+from model.methods.curves import RUN
 from model.methods.draws import Draws
 from model.settings import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SEED, SHARE, Rule, check_settings, one_of
-from model.spread import spread_evenly
+from model.spread import spread_in_runs
 
 START = -0.25
 """Flow time of pure noise as the backbone is told it; a clean frame's is 0. So does VLFM's warm-up have it, and so its
@@ -33,7 +34,7 @@ PLACE = 1 / 32
 """Seconds from a frame to the next as the backbone is told them: the shortest wavelength that it knows, 1/16, is then
 two frames."""
 MEASURED = 1024
-"""Clips that are read before training, at most, spread evenly."""
+"""Clips that are read before training, at most."""
 TIME_LAWS = ("uniform", "logit_normal", "beta")
 Sampling = TypeVar("Sampling")
 FINITE = Rule(math.isfinite, "a number")
@@ -136,7 +137,7 @@ class SequenceMethod:
     def prepare(cls, clips: Sequence[Clip], clip_format: Mapping[str, Any]) -> dict[str, float]:
         """`latent_scale`, and `shortest` and `longest`: the fewest and most frames of a clip."""
         squares, values, counts = 0.0, 0, []
-        for index in spread_evenly(range(len(clips)), MEASURED):
+        for index in spread_in_runs(range(len(clips)), MEASURED, RUN):
             latents = clips[index].members["latents"].astype(np.float64)
             squares, values = squares + float(np.square(latents).sum()), values + latents.size
             counts.append(len(latents))

@@ -89,9 +89,7 @@ class Bucket:
         raise LakeError(f"{self.store.address(key)} is on no local disk")
 
 
-def test_a_lake_needs_a_local_disk_for_icechunk_only(
-    published: Lake, sample_lake: ModuleType
-) -> None:
+def test_a_lake_needs_a_local_disk_for_icechunk_only(published: Lake, sample_lake: ModuleType) -> None:
     first = load(published)
     rows, films = (read_manifest(published, first, name).to_pylist() for name in ("clips", "films"))
     lake = Lake(Bucket(published.store))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.backbones.dit import Backbone, BackboneConfig
+from model.methods.autoregressive import Autoregressive, AutoregressiveOptions
 from model.methods.base import Batch, Method
 from model.methods.draws import Draws
+from model.methods.flowception import Flowception, FlowceptionOptions
+from model.methods.full import Full, FullOptions
 from model.methods.per_frame import PerFrame, PerFrameOptions
 from model.methods.vlfm import VLFM, VLFMOptions
 from model.training.ema import MovingAverage
@@ -23,12 +27,17 @@ from model.training.processes import Processes
 from model.training.state import TrainingState
 from model.training.updates import Updates, _OnItsWay
 
+FRAMES = {"latent_scale": 2.0, "shortest": 5.0, "longest": 5.0}
 FIGURES, FORMAT = {"mean_scale": 1.0, "derivative_scale": 2.0}, {"latent_shape": (3, 4, 4)}
 METHODS: dict[str, Method] = {
     "first": VLFM.build(VLFMOptions(error_focus=1.0, start_anywhere=0.5), FIGURES, FORMAT),
     "ends": VLFM.build(VLFMOptions(anchor="ends"), FIGURES, FORMAT),
     "none": VLFM.build(VLFMOptions(anchor="none", warmup_focus=1.0), FIGURES, FORMAT),
     "per_frame": PerFrame.build(PerFrameOptions(error_focus=1.0), FIGURES, FORMAT),
+    "flowception": Flowception.build(FlowceptionOptions(weighting="elbo", snr_shift=3.0), FRAMES, FORMAT),
+    "keys": Flowception.build(FlowceptionOptions(finished="keys", time_law="beta"), FRAMES, FORMAT),
+    "full": Full.build(FullOptions(), FRAMES, FORMAT),
+    "autoregressive": Autoregressive.build(AutoregressiveOptions(), FRAMES, FORMAT),
 }
 
 
@@ -50,10 +59,10 @@ class Copies(TorchDispatchMode):
 @pytest.mark.parametrize("kind", METHODS)
 def test_a_step_reads_no_value_on_the_host(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "autocast", lambda *given, **more: contextlib.nullcontext())  # it knows no such device
-    monkeypatch.setattr("torch.optim.adam._get_fused_kernels_supported_devices", lambda: ["meta"])
+    monkeypatch.setattr(sys.modules["torch.optim.optimizer"], "_get_fused_kernels_supported_devices", lambda: ["meta"])
     monkeypatch.setattr(_OnItsWay, "__init__", lambda self, step, values: None)  # what a GPU copies without waiting
     method, clips = METHODS[kind], 4
-    config = BackboneConfig(3, 4, 4, 8, 32, 2, 2, 2, outputs=method.heads, temporal=method.temporal)
+    config = BackboneConfig(3, 4, 4, 8, 32, 2, 2, 2, outputs=method.heads, temporal=method.temporal, rates=method.rates)
     network = Backbone(config).to("meta")
     matrices = [p for p in network.blocks.parameters() if p.ndim == 2]
     optimizers = [
@@ -65,7 +74,8 @@ def test_a_step_reads_no_value_on_the_host(kind: str, tmp_path: Path, monkeypatc
     batch = Batch(
         clip_ids=("",) * clips, text=torch.zeros(clips, 3, 8), text_length=torch.ones(clips, dtype=torch.long),
         empty_text=torch.zeros(1, 8), clip_start=torch.zeros(clips), duration=torch.ones(clips),
-        coefficients=torch.zeros(clips, 6, 3, 4, 4),
+        coefficients=torch.zeros(clips, 6, 3, 4, 4), latents=torch.zeros(clips, 5, 3, 4, 4),
+        valid=torch.ones(clips, 5, dtype=torch.bool),
     ).to("meta")  # fmt: skip
 
     def step(number: int) -> torch.Tensor:
