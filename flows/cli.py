@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
+from flows.lake import erase, gc, repair
 from model.program import add_settings_option, parse_settings
 from model.stop import STOPPED, Stopped, hold_signals
 from storage.errors import is_expected
@@ -412,6 +413,9 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Run]]] = {
     "inspect": ("show what a dataset holds", inspect),
     "verify": ("check every file and checksum of a dataset", verify),
     "doctor": ("what is wrong with this machine or a cluster, and how to put it right", doctor),
+    "repair": ("make again what is damaged in a dataset", repair),
+    "gc": ("remove what no version of a dataset needs", gc),
+    "erase": ("erase a film from every version of a dataset", erase),
     "experiment": ("measure again what docs/experiments.md tells", experiment),
     "demo": ("the whole chain on generated films, or on your own, with a report", demo),
 }

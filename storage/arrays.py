@@ -61,7 +61,7 @@ _DTYPES = {
     "preview_row": np.int32,
 }
 _REQUIRED = ("clip_id", "caption_id", "coefficients", "frame_time", "observed", "clip_start", "duration", "order_used")
-_TEXT_ARRAYS = ("texts", "text_length", "caption_id")
+TEXT_ARRAYS = ("texts", "text_length", "caption_id")
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def append_clips(
         repository = open_repository(lake, create=True)
         session = writable_from(lake, repository, parent)
         try:
-            first = _append(_open_group(session, group, create=True), dict(clips), texts, made_again)
+            first = append_rows(open_group(session, group, create=True), dict(clips), texts, made_again)
             snapshot = session.commit(message)
         except Exception as error:
             if is_disk_full(error):
@@ -141,8 +141,8 @@ def read_clips(
         IndexError: a row beyond the snapshot's.
     """
     with storage_errors(lake):
-        opened = _open_group(at_snapshot(lake, snapshot), group)
-        stored = [name for name in opened.array_keys() if name not in _TEXT_ARRAYS]
+        opened = open_group(at_snapshot(lake, snapshot), group)
+        stored = [name for name in opened.array_keys() if name not in TEXT_ARRAYS]
         names = [name for name in stored if name != "preview"] if names is None else names
         for name in names:
             if name not in stored:
@@ -161,7 +161,7 @@ def read_clips(
 def read_texts(lake: Lake, snapshot: str, group: str, rows: slice | Sequence[int] | Array | None = None) -> Texts:
     """The captions `rows` (all by default) as of `snapshot`. Raises as `read_clips` does."""
     with storage_errors(lake):
-        opened = _open_group(at_snapshot(lake, snapshot), group)
+        opened = open_group(at_snapshot(lake, snapshot), group)
         return Texts(
             _to_ids(_read(opened["caption_id"], rows)),
             _read(opened["texts"], rows),
@@ -172,14 +172,14 @@ def read_texts(lake: Lake, snapshot: str, group: str, rows: slice | Sequence[int
 def text_rows(lake: Lake, snapshot: str, group: str) -> dict[str, int]:
     """Where each caption's text is as of `snapshot`: caption_id -> row. Raises as `read_clips` does."""
     with storage_errors(lake):
-        identities = _to_ids(_read(_open_group(at_snapshot(lake, snapshot), group)["caption_id"], None))
+        identities = _to_ids(_read(open_group(at_snapshot(lake, snapshot), group)["caption_id"], None))
     return {identity: row for row, identity in enumerate(identities)}
 
 
 def count_rows(lake: Lake, snapshot: str, group: str) -> int:
     """Clips in the group as of `snapshot`. Raises as `read_clips` does."""
     with storage_errors(lake):
-        return _length(_open_group(at_snapshot(lake, snapshot), group), "clip_id")
+        return _length(open_group(at_snapshot(lake, snapshot), group), "clip_id")
 
 
 def _check_clips(clips: Mapping[str, Any]) -> None:
@@ -212,7 +212,7 @@ def _check_clips(clips: Mapping[str, Any]) -> None:
         raise ValueError("a clip id occurs twice among the clips to append")
 
 
-def _append(group: zarr.Group, clips: dict[str, Any], texts: Texts | None, made_again: bool = False) -> int:
+def append_rows(group: zarr.Group, clips: dict[str, Any], texts: Texts | None, made_again: bool = False) -> int:
     """Add the rows to every array of the group: the first new row."""
     known = _append_texts(group, texts)
     captions = clips.pop("caption_id")
@@ -233,7 +233,7 @@ def _append(group: zarr.Group, clips: dict[str, Any], texts: Texts | None, made_
         raise ValueError(f"preview_row must name each of the {len(preview)} previews once, and -1 elsewhere")
     shown = _length(group, "preview") if "preview" in group else 0
     clips["preview_row"] = np.where(places >= 0, places + shown, -1).astype(np.int32)
-    stored = {name for name in group.array_keys() if name not in (*_TEXT_ARRAYS, "preview")}
+    stored = {name for name in group.array_keys() if name not in (*TEXT_ARRAYS, "preview")}
     if stored and stored != set(clips):
         raise ValueError(f"the group has arrays {sorted(stored)}, the clips to append have {sorted(clips)}")
     for name in sorted(clips):
@@ -255,9 +255,9 @@ def _append_texts(group: zarr.Group, texts: Texts | None) -> dict[str, int]:
     if lengths.shape != (len(embeddings),) or ((lengths < 1) | (lengths > embeddings.shape[1])).any():
         raise ValueError(f"texts: lengths must be one per caption, 1 to {embeddings.shape[1]}")
     new = [row for row, identity in enumerate(texts.caption_ids) if identity not in known]
-    for row in new:
-        known[texts.caption_ids[row]] = len(known)
-    if len(known) != len(present) + len(new):
+    for place, row in enumerate(new, start=len(present)):
+        known[texts.caption_ids[row]] = place
+    if len({texts.caption_ids[row] for row in new}) != len(new):
         raise ValueError("a caption id occurs twice among the texts")
     if new:
         _extend(group, "caption_id", _from_ids([texts.caption_ids[row] for row in new]))
@@ -334,7 +334,8 @@ def _to_ids(rows: Array) -> list[str]:
     return [text[start : start + ID_LENGTH] for start in range(0, len(text), ID_LENGTH)]
 
 
-def _open_group(session: icechunk.Session, group: str, create: bool = False) -> zarr.Group:
+def open_group(session: icechunk.Session, group: str, create: bool = False) -> zarr.Group:
+    """A group of a session, made where `create` says so and it is not there. Raises LakeError where there is none."""
     import zarr
 
     root = zarr.open_group(session.store, mode="a" if create else "r")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storage.address import store_at
-from storage.local import TEMPORARY_SUFFIX, write_atomic
+from storage.local import write_atomic
 from storage.s3_client import BucketError
 from storage.store import DiskFull, LakeBusy, LakeError, Store
 
@@ -124,34 +124,17 @@ class Lake:
         """
         return self.store.lease("writing")
 
-    def garbage(self) -> list[Path]:
-        """Files that no version needs: temporary files of dead runs, and shards, indexes, tables and texts that no
-        version names. Call it inside `writing()` only, or a run's fresh files look like garbage too.
-
-        Blocks in staging/ and the Icechunk repository are not looked at.
-        """
-        texts = _version_texts(self).values()
-        found = []
-        for folder in _FOLDERS:
-            files = self.store.local_path(folder)
-            for file in sorted(files.iterdir()) if files.is_dir() else []:
-                owner = file.name.replace(".index.json", ".tar")
-                named = folder in ("versions", "staging", "failures") or any(owner in text for text in texts)
-                if file.is_file() and (file.name.endswith(TEMPORARY_SUFFIX) or not named):
-                    found.append(file)
-        return found
-
 
 def version_naming(lake: Lake, key: str) -> int | None:
     """The number of a version that names this key of a lake, or None: what a version names must never change."""
     name = key.rpartition("/")[2]
-    for number, text in _version_texts(lake).items():
+    for number, text in version_texts(lake).items():
         if number.isdigit() and (f'"{name}"' in text or f'/{name}"' in text):
             return int(number)
     return None
 
 
-def _version_texts(lake: Lake) -> dict[str, str]:
+def version_texts(lake: Lake) -> dict[str, str]:
     """The text of every version file by its name's stem, that of a damaged one too."""
     keys = [key for key in lake.store.list_keys("versions/") if key.endswith(".json")]
     return {

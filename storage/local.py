@@ -12,6 +12,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,8 @@ from typing import BinaryIO
 from storage.store import DiskFull, LakeBusy, LakeError, check_key, check_lease, check_prefix
 
 TEMPORARY_SUFFIX = ".tmp"
+_ICECHUNK = re.compile(r"#[0-9]+$")
+"""How Icechunk's own store ends the name of a file that it is still writing."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,17 @@ class LocalStore:
         if not path.is_dir():
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 path.unlink()
+
+    def clean(self, delete: bool) -> list[str]:
+        found = [
+            Path(where, name)
+            for where, _, files in os.walk(self.root)
+            for name in files
+            if (name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)) or _ICECHUNK.search(name)
+        ]
+        for path in found if delete else ():
+            path.unlink(missing_ok=True)
+        return sorted(str(path) for path in found)
 
     @contextlib.contextmanager
     def lease(self, name: str, wait: bool = False) -> Iterator[None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     import icechunk
 
 _ARRAYS = "arrays"
+_BEGINNING = "1CECHNKREP0F1RSTCMT0"
+"""Icechunk's name of the empty snapshot that every repository begins with."""
 REMEDY = "restore the lake from a copy, or ingest the films into a new one"
 
 
@@ -96,6 +99,27 @@ def writable_from(lake: Lake, repository: icechunk.Repository, parent: str | Non
     return repository.writable_session("main")
 
 
+def fresh_session(lake: Lake) -> tuple[str, icechunk.Session]:
+    """A session with no history before it, and where a repository was put aside that cannot have one (else empty).
+
+    Call it inside `committing`. Versions keep their snapshots until garbage is collected.
+
+    Raises:
+        LakeError: the repository cannot be used, and not put aside because the lake is on no local disk.
+    """
+    import icechunk
+
+    try:
+        repository = open_repository(lake, create=True)
+        repository.reset_branch("main", _BEGINNING)
+        return "", repository.writable_session("main")
+    except icechunk.IcechunkError:
+        aside = lake.arrays.with_name(f"arrays-damaged-{int(time.time())}")
+        lake.arrays.rename(aside)
+        fsync_path(aside.parent)
+        return str(aside), open_repository(lake, create=True).writable_session("main")
+
+
 def collect_garbage(lake: Lake) -> int:
     """Drop from the repository what no version needs: the bytes freed. Call it inside `lake.writing()`.
 
@@ -106,6 +130,34 @@ def collect_garbage(lake: Lake) -> int:
         repository = open_repository(lake)
         writable_from(lake, repository, None)
         return drop_unreachable(lake, repository)
+
+
+def expire_history(lake: Lake) -> int:
+    """Drop every snapshot but the newest version's, and what only those need: the bytes freed.
+
+    Rows are only ever appended, so the newest snapshot holds those of all versions; a version's file has to name it
+    first (storage.change). Call it inside `lake.writing()`.
+
+    Raises:
+        LakeError: a version names another snapshot; then nothing is dropped.
+    """
+    version = latest(lake)
+    if version is None:
+        return 0
+    with committing(lake), storage_errors(lake):
+        repository = open_repository(lake)
+        for number in list_versions(lake):
+            if load(lake, number).snapshot != version.snapshot:
+                raise LakeError(f"version {number} names a snapshot of its own in {address(lake)}; nothing is dropped")
+        writable_from(lake, repository, version.snapshot)
+        repository.expire_snapshots(datetime.datetime.now(datetime.UTC))
+        return drop_unreachable(lake, repository)
+
+
+def history(lake: Lake) -> list[str]:
+    """Ids of the arrays' newest snapshot and those before it. Raises LakeError as reading does."""
+    with storage_errors(lake):
+        return [snapshot.id for snapshot in open_repository(lake).ancestry(branch="main")]
 
 
 def drop_unreachable(lake: Lake, repository: icechunk.Repository) -> int:

@@ -171,6 +171,20 @@ class S3Store:
         self._still_held()
         self._call("delete_object", key)
 
+    def clean(self, delete: bool) -> list[str]:
+        """As the protocol has it: uploads in parts that came to no end, which cost as much as objects."""
+        found = []
+        start = f"{self.prefix}/" if self.prefix else ""
+        with self._errors():
+            pages = client(self.endpoint).get_paginator("list_multipart_uploads")
+            for page in pages.paginate(Bucket=self.bucket, Prefix=start):
+                for upload in page.get("Uploads", ()):
+                    found.append(f"s3://{self.bucket}/{upload['Key']} (upload {upload['UploadId']})")
+                    if delete:
+                        own = {"Bucket": self.bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+                        client(self.endpoint).abort_multipart_upload(**own)
+        return sorted(found)
+
     @contextlib.contextmanager
     def lease(self, name: str, wait: bool = False) -> Iterator[None]:
         check_lease(name)

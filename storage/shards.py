@@ -30,7 +30,7 @@ Sample: TypeAlias = Mapping[str, Any]
 """`__key__`: the clip's id; `<name>.npy`: an array; `<name>.json`: a JSON mapping."""
 INDEX_FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.tar")
-_REMEDY = "restore it from a copy, or ingest the films into a new lake"
+_REMEDY = "restore it from a copy, try `vlfm repair`, or ingest the films into a new lake"
 
 
 class DamagedShard(VlfmError):
@@ -74,7 +74,7 @@ def index_key(name: str) -> str:
     return shard_key(name).removesuffix(".tar") + ".index.json"
 
 
-def write_shard(lake: Lake, name: str, samples: Iterable[Sample]) -> ShardInfo:
+def write_shard(lake: Lake, name: str, samples: Iterable[Sample], expected: ShardInfo | None = None) -> ShardInfo:
     """Write a shard and its index, each whole or not at all, the index last.
 
     The bytes depend on the samples and their order only. A sample's NaN and infinity become None in its JSON.
@@ -84,11 +84,13 @@ def write_shard(lake: Lake, name: str, samples: Iterable[Sample]) -> ShardInfo:
         name: `<block_id>.tar`. A shard that a version names is never altered: writing the same bytes again is fine
             (and heals one that was damaged), other bytes are refused.
         samples: read once, one at a time.
+        expected: what the bytes have to be.
 
     Raises:
         ValueError: no shard's name, no samples, a key twice or with a dot or slash, a member that is neither `.npy`
             nor `.json`, an array of Python objects.
         ShardTaken: a version names the shard, and its bytes are different.
+        LakeError: the bytes are not `expected`.
         DiskFull: no room; nothing stays behind.
     """
     place = shard_key(name)
@@ -101,7 +103,7 @@ def write_shard(lake: Lake, name: str, samples: Iterable[Sample]) -> ShardInfo:
                 raise ValueError(f"{name}: sample key {key!r}: use letters, digits, '-' and '_' only")
             if key in keys:
                 raise ValueError(f"{name}: two samples have the key {key!r}")
-            members = {part: _encode(key, part, value) for part, value in sample.items() if part != "__key__"}
+            members = {part: encode(key, part, value) for part, value in sample.items() if part != "__key__"}
             if not members:
                 raise ValueError(f"{name}: sample {key!r} has no members")
             keys.add(key)
@@ -112,12 +114,14 @@ def write_shard(lake: Lake, name: str, samples: Iterable[Sample]) -> ShardInfo:
                 size = len(members[part])
                 places[part] = [writer.tarstream.offset - -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, size]
             sums = {part: _member_digest(data) for part, data in members.items()}
-            entries.append({"key": key, "members": places, "sha256": _sample_digest(members), "checksums": sums})
+            entries.append({"key": key, "members": places, "sha256": sample_digest(members), "checksums": sums})
         if not entries:
             raise ValueError(f"{name}: a shard needs at least one sample")
         writer.close()
         info = ShardInfo(name, counter.bytes, counter.digest.hexdigest(), len(entries))
-        changed = lake.store.size(place) is not None and _digest(lake, name) != info.sha256
+        if expected is not None and info != expected:
+            raise LakeError(f"{name}: these samples do not give the bytes that were published")
+        changed = lake.store.size(place) is not None and shard_digest(lake, name) != info.sha256
         number = version_naming(lake, place) if changed else None
         named = "" if number is None else lake.store.read(f"versions/{number}.json").decode("utf-8", "replace")
         if number is not None and info.sha256 not in named:
@@ -139,7 +143,7 @@ def rebuild_index(lake: Lake, name: str) -> ShardInfo:
             entries = _scan(file, path)
     except FileNotFoundError:
         raise DamagedShard(f"{path} is missing; {_REMEDY}") from None
-    info = ShardInfo(name, lake.store.size(shard_key(name)) or 0, _digest(lake, name), len(entries))
+    info = ShardInfo(name, lake.store.size(shard_key(name)) or 0, shard_digest(lake, name), len(entries))
     lake.store.write(index_key(name), _index_bytes(info, entries))
     return info
 
@@ -164,7 +168,7 @@ class ShardReader:
         self.lake, self.name = lake, name
         self.path = lake.store.address(shard_key(name))
         self._cache = lake.store.cache()
-        index = _read_index(lake, name)
+        index = read_index(lake, name)
         size = lake.store.size(shard_key(name))
         if size != index["bytes"]:
             what = "missing" if size is None else "truncated" if size < index["bytes"] else "longer than written"
@@ -237,7 +241,7 @@ class ShardReader:
         The store itself is read, never its cache.
         """
         problems, damaged, wrong = [], [], False
-        entries = _read_index(self.lake, self.name)["samples"]  # ours lack the checksums that were compared already
+        entries = read_index(self.lake, self.name)["samples"]  # ours lack the checksums that were compared already
         try:
             opened = self.lake.store.open_read(shard_key(self.name))
         except LakeError as error:
@@ -246,7 +250,10 @@ class ShardReader:
             for entry in entries:
                 try:
                     members = self._compare(entry, self._members(entry, entry["members"], file))
-                    wrong |= any(_member_digest(members[name]) != s for name, s in entry.get("checksums", {}).items())
+                    wrong |= any(
+                        name not in members or _member_digest(members[name]) != s
+                        for name, s in entry.get("checksums", {}).items()
+                    )
                 except DamagedShard:
                     damaged.append(entry["key"])
             file.seek(0)
@@ -270,7 +277,7 @@ class ShardReader:
         return problems
 
     def _compare(self, entry: Mapping[str, Any], found: dict[str, bytes]) -> dict[str, bytes]:
-        if _sample_digest(found) != entry["sha256"]:
+        if sample_digest(found) != entry["sha256"]:
             raise self.damaged(entry["key"], "wrong checksum")
         return found
 
@@ -366,7 +373,8 @@ def _tar(file: BinaryIO) -> Iterator[tuple[Any, _Counter]]:
         writer.close()
 
 
-def _encode(key: str, name: str, value: Any) -> bytes:
+def encode(key: str, name: str, value: Any) -> bytes:
+    """A member's bytes. Raises ValueError for what is not stored."""
     if not re.fullmatch(r"[a-z][a-z0-9_]*\.(npy|json)", name):
         raise ValueError(
             f"clip {key}: member {name!r} is neither <name>.npy nor <name>.json, and only those are stored"
@@ -397,7 +405,7 @@ def _cut(data: bytes, places: Mapping[str, tuple[int, int]], start: int) -> dict
     return {name: data[offset - start : offset - start + size] for name, (offset, size) in places.items()}
 
 
-def _sample_digest(members: Mapping[str, bytes | memoryview]) -> str:
+def sample_digest(members: Mapping[str, bytes | memoryview]) -> str:
     """A sample's digest: over its members' names, sizes and bytes, whatever tar they are in."""
     digest = hashlib.sha256()
     for name in sorted(members):
@@ -416,12 +424,14 @@ def _index_bytes(info: ShardInfo, entries: list[dict[str, Any]]) -> bytes:
     return canonical_json({**head, "samples": entries}).encode("ascii")
 
 
-def _digest(lake: Lake, name: str) -> str:
+def shard_digest(lake: Lake, name: str) -> str:
+    """The sha256 of a shard's tar. Raises FileNotFoundError where there is none."""
     with lake.store.open_read(shard_key(name)) as file:
         return stream_digest(file)
 
 
-def _read_index(lake: Lake, name: str) -> dict[str, Any]:
+def read_index(lake: Lake, name: str) -> dict[str, Any]:
+    """A shard's index as JSON; whether it is that of the tar is not asked. Raises DamagedShard."""
     path, place = lake.store.address(shard_key(name)), lake.store.address(index_key(name))
     try:
         index = json.loads(lake.store.read(index_key(name)))
@@ -445,8 +455,7 @@ def _read_index(lake: Lake, name: str) -> dict[str, Any]:
 
 
 def _rebuild(lake: Lake, name: str) -> str:
-    program = "from storage.layout import Lake; from storage.shards import rebuild_index"
-    return f"make it anew: python -c \"{program}; rebuild_index(Lake.open('{lake.store.address()}'), '{name}')\""
+    return f"make it anew: vlfm repair --lake {lake.store.address()}"
 
 
 def _scan(opened: BinaryIO, path: str) -> list[dict[str, Any]]:
@@ -466,7 +475,7 @@ def _scan(opened: BinaryIO, path: str) -> list[dict[str, Any]]:
                 digests[part] = file.read() if file is not None else b""
                 entries[-1]["members"][part] = [member.offset_data, member.size]
                 entries[-1]["checksums"][part] = _member_digest(digests[part])
-                entries[-1]["sha256"] = _sample_digest(digests)
+                entries[-1]["sha256"] = sample_digest(digests)
     except (tarfile.TarError, EOFError) as error:
         raise DamagedShard(f"{path} is no whole tar ({error}); {_REMEDY}") from error
     return entries

@@ -130,6 +130,13 @@ class Store(Protocol):
         """Remove a key. Nothing happens where nothing is stored under it."""
         ...
 
+    def clean(self, delete: bool) -> list[str]:
+        """Addresses of what unfinished writes of dead processes left behind; it is removed where `delete`.
+
+        Call it only while nothing else writes.
+        """
+        ...
+
     def lease(self, name: str, wait: bool = False) -> AbstractContextManager[None]:
         """Hold the lease `name` (letters, digits, '-' and '_') within the block; only one process can.
 

@@ -82,7 +82,7 @@ def _compare_stores(lake: Lake, version: Version, arrays: bool) -> list[str]:
         return problems  # reported above
     problems += _compare_table(version, rows, readers)
     if arrays:
-        problems += _compare_arrays(lake, version.snapshot, version.group, rows, readers)
+        problems += compare_arrays(lake, version.snapshot, version.group, rows, readers)
     return problems
 
 
@@ -107,7 +107,7 @@ def _compare_table(version: Version, rows: list[dict[str, Any]], readers: Mappin
     return problems
 
 
-def _compare_arrays(
+def compare_arrays(
     lake: Lake, snapshot: str, group: str, rows: Sequence[Mapping[str, Any]], readers: Mapping[str, ShardReader]
 ) -> list[str]:
     """Compare clip ids, texts and every array that both stores hold, clip by clip: the problems found.

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from storage.fingerprint import bytes_digest, canonical_json, fingerprint, merkle_root, stream_digest
+from storage.fingerprint import bytes_digest, canonical_json, fingerprint, merkle_root, short_id, stream_digest
 from storage.layout import Lake, LakeError, version_naming
 from storage.rounding import check_rounding
 from storage.schema import CLIP_SCHEMA, FILM_SCHEMA, REJECTED_SCHEMA, check_format, completed, table_of
@@ -80,13 +80,13 @@ def publish(lake: Lake, version: Version) -> bool:
         LakeError: the number leaves a gap, or a file that the version names is not there as it says.
         DiskFull: no room; nothing stays behind.
     """
-    key = _version_key(version.number)
+    key = version_key(version.number)
     if lake.store.size(key) is not None:
         return False
     newest = max(list_versions(lake), default=0)
     if version.number != newest + 1:
         raise LakeError(f"version {version.number} cannot follow version {newest}; publish {newest + 1} next")
-    for what, expected in _named_files(version).items():
+    for what, expected in named_files(version).items():
         size = lake.store.size(what)
         if size is None:
             raise LakeError(f"version {version.number} names {what}, which is not there; write it before publishing")
@@ -97,9 +97,14 @@ def publish(lake: Lake, version: Version) -> bool:
                 good = stream_digest(file) == expected
         if not good:
             raise LakeError(f"version {version.number} names {what}, which is not as it says; write it again")
+    return lake.store.create_exclusive(key, version_bytes(version))
+
+
+def version_bytes(version: Version) -> bytes:
+    """The content of the version's file."""
     body = dataclasses.asdict(version)
     body = {**body.pop("extra"), **body, "format": FORMAT}
-    return lake.store.create_exclusive(key, canonical_json({**body, "checksum": fingerprint(body)}).encode("ascii"))
+    return canonical_json({**body, "checksum": fingerprint(body)}).encode("ascii")
 
 
 def list_versions(lake: Lake) -> list[int]:
@@ -128,9 +133,9 @@ def load(lake: Lake, number: int | None = None) -> Version:
     number = numbers[-1] if number is None else number
     if number not in numbers:
         raise LakeError(f"{where} has no version {number}; there are: {', '.join(map(str, numbers))}")
-    path = lake.store.address(_version_key(number))
+    path = lake.store.address(version_key(number))
     try:
-        body = json.loads(lake.store.read(_version_key(number)))
+        body = json.loads(lake.store.read(version_key(number)))
         checksum = body.pop("checksum")
         if fingerprint(body) != checksum:
             raise ValueError("wrong checksum")
@@ -177,22 +182,43 @@ def write_manifest(
         LakeError: the version is published already.
         DiskFull: no room.
     """
-    import pyarrow.parquet as pq
-
     manifest = {}
     for name, rows in (("clips", clips), ("films", films), ("rejected", rejected)):
-        table = table_of(rows, TABLES[name])
         key = f"manifests/{number}-{name}.parquet"
         if (published := version_naming(lake, key)) is not None:
             raise LakeError(
                 f"{lake.store.address(key)} belongs to version {published} and never changes; take the next number"
             )
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
-        data = buffer.getvalue()
+        data, count = _table_bytes(rows, name)
         lake.store.write(key, data)
-        manifest[name] = {"path": key, "sha256": bytes_digest(data), "rows": table.num_rows}
+        manifest[name] = {"path": key, "sha256": bytes_digest(data), "rows": count}
     return manifest
+
+
+def write_table_again(
+    lake: Lake, number: int, table: str, rows: Iterable[Mapping[str, Any]] | Any, entry: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write one table of version `number` with other rows: its entry of `Version.manifest`.
+
+    It stands beside the one of `entry`, under a name with its checksum, until the version's file names it
+    (storage.change). The same rows leave `entry` as it is. Raises as `write_manifest`.
+    """
+    data, count = _table_bytes(rows, table)
+    digest = bytes_digest(data)
+    if digest == entry["sha256"]:
+        return dict(entry)
+    key = f"manifests/{number}-{table}-{short_id(digest)}.parquet"
+    lake.store.write(key, data)
+    return {"path": key, "sha256": digest, "rows": count}
+
+
+def _table_bytes(rows: Iterable[Mapping[str, Any]] | Any, name: str) -> tuple[bytes, int]:
+    import pyarrow.parquet as pq
+
+    table = table_of(rows, TABLES[name])
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue(), table.num_rows
 
 
 def read_manifest(lake: Lake, version: Version, table: str = "clips", columns: Sequence[str] | None = None) -> Any:
@@ -239,10 +265,16 @@ def write_empty_text(lake: Lake, text_id: str, embedding: np.ndarray[Any, Any]) 
     if (kept := _keeping(lake, key)) is not None:
         check_rounding(f"the empty caption's embedding by {text_id}", read_empty_text(lake, kept), embedding)
         return dict(kept.text["empty"])
+    data = npy_bytes(embedding)
+    lake.store.write(key, data)
+    return {"path": key, "sha256": bytes_digest(data)}
+
+
+def npy_bytes(array: np.ndarray[Any, Any]) -> bytes:
+    """An array as an .npy file, without pickle."""
     buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(embedding), version=(1, 0), allow_pickle=False)
-    lake.store.write(key, buffer.getvalue())
-    return {"path": key, "sha256": bytes_digest(buffer.getvalue())}
+    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
 
 
 def kept_empty_text(lake: Lake, text_id: str) -> np.ndarray[Any, Any] | None:
@@ -305,7 +337,7 @@ def checked_bytes(lake: Lake, entry: Mapping[str, Any]) -> bytes:
     return data
 
 
-def _named_files(version: Version) -> dict[str, str | int]:
+def named_files(version: Version) -> dict[str, str | int]:
     """Every file the version names, with its sha256, or its size where hashing would read gigabytes."""
     files: dict[str, str | int] = {f"shards/{info.name}": info.bytes for info in version.shards}
     files |= {entry["path"]: entry["sha256"] for entry in version.manifest.values()}
@@ -318,5 +350,6 @@ def _empty_text_key(text_id: str) -> str:
     return f"texts/{re.sub(r'[^A-Za-z0-9_.-]+', '-', text_id).strip('.-')}-empty.npy"
 
 
-def _version_key(number: int) -> str:
+def version_key(number: int) -> str:
+    """The key of a version's file."""
     return f"versions/{number}.json"

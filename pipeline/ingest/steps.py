@@ -30,8 +30,8 @@ from pipeline.recipes import DataRecipe, demo
 from pipeline.runner import Runner, Task, Worker
 from pipeline.sources.folders import Discovery, discover
 from pipeline.stages.embed import Texts, embed
+from storage.change import finish
 from storage.layout import Lake
-from storage.leftovers import remove_leftovers
 
 Result = TypeVar("Result")
 
@@ -204,7 +204,8 @@ def ingest(
 
     films, place = step(f"look for films in {names}", "discover", look)
     with place.writing():
-        remove_leftovers(place)
+        place.store.clean(delete=True)
+        finish(place)
         plan = step(
             f"plan the clips of {names}",
             "plan",

@@ -39,6 +39,9 @@ OPTIONS = {
     "inspect": ["CLIP", "--lake", "--version", "--json"],
     "verify": ["--lake", "--version", "--json"],
     "doctor": ["--lake", "--film", "--recipe", "--set", "--ray-address", "--quick", "--json"],
+    "repair": ["--lake", "--give-up", "--json"],
+    "gc": ["--lake", "--keep", "--yes", "--delete", "--staged", "--json"],
+    "erase": ["FILM", "--lake", "--plan", "--json"],
     "experiment": ["NAME"],
     "demo": ["--source", "--captions", "--out", "--limit", "--steps"],
 }
@@ -350,3 +353,47 @@ def test_a_plan_makes_nothing(vlfm: Say, films: Path, tmp_path: Path) -> None:
     status, out, _ = vlfm("ingest", films, "--lake", "lake", "--plan", "--json", "--set", "duration=1")
     assert json.loads(out)["clips"] == 4
     assert list(tmp_path.iterdir()) == []
+
+
+# --- looking after a lake ---
+
+
+def test_gc_says_first_and_removes_when_told(vlfm: Say, tmp_path: Path) -> None:
+    lake = Lake.create(tmp_path / "lake")
+    publish_clips(lake, range(3))
+    publish_clips(lake, range(3, 6))
+    lake.store.write("shards/dead.tar", b"dead")
+    status, out, _ = vlfm("gc", "--lake", lake.root, "--keep", 1)
+    assert (status, out.splitlines()[-1]) == (0, "nothing was removed; --yes removes it")
+    assert "1 expired versions: 1\n4 files that no version needs" in out
+    assert lake.store.size("versions/1.json")
+    told = json.loads(vlfm("gc", "--lake", lake.root, "--keep", 1, "--delete", "--json")[1])
+    assert (told["removed"], told["expired"], lake.store.size("versions/1.json")) == (True, [1], None)
+    assert vlfm("gc", "--lake", lake.root, "--yes")[1].startswith("no garbage")
+    assert "keep at least 1" in one_line(vlfm("gc", "--lake", lake.root, "--keep", 0)[2])
+    with lake.writing():
+        assert "is in use" in one_line(vlfm("gc", "--lake", lake.root)[2])
+
+
+def test_erase_plans_erases_and_proves(vlfm: Say, tmp_path: Path) -> None:
+    lake = Lake.create(tmp_path / "lake")
+    publish_clips(lake, range(3))
+    status, out, _ = vlfm("erase", "folder/film.mp4", "--lake", lake.root, "--plan")
+    assert (status, out) == (0, "folder/film.mp4: 3 clips in 1 versions would be erased\n")
+    assert len(load(lake).shards) == 1
+    status, out, _ = vlfm("erase", "folder/film.mp4", "--lake", lake.root)
+    assert (status, load(lake).shards) == (0, ())
+    assert "nothing of the film is left in this lake" in out
+    assert "has no film" in one_line(vlfm("erase", "folder/film.mp4", "--lake", lake.root)[2])
+
+
+def test_repair_puts_right_and_tells_what_it_cannot(vlfm: Say, tmp_path: Path) -> None:
+    lake = Lake.create(tmp_path / "lake")
+    publish_clips(lake, range(3))
+    next(lake.shards.glob("*.index.json")).unlink()
+    status, out, _ = vlfm("repair", "--lake", lake.root)
+    assert (status, out.count("repaired ")) == (0, 1)
+    next(lake.manifests.glob("*-films.parquet")).unlink()
+    told = json.loads(vlfm("repair", "--lake", lake.root, "--json")[1])
+    assert told["repaired"] == []
+    assert "1-films.parquet is missing" in told["problems"][0]

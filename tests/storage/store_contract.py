@@ -151,6 +151,12 @@ class StoreContract:
         self.raw_write(store, "a", b"0123456789")
         assert store.read("a", start, stop) == expected
 
+    def test_cleaning_takes_nothing_that_is_stored(self, store: Store) -> None:
+        store.write("a/b", b"stored")
+        store.create_exclusive("c", b"stored")
+        assert store.clean(delete=True) == store.clean(delete=False) == []
+        assert self.raw_everything(store) == {"a/b", "c"}
+
     @pytest.mark.parametrize(("start", "stop"), [(-1, None), (0, 11), (11, None), (4, 3), (0, -1)])
     def test_byte_ranges_that_are_none(self, store: Store, start: int, stop: int | None) -> None:
         self.raw_write(store, "a", b"0123456789")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from storage.change import orphans
 from storage.failures import read_failures, write_failures
 from storage.layout import Lake, LakeBusy, LakeError, version_naming
 from storage.repository import open_repository
@@ -61,13 +62,15 @@ def test_one_run_writes_at_a_time(lake: Lake) -> None:
 
 
 def test_garbage_is_what_no_version_names(published: Lake) -> None:
-    assert published.garbage() == []
+    assert orphans(published) == []
     new = [published.shards / "dead.tar", published.shards / "dead.index.json", published.manifests / "7-clips.parquet"]
-    new += [published.versions / ".2.json.abc.tmp", published.staging / ".x.npz.abc.tmp"]
-    for path in new:
+    unfinished = [published.staging / ".x.npz.abc.tmp", published.versions / ".2.json.abc.tmp"]
+    for path in [*new, *unfinished]:
         path.write_bytes(b"")
     (published.staging / "kept.npz").write_bytes(b"")
-    assert sorted(published.garbage()) == sorted(new)
+    assert orphans(published) == sorted(path.relative_to(published.root).as_posix() for path in new)
+    assert published.store.clean(delete=True) == [str(path) for path in unfinished]
+    assert published.store.clean(delete=False) == []
 
 
 def test_version_naming_wants_the_whole_name(published: Lake) -> None:

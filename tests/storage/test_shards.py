@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from storage.change import orphans
 from storage.fingerprint import file_digest
 from storage.layout import DiskFull, Lake, LakeError
 from storage.shards import DamagedShard, ShardInfo, ShardReader, rebuild_index, write_shard
@@ -201,7 +202,7 @@ def test_missing_files_are_named(shard: Path) -> None:
     index = index_path(shard)
     text = index.read_bytes()
     index.unlink()
-    with pytest.raises(DamagedShard, match=r"block\.index\.json is missing; make it anew: python -c"):
+    with pytest.raises(DamagedShard, match=r"block\.index\.json is missing; make it anew: vlfm repair"):
         opened(shard)
     index.write_bytes(text)
     shard.unlink()
@@ -318,7 +319,7 @@ def test_a_damaged_index_is_named_and_made_anew(shard: Path, text: bytes) -> Non
     index = index_path(shard)
     before = index.read_bytes()
     index.write_bytes(text)
-    with pytest.raises(DamagedShard, match=r"block\.index\.json is .*; make it anew: python -c"):
+    with pytest.raises(DamagedShard, match=r"block\.index\.json is .*; make it anew: vlfm repair"):
         opened(shard)
     rebuild(shard)
     assert index.read_bytes() == before
@@ -344,7 +345,7 @@ def test_a_published_shard_never_changes(published: Lake, sample_lake: ModuleTyp
         write_shard(published, reader.name, [sample_lake.sample(sample_lake.clip(99))])
     assert Path(reader.path).read_bytes() == before
     assert reader.verify() == []
-    assert published.garbage() == []
+    assert orphans(published) == []
 
 
 def test_a_full_disk(small_disk: Path) -> None:
