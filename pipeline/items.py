@@ -67,6 +67,29 @@ class ClipPlan:
     split: str
     preview: bool
     """Whether its frames are kept."""
+    stored: StoredClip | None = None
+    """A clip that the lake has, whose latents (or all but the text) are this one's."""
+
+    @property
+    def copied(self) -> bool:
+        """Whether nothing of it has to be made but its text."""
+        return self.stored is not None and self.stored.whole and (self.stored.preview or not self.preview)
+
+
+@dataclass(frozen=True)
+class StoredClip:
+    """A clip of the lake that saves work, see pipeline.ingest.reuse."""
+
+    snapshot: str
+    group: str
+    row: int
+    """Its row in the group's arrays."""
+    whole: bool
+    """Whether its coefficients are right too; else only its latents."""
+    preview: bool
+    """Whether its frames are stored."""
+    certificate: Certificate
+    codec: CodecFacts
 
 
 @dataclass(frozen=True)

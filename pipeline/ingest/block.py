@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,9 @@ from pipeline.recipes import DataRecipe
 from pipeline.stage import Stage, fail, one_line, run_stages
 from pipeline.stages.invert import GROUP_FRAMES, InvertStage, SharedCodec
 from pipeline.stages.project import ProjectStage
+from storage.arrays import read_clips
 from storage.fingerprint import fingerprint, short_id
-from storage.layout import Lake
+from storage.layout import Lake, LakeError
 from storage.staging import read_block, read_block_meta, remove_block, staged_blocks, write_block
 
 
@@ -27,6 +30,11 @@ class Block:
 
     block_id: str
     clips: tuple[ClipPlan, ...]
+
+    @property
+    def copied(self) -> bool:
+        """Whether all of its clips are only copied."""
+        return all(clip.copied for clip in self.clips)
 
 
 class DecodeStage:
@@ -75,6 +83,41 @@ class DecodeStage:
                 yield from self._decode([work])
 
 
+class StoredStage:
+    """Latents that the lake has, with the codec's part of the certificate; clips without any pass by."""
+
+    name = "stored"
+
+    def __init__(self, lake: Lake, codec: SharedCodec) -> None:
+        self.lake, self.codec = lake, codec
+        self.resources = Resources()
+
+    def setup(self) -> None:
+        """Nothing is needed."""
+
+    def process(self, works: Iterable[ClipWork]) -> Iterator[ClipWork]:
+        """Fills in `latents` where they are stored, by the same weights, and can be read."""
+        for work in works:
+            stored = work.plan.stored
+            if work.failure is None and stored is not None and stored.codec.id == self.codec.load().id:
+                with contextlib.suppress(LakeError):  # damaged: they are made again
+                    rows = read_clips(self.lake, stored.snapshot, stored.group, [stored.row], ["latents"])
+                    work.latents = rows["latents"][0, : len(work.plan.window.ticks)]
+                    known = dataclasses.asdict(stored.certificate)
+                    work.certify(**{name: known[name] for name in _OF_CODEC})
+            yield work
+
+    def teardown(self) -> None:
+        """Nothing is held."""
+
+
+_OF_CODEC = (
+    *("psnr_codec", "ssim_codec", "psnr_vae", "ssim_vae"),
+    *("residual", "latent_round_trip", "frames_certified"),
+)
+"""Figures of the certificate that do not depend on the projection."""
+
+
 def _follows(earlier: ClipWork, later: ClipWork) -> bool:
     return earlier.plan.path == later.plan.path and earlier.plan.window.ticks[-1] < later.plan.window.ticks[0]
 
@@ -98,6 +141,7 @@ class BlockWorker:
         self.ahead = max(2, -(-GROUP_FRAMES // recipe.frames_max))
         self.stages: list[Stage] = [
             DecodeStage(recipe.size, recipe.limits),
+            StoredStage(lake, self.codec),
             InvertStage(self.codec, recipe.certify_frames),
             ProjectStage(self.codec, recipe.coefficients, recipe.method, recipe.certify_frames),
         ]
@@ -199,10 +243,13 @@ def cut_blocks(
             blocks.append(Block(block_id, tuple(by_id.pop(clip) for clip in result.done)))
             staged[block_id] = result
     rest = list(by_id.values())
-    for first in range(0, len(rest), size):
-        part = tuple(rest[first : first + size])
-        content = {"recipe": recipe_fingerprint, "clips": [[clip.clip_id, clip.preview] for clip in part]}
-        blocks.append(Block(short_id(fingerprint(content)), part))
+    # Clips that are only copied have blocks of their own, which need no worker.
+    for kind in (True, False):
+        alike = [clip for clip in rest if clip.copied is kind]
+        for first in range(0, len(alike), size):
+            part = tuple(alike[first : first + size])
+            content = {"recipe": recipe_fingerprint, "clips": [[clip.clip_id, clip.preview] for clip in part]}
+            blocks.append(Block(short_id(fingerprint(content)), part))
     blocks.sort(key=lambda block: (block.clips[0].film_id, block.clips[0].window.start, block.clips[0].clip_id))
     return blocks, staged
 

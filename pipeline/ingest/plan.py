@@ -22,6 +22,7 @@ from pipeline.ingest.cut import Cut, cut_film
 from pipeline.ingest.environment import LASTING, STOP_FILMS, check_environment, decoder_version
 from pipeline.ingest.history import dataset_clips, dataset_films, newest_of_recipe, older_rows
 from pipeline.ingest.identity import Identities, content
+from pipeline.ingest.reuse import with_stored
 from pipeline.ingest.state import PARTIAL, FilmState, IngestPlan, Progress
 from pipeline.items import ClipPlan, Failure, Row
 from pipeline.media.decode import Probe, ffmpeg_binary, probe, select_frames
@@ -203,6 +204,7 @@ def _plan_films(plan: IngestPlan, found: Discovery, on_progress: Progress) -> No
     older = older_rows(plan.lake, plan.base, {clip.clip_id for clip in clips})
     plan.restored = [{**older[clip.clip_id], "film": clip.film} for clip in clips if clip.clip_id in older]
     clips = [clip for clip in clips if clip.clip_id not in older]
+    clips = with_stored(plan.lake, plan.recipe, clips)
     clips = _with_previews(plan, sorted(clips, key=lambda clip: (clip.film_id, clip.window.start, clip.clip_id)))
     plan.blocks, plan.staged = cut_blocks(plan.lake, clips, plan.recipe.block_clips, plan.recipe_fingerprint)
 
@@ -399,4 +401,9 @@ def _with_previews(plan: IngestPlan, clips: Iterable[ClipPlan]) -> list[ClipPlan
     kept = sum(row["preview"] and row["split"] == "train" for row in [*plan.base_clips, *plan.restored])
     training = sorted(clip.clip_id for clip in clips if clip.split == "train")
     chosen = set(training[: max(0, plan.recipe.preview_clips - kept)])
-    return [replace(clip, preview=clip.split == "validation" or clip.clip_id in chosen) for clip in clips]
+    previews = [
+        # A clip that is copied keeps what there is.
+        clip.split == "validation" or (clip.stored.preview if clip.copied and clip.stored else clip.clip_id in chosen)
+        for clip in clips
+    ]
+    return [replace(clip, preview=preview) for clip, preview in zip(clips, previews, strict=True)]

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from pipeline.gates import REJECT, flags, rejection
 from pipeline.ingest.environment import LASTING, check_environment
+from pipeline.ingest.history import OTHER_RECIPE
 from pipeline.ingest.pack import pack, publish_version
 from pipeline.ingest.report import Account, IngestReport
 from pipeline.ingest.state import PARTIAL, FilmState, IngestPlan
@@ -197,7 +198,10 @@ def _recorded_anew(plan: IngestPlan, owners: Mapping[str, str], leaving: set[str
     """
     recorded = {row["film"]: row for row in plan.base_films}
     clips = [{**row, "film": owners.get(row["clip_id"], row["film"])} for row in plan.base_clips]
-    for row in _all_films(plan, [clip for clip in clips if clip["clip_id"] not in leaving]):
+    rows = _all_films(plan, [clip for clip in clips if clip["clip_id"] not in leaving])
+    if not recorded.keys() <= {row["film"] for row in rows}:
+        return True
+    for row in rows:
         if row["status"] in ("done", "unchanged") or row["reason"] in LASTING:
             before = recorded.get(row["film"])
             if before is None or any(before[name] != row[name] for name in _FACTS):
@@ -220,12 +224,15 @@ def _all_films(plan: IngestPlan, clips: Sequence[Row]) -> list[Row]:
     heirs = {"status": "unchanged", "reason": "", "detail": ""}
     others = [{**row, **heirs} if row["reason"] == "duplicate" and row["film"] in held else row for row in others]
     rows: list[Row] = [film.row for film in plan.films if film.row["reason"] != BAD_ROW]
-    rows += [
-        row
-        for row in others
-        if row["film"] not in here and not (row["film"] in plan.missing and row["film"] not in held)
-    ]
+    rows += [row for row in others if row["film"] not in here and not _forgotten(plan, row, held)]
     return [{**row, "clips": held.get(row["film"], 0)} for row in sorted(rows, key=lambda row: row["film"])]
+
+
+def _forgotten(plan: IngestPlan, row: Row, held: Mapping[str, int]) -> bool:
+    """Whether a film that its source no longer has, and that has no clips, is no film of the dataset any more."""
+    if row["film"] not in plan.missing or row["film"] in held:
+        return False
+    return plan.prune or row["reason"] != OTHER_RECIPE  # else another recipe's clips of it stay, too
 
 
 def _verdict(outcome: Outcome) -> dict[str, str]:

@@ -121,6 +121,13 @@ class IngestPlan:
         lines = [*self.notes, f"{len(self.films)} films: {new}, {known} clips unchanged"]
         if self.gate_decision.leaving:
             lines.append(f"{len(self.gate_decision.leaving)} clips of the dataset are outside the gates and leave it")
+        copied, reused = (
+            sum(clip.copied is kind and clip.stored is not None for clip in self.clips) for kind in (True, False)
+        )
+        if copied:
+            lines.append(f"{copied} of them are stored under other captions: only their text is new")
+        if reused:
+            lines.append(f"{reused} of them take stored latents: they are not encoded again")
         if self.staged:
             lines.append(f"{len(self.staged)} blocks are finished from an interrupted run and are kept")
         if faulty:

@@ -24,6 +24,7 @@ from pipeline.ingest.environment import STOP_FILMS, check_environment
 from pipeline.ingest.plan import plan_ingest
 from pipeline.ingest.publish import commit
 from pipeline.ingest.report import IngestReport
+from pipeline.ingest.reuse import copy_block
 from pipeline.ingest.state import IngestPlan, Progress
 from pipeline.items import BlockResult, ClipPlan, Failure, Outcome
 from pipeline.recipes import DataRecipe, demo
@@ -59,7 +60,7 @@ def embed_captions(plan: IngestPlan) -> Texts | None:
     if not plan.blocks:
         return None
     begin = time.perf_counter()
-    texts = embed((clip.caption for clip in plan.clips), plan.recipe.text, plan.lake, plan.base)
+    texts = embed((clip.caption for clip in plan.clips), plan.recipe.text, plan.lake, plan.base or plan.parent)
     plan.seconds["embed"] = time.perf_counter() - begin
     return texts
 
@@ -125,6 +126,11 @@ def run_blocks(
         settle(task)
 
     tell()
+    for block in blocks:
+        if block.block_id not in results and block.copied:
+            missing[block.block_id].clear()
+            finish(copy_block(plan.lake, plan.recipe, plan.recipe_fingerprint, block))
+            tell()
     work = [(block.block_id, block.clips) for block in blocks if block.block_id not in results]
     chosen = worker or BlockWorker(plan.lake, plan.recipe, plan.recipe_fingerprint)
     runner.run(chosen, work, lambda clip: clip.clip_id, done, given_up)

@@ -94,12 +94,13 @@ class InvertStage:
         self.codec.load()
 
     def process(self, works: Iterable[ClipWork]) -> Iterator[ClipWork]:
-        """Fills in `latents` and the certificate; reasons: not_finite, invert_failed."""
+        """Fills in `latents`, where they are not there yet, and the certificate; reasons: not_finite, invert_failed."""
         for group in groups(works):
-            good = [work for work in group if work.failure is None]
+            good = [work for work in group if work.failure is None and work.latents is None]
+            new = {id(work) for work in good}
             done = iter(self._isolated(good) if good else [])
             for work in group:
-                yield work if work.failure is not None else next(done)
+                yield next(done) if id(work) in new else work
 
     def teardown(self) -> None:
         """Frees the codec."""

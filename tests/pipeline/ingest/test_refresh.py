@@ -9,10 +9,14 @@ import dataclasses
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import pipeline.ingest.plan
+from model.codecs.linear import LinearCodec
+from model.codecs.text import inverts_with_text
 from pipeline.ingest import IngestReport, ingest
+from storage.arrays import read_clips
 from storage.layout import Lake
 from storage.verify import verify
 from storage.version import load
@@ -192,3 +196,72 @@ def test_a_new_bad_film_is_recorded(library: Path, tmp_path: Path, refresh: Refr
     put(library, "green", films / "b.mp4").write_bytes(b"no film at all")
     refresh(films)
     assert refresh.settled(films).films.failed == {"not_a_video": 1}
+
+
+def test_a_new_caption_recomputes_the_text_only(library: Path, tmp_path: Path, refresh: Refresh) -> None:
+    films = tmp_path / "films"
+    put(library, "red", films / "a.mp4", "a walk")
+    refresh(films)
+    before = rows(refresh.lake)
+    (films / "a.txt").write_text("a run")
+    report = refresh(films)
+    assert refresh.encoded == 0
+    assert (report.clips.done, report.superseded) == (2, 2)
+    assert refresh.captions() == {("a.mp4", "a run")}
+    after = rows(refresh.lake)
+    assert [row["psnr_codec"] for row in after] == [row["psnr_codec"] for row in before]
+    assert {row["clip_id"] for row in after}.isdisjoint(row["clip_id"] for row in before)
+    refresh.settled(films)
+
+
+def test_a_new_projection_takes_stored_latents(
+    library: Path, tmp_path: Path, refresh: Refresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another order, or other observed frames: nothing is encoded, and the latents are the old ones bit for bit."""
+    films = tmp_path / "films"
+    put(library, "red", films / "a.mp4", "a walk")
+    refresh(films)
+    fresh = tmp_path / "fresh"
+    other = dataclasses.replace(RECIPE, order=6, method="linear")
+    ingest(films, fresh, recipe=other, runner=InProcess())
+    before = latents(refresh.lake)
+
+    def encode(*_: object) -> None:
+        raise AssertionError("it is encoded again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LinearCodec, "encode", encode)
+        report = refresh(films, recipe=other)
+        assert (report.clips.done, refresh.encoded) == (2, 2), "projected in a worker"
+        assert np.array_equal(latents(refresh.lake), before)
+        refresh(films, recipe=dataclasses.replace(RECIPE, observe="all"))
+        assert {row["frames_observed"] for row in rows(refresh.lake)} == {8}
+        (films / "a.txt").write_text("a run")
+        refresh(films, recipe=dataclasses.replace(RECIPE, observe="all"))
+        assert refresh.encoded == 0
+    refresh(films, recipe=other)
+    (films / "a.txt").write_text("a walk")
+    refresh(films, recipe=other)
+    same = ("clip_id", "order_used", "method_used", "psnr_codec", "psnr_projection", "projection_error", "end_ratio")
+    found, expected = (sorted([row[name] for name in same] for row in rows(lake)) for lake in (refresh.lake, fresh))
+    assert found == expected
+
+
+def latents(lake: Path) -> np.ndarray:
+    opened = Lake.open(lake)
+    version = load(opened)
+    chosen = [row["array_row"] for row in sorted(rows(lake), key=lambda row: row["clip_start"])]
+    return np.asarray(read_clips(opened, version.snapshot, version.group, chosen, ["latents"])["latents"])
+
+
+@pytest.mark.parametrize(
+    ("codec", "by_caption"),
+    [
+        ({"kind": "linear", "factor": 4, "channels": 12, "scale": 1.0}, False),
+        ({"kind": "diffusers", "source": "vlfm-small-2", "inversion_depth": 0}, False),
+        ({"kind": "diffusers", "source": "vlfm-small-2", "inversion_depth": 2}, True),
+        ({"kind": "diffusers", "source": "vlfm-small-2"}, True),
+    ],
+)
+def test_latents_depend_on_the_caption_where_the_codec_inverts(codec: dict[str, object], by_caption: bool) -> None:
+    assert inverts_with_text(codec) is by_caption
