@@ -1,11 +1,11 @@
-# Everything a person types: make setup, make demo, make test, make bench, make bench-gpu.
+# Everything a person types: make setup, make demo, make test, make bench, make bench-gpu, make multihost.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCE ?=
 CAPTIONS ?=
 WORKERS ?= 2
 
-.PHONY: setup demo test test-perturbed bench bench-gpu lint clean
+.PHONY: setup demo test test-perturbed bench bench-gpu multihost lint clean
 
 setup: .venv/installed
 
@@ -40,6 +40,10 @@ bench: setup
 # Stable Diffusion v1.5's networks at 512 pixels: it needs a GPU, no weights, and under ten minutes.
 bench-gpu: setup
 	@$(BIN)/python -m tests.bench.gpu --markdown
+
+# A training on two hosts, which are network namespaces here; one is killed and comes back. Needs root.
+multihost: setup
+	@$(BIN)/python -m tests.bench.multihost
 
 clean:
 	rm -rf .venv demo build *.egg-info

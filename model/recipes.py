@@ -44,6 +44,7 @@ RULES = {
     "architecture": one_of(*ARCHITECTURES),
     "optimizer": one_of("adamw", "grams"),
     "sharding": one_of("none", "fsdp"),
+    "checkpoints": one_of("whole", "distributed"),
 }
 """What the fields of a training recipe may be."""
 
@@ -114,6 +115,9 @@ class TrainRecipe:
     """Seed of initialisation, order, noise and times."""
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
+    checkpoints: str = "whole"
+    """How they are written: `whole`, by the first process while training waits; `distributed`, by each process what it
+    holds, while training goes on: for large and sharded runs. Either is resumed by any number of processes."""
     checkpoints_kept: int = 2
     """Newest checkpoints that stay on disk."""
     log_every: int = 20

@@ -44,12 +44,20 @@ from storage.version import Version, read_empty_text
 
 
 def train(
-    lake: str | Path, run: str | Path, recipe: TrainRecipe, version: int | None = None, init_from: Path | None = None
+    lake: str | Path,
+    run: str | Path,
+    recipe: TrainRecipe,
+    version: int | None = None,
+    init_from: Path | None = None,
+    allow_mismatch: bool = False,
 ) -> Path:
     """Train on one version of a lake until the recipe's last step, resuming where the run stands.
 
     init_from: an official DiT checkpoint or a run's folder for the first weights (model/training/start.py); a run that
     has a checkpoint of its own goes on from that.
+
+    allow_mismatch: whether a run may go on on another version of the dataset, with other settings or another codec; one
+    line says which.
 
     A step whose loss or gradient is not finite changes nothing and is logged. SIGTERM and Ctrl-C end the run after the
     step in flight, with a checkpoint.
@@ -72,7 +80,7 @@ def train(
         try:
             with ExitStack() as held:
                 processes.by_first(lambda: held.enter_context(folder.lock()))
-                return _train(opened, folder, recipe, chosen, processes, stop, init_from)
+                return _train(opened, folder, recipe, chosen, processes, stop, init_from, allow_mismatch)
         finally:
             if processes.world > 1:
                 dist.destroy_process_group()
@@ -86,13 +94,14 @@ def _train(
     processes: Processes,
     stop: StopSignal,
     init_from: Path | None,
+    allow_mismatch: bool,
 ) -> Path:
     check_divides(recipe, processes.world)
     collate = Collate(read_empty_text(lake, version), method_named(recipe.method).members)
     check_members(recipe.method, collate.members, version)
     clips = Clips(lake, version, "train", collate.arrays)
     validation = Clips(lake, version, "validation", collate.arrays)
-    record = processes.by_first(lambda: run_record(recipe, version, clips, run, init_from))
+    record = processes.by_first(lambda: run_record(recipe, version, clips, run, init_from, allow_mismatch))
     objective = Objective(record.method(), recipe, processes)
 
     torch.manual_seed(recipe.seed)
@@ -127,12 +136,15 @@ def _train(
         validate=(lambda: objective.validate(state, validation, collate, stop)) if len(validation) else None,
         sample=lambda: strips.made(state),
         facts={"clips": len(clips), "parameters": sum(p.numel() for p in backbone.parameters())},
+        identity=record.identity(),
+        allow_mismatch=allow_mismatch,
     )
     schedule = Schedule(
         steps=recipe.steps,
         log_every=recipe.log_every,
         checkpoint_every=recipe.checkpoint_every,
         checkpoints_kept=recipe.checkpoints_kept,
+        checkpoints=recipe.checkpoints,
         bad_steps_allowed=recipe.bad_steps_allowed,
         spike_factor=recipe.spike_factor,
         validate_every=recipe.validate_every,
@@ -158,7 +170,12 @@ def check_divides(recipe: TrainRecipe, count: int) -> None:
 
 
 def run_record(
-    recipe: TrainRecipe, version: Version, clips: Clips, run: Run, init_from: Path | None = None
+    recipe: TrainRecipe,
+    version: Version,
+    clips: Clips,
+    run: Run,
+    init_from: Path | None = None,
+    allow_mismatch: bool = False,
 ) -> RunRecord:
     """The record of a run that is about to start, which is written, or of the one that is about to go on.
 
@@ -170,7 +187,7 @@ def run_record(
     before = RunRecord.read(run) if run.file.is_file() else None
     reference = DatasetVersion(version.number, version.merkle_root, version.recipe_fingerprint)
     if before is not None:
-        before.check_resumable(recipe, reference, run)
+        before.check_resumable(recipe, reference, run, allow_mismatch)
     start: Mapping[str, str] | None = None if init_from is None else start_from(init_from).describe()
     if before is not None:
         before.check_start(start, run)
@@ -199,7 +216,7 @@ def run_record(
     if before is None and init_from is not None:
         start_from(init_from).check(backbone)  # weights that do not fit are told before the run is described
     record = RunRecord(recipe, figures, backbone, version.clip, version.codec, version.text, reference, start)
-    if before is None:
+    if before is None or (allow_mismatch and record != before):
         run.write(record.to_json())
     return record
 
@@ -231,6 +248,11 @@ def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
         "or .safetensors), which wants --set architecture=dit",
     )
     parser.add_argument(
+        "--allow-mismatch",
+        action="store_true",
+        help="go on with a run on another version of the dataset or with other settings, which else is refused",
+    )
+    parser.add_argument(
         "--processes",
         type=int,
         default=1,
@@ -252,7 +274,7 @@ def run_arguments(options: argparse.Namespace) -> int:
         return run_processes(options, recipe)
     try:
         start = None if options.init_from is None else Path(options.init_from)
-        folder = train(options.lake, options.run, recipe, options.version, start)
+        folder = train(options.lake, options.run, recipe, options.version, start, options.allow_mismatch)
     except (Stopped, FloatingPointError, FirstFailed) as end:
         if given_rank() == 0:
             raise
@@ -280,6 +302,7 @@ def run_processes(options: argparse.Namespace, recipe: TrainRecipe) -> int:
     command += ["--recipe", options.recipe, *(f"--set={pair}" for pair in options.settings)]
     command += [] if options.version is None else ["--version", str(options.version)]
     command += [] if options.init_from is None else ["--init-from", options.init_from]
+    command += ["--allow-mismatch"] if options.allow_mismatch else []
     return launch(command, count)
 
 

@@ -19,23 +19,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from model.training import parts
+from model.training.integrity import FILES, complete, damage, missing, publish
 from model.training.sharding import is_sharded, whole
 from model.training.state import TrainingState
 from storage.errors import Kind, VlfmError
-from storage.fingerprint import stream_digest
 from storage.layout import write_atomic
-from storage.local import LocalStore, fsync_path, naming_full_disk
+from storage.local import LocalStore, naming_full_disk
 
 FORMAT = 2
 """Of a checkpoint: from 2 on it has checksums; before, `state.json` named no format."""
-FILES = ("backbone.safetensors", "average.safetensors", "optimizers.safetensors", "state.json")
-"""What a checkpoint consists of, beside the checksums."""
-CHECKSUMS = "SHA256SUMS"
-"""The checksums' file: `sha256sum -c SHA256SUMS` checks it too."""
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -111,7 +108,7 @@ class Run:
         chosen = None
         for step in reversed(self.steps()):
             folder = self.folder(step)
-            if found := damage(folder) if chosen is None else _missing(folder):
+            if found := damage(folder) if chosen is None else missing(folder):
                 wrong[folder.name] = f"is damaged ({found})"
             elif chosen is None:
                 chosen = step
@@ -177,12 +174,19 @@ class Run:
             self.warn(wrong, "training starts anew" if chosen is None else f"training goes on from step {chosen}")
         return chosen
 
+    def keep_newest(self, count: int) -> None:
+        """Remove all but the newest checkpoints."""
+        for old in self.steps()[:-count]:
+            shutil.rmtree(self.folder(old), ignore_errors=True)
+
     def _names(self) -> list[str]:
         return sorted(path.name for path in (self.root / "checkpoints").glob("step-*"))
 
 
-def save(run: Run, state: TrainingState, keep: int) -> Path:
+def save(run: Run, state: TrainingState, keep: int, identity: Mapping[str, Any] | None = None) -> Path:
     """Write a checkpoint under a temporary name, rename it, and remove all but the newest `keep`.
+
+    identity: what it is of (`check_identity`).
 
     Raises:
         FloatingPointError: a tensor is not finite; nothing is written and nothing removed.
@@ -190,71 +194,41 @@ def save(run: Run, state: TrainingState, keep: int) -> Path:
     """
     files = tensors_by_file(state)
     final = run.folder(state.step)
-    part = final.with_name(f".part-{state.step:08d}")
-    shutil.rmtree(part, ignore_errors=True)
+    unfinished = final.with_name(f".part-{state.step:08d}")
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        with naming_full_disk(part):
-            part.mkdir(parents=True)
+        with naming_full_disk(unfinished):
+            unfinished.mkdir(parents=True)
             for name, tensors in files.items():
-                _write_tensors(part / f"{name}.safetensors", tensors)
-            (part / "state.json").write_text(json.dumps({"format": FORMAT, **_plain(state)}))
-            (part / CHECKSUMS).write_text("".join(f"{_digest(part / name)}  {name}\n" for name in FILES))
-            for path in (*part.iterdir(), part):
-                fsync_path(path)
-            shutil.rmtree(final, ignore_errors=True)
-            part.rename(final)
+                _write_tensors(unfinished / f"{name}.safetensors", tensors)
+            about = {"format": FORMAT, "identity": dict(identity or {}), **plain_values(state)}
+            (unfinished / "state.json").write_text(json.dumps(about))
+            complete(unfinished, FILES)
+            publish(unfinished, final)
     except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    fsync_path(final.parent)  # the rename is safe on disk only when its folder is; only then may the old ones go
-    for old in run.steps()[:-keep]:
-        shutil.rmtree(run.folder(old), ignore_errors=True)
+    run.keep_newest(keep)
     return final
 
 
-def damage(folder: Path) -> str:
-    """What is wrong with a checkpoint, in a few words; empty where it is whole.
+def check_identity(folder: Path, identity: Mapping[str, Any], allow: bool = False) -> None:
+    """Refuses to go on from a checkpoint of another dataset, recipe or codec, as after files were copied.
 
-    Every file is compared with the checksum that was written beside it. Checkpoints of older programs have none: there
-    it is only seen that all files are there and can be read to their ends.
+    identity: by name; what only one of the two knows is not compared. The program may be another: one line says so.
+    allow: whether to say what differs and go on all the same.
+
+    Raises:
+        ValueError: what differs, with both values and the remedy.
     """
-    if found := _missing(folder):
-        return found
-    try:
-        plain = json.loads((folder / "state.json").read_text())
-        sums = _checksums(folder)
-        if sums is None and "format" in plain:
-            return f"{CHECKSUMS} is missing"
-        for name in FILES:
-            if sums is not None and sums.get(name) != _digest(folder / name):
-                return f"{name} is not what was written, by its checksum"
-            if sums is None and name.endswith(".safetensors"):
-                with safe_open(folder / name, "pt"):
-                    pass
-        if (of := plain["step"]) != int(folder.name.removeprefix("step-")):
-            return f"it is of step {of}"
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        return f"it cannot be read: {error}".splitlines()[0]
-    return ""
-
-
-def _missing(folder: Path) -> str:
-    names = [name for name in FILES if not (folder / name).is_file()]
-    return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing" if names else ""
-
-
-def _checksums(folder: Path) -> dict[str, str] | None:
-    """SHA-256 of the files by name, as `sha256sum` writes them; None where there are none."""
-    path = folder / CHECKSUMS
-    if not path.is_file():
-        return None
-    rows = [line.split("  ", 1) for line in path.read_text().splitlines()]
-    return {name: digest for digest, name in rows}
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return stream_digest(file)
+    before = json.loads((folder / "state.json").read_text()).get("identity", {})
+    other = {k: (before[k], now) for k, now in identity.items() if k in before and before[k] != now}
+    told = ", ".join(f"{name}={was!r}, not {now!r}" for name, (was, now) in other.items())
+    if other.keys() <= {"program"} or allow:
+        if other:
+            print(f"warning: {folder} is of {told}; training goes on", file=sys.stderr)
+        return
+    raise ValueError(f"{folder} is of {told}; give another --run, or --allow-mismatch to go on from it all the same")
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -266,7 +240,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise
 
 
-def _plain(state: TrainingState) -> dict[str, Any]:
+def plain_values(state: TrainingState) -> dict[str, Any]:
     """What a checkpoint holds beside tensors."""
     values = state.state_dict()
     groups = [optimizer["param_groups"] for optimizer in values["optimizers"]]
@@ -283,15 +257,8 @@ def tensors_by_file(state: TrainingState) -> dict[str, dict[str, Tensor]]:
     Raises:
         FloatingPointError: a tensor is not finite.
     """
-    values = state.state_dict()
-    files: dict[str, dict[str, Tensor]] = {"backbone": dict(values["network"]), "average": values["average"]["tensors"]}
-    files["optimizers"] = {
-        f"{number}.{index}.{name}": torch.as_tensor(value)
-        for number, optimizer in enumerate(values["optimizers"])
-        for index, of_one in optimizer["state"].items()
-        for name, value in of_one.items()
-    }
-    every = {f"{file}/{name}": value for file, tensors in files.items() for name, value in tensors.items()}
+    files = held_by_file(state)
+    every = flat_tensors(state)
     finite = torch.ones(len(every), dtype=torch.bool)
     for number, (name, value) in enumerate(every.items()):
         full = whole(value)  # one at a time: a GPU need not hold all of them
@@ -301,11 +268,35 @@ def tensors_by_file(state: TrainingState) -> dict[str, dict[str, Tensor]]:
             files[file][key] = full.cpu() if dist.get_rank() == 0 else full.new_empty(0)
     if not finite.all():
         name = list(every)[int(finite.int().argmin())]
-        raise FloatingPointError(
-            f"the tensor {name} is not finite, so no checkpoint is written; those that there are stay: "
-            "start another run with a lower learning rate"
-        )
+        raise not_finite(name)
     return files
+
+
+def held_by_file(state: TrainingState) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a state as they are, whole or sharded, by name and by the name of their file without suffix."""
+    values = state.state_dict()
+    files: dict[str, dict[str, Tensor]] = {"backbone": dict(values["network"]), "average": values["average"]["tensors"]}
+    files["optimizers"] = {
+        f"{number}.{index}.{name}": torch.as_tensor(value)
+        for number, optimizer in enumerate(values["optimizers"])
+        for index, of_one in optimizer["state"].items()
+        for name, value in of_one.items()
+    }
+    return files
+
+
+def flat_tensors(state: TrainingState) -> dict[str, Tensor]:
+    """The tensors of a state as they are, by file and name, such as `average/position`."""
+    files = held_by_file(state).items()
+    return {f"{file}/{name}": value for file, held in files for name, value in held.items()}
+
+
+def not_finite(name: str) -> FloatingPointError:
+    """The error where a tensor of that name must not be written."""
+    return FloatingPointError(
+        f"the tensor {name} is not finite, so no checkpoint is written; those that there are stay: "
+        "start another run with a lower learning rate"
+    )
 
 
 def restore(folder: Path, state: TrainingState) -> None:
@@ -315,15 +306,18 @@ def restore(folder: Path, state: TrainingState) -> None:
         FileNotFoundError, ValueError: a file is gone or damaged; the message says the remedy.
     """
     plain = json.loads((folder / "state.json").read_text())
+    if "files" in plain:
+        files = _parts_by_file(folder, state)
+    else:
+        files = {name: tensors_of(folder / f"{name}.safetensors") for name in ("backbone", "average", "optimizers")}
     slots: list[dict[int, dict[str, Tensor]]] = [{} for _ in plain["optimizers"]]
-    for key, value in tensors_of(folder / "optimizers.safetensors").items():
+    for key, value in files["optimizers"].items():
         number, index, name = key.split(".", 2)
         slots[int(number)].setdefault(int(index), {})[name] = value
-    average = tensors_of(folder / "average.safetensors")
     state.load_state_dict(
         {
-            "network": tensors_of(folder / "backbone.safetensors"),
-            "average": {"tensors": average, "updates": plain["average_updates"]},
+            "network": files["backbone"],
+            "average": {"tensors": files["average"], "updates": plain["average_updates"]},
             "optimizers": [
                 {"state": of_one, "param_groups": groups}
                 for of_one, groups in zip(slots, plain["optimizers"], strict=True)
@@ -334,9 +328,36 @@ def restore(folder: Path, state: TrainingState) -> None:
     )
 
 
+def _parts_by_file(folder: Path, state: TrainingState) -> dict[str, dict[str, Tensor]]:
+    """What `held_by_file` gave, of a checkpoint that processes wrote together; of each tensor this process's part."""
+    ours = flat_tensors(state)
+    weights = [[p for group in o.param_groups for p in group["params"]] for o in state.optimizers]
+
+    def like(name: str) -> Tensor | None:
+        file, _, key = name.partition("/")
+        if file != "optimizers":
+            return ours.get(name)
+        number, index, _ = key.split(".", 2)
+        return weights[int(number)][int(index)]
+
+    files: dict[str, dict[str, Tensor]] = {"backbone": {}, "average": {}, "optimizers": {}}
+    for name, value in parts.read(folder, like).items():
+        file, _, key = name.partition("/")
+        files[file][key] = value
+    return files
+
+
+def averaged_weights(folder: Path) -> dict[str, Tensor]:
+    """A checkpoint's averaged weights, which sampling uses; whole, on the CPU. Raises as `tensors_of`."""
+    if "files" not in json.loads((folder / "state.json").read_text()):
+        return tensors_of(folder / "average.safetensors")
+    found = parts.read(folder, lambda name: None, "average/")
+    return {name.removeprefix("average/"): value for name, value in found.items()}
+
+
 def load_average(folder: Path, backbone: nn.Module) -> None:
-    """Load a checkpoint's averaged weights, which sampling uses."""
-    backbone.load_state_dict(tensors_of(folder / "average.safetensors"), strict=True)
+    """Load a checkpoint's averaged weights."""
+    backbone.load_state_dict(averaged_weights(folder), strict=True)
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:

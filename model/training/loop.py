@@ -25,6 +25,7 @@ from model.training.hardware import memory_bytes
 from model.training.log import Log
 from model.training.optimizers import set_learning_rate
 from model.training.processes import Processes
+from model.training.saving import make_saver
 from model.training.state import TrainingState
 from model.training.updates import Updates, late
 
@@ -41,6 +42,8 @@ class Schedule:
     """Steps between two checkpoints; the last step has one too."""
     checkpoints_kept: int
     """Newest checkpoints that stay on disk."""
+    checkpoints: str = "whole"
+    """How they are written: `whole` or `distributed` (model.training.saving)."""
     bad_steps_allowed: int = 10
     """Steps in a row that may be skipped because loss or gradient are not finite or a spike; one more ends the run."""
     validate_every: int = 1
@@ -91,6 +94,10 @@ class Training:
     """Which part of a run it is, for the message of a stop; empty where a run has one."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What the log says at the start."""
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    """What its checkpoints are of (`checkpoint.check_identity`)."""
+    allow_mismatch: bool = False
+    """Whether to go on from a checkpoint of something else."""
 
 
 def run_training(
@@ -116,6 +123,7 @@ def run_training(
     """
     done = processes.by_first(run.set_aside)
     if done is not None:
+        checkpoint.check_identity(run.folder(done), training.identity, training.allow_mismatch)
         checkpoint.restore(run.folder(done), state)
         if done >= schedule.steps:
             return run.folder(done)
@@ -129,6 +137,8 @@ def run_training(
         log.event(event="start", step=state.step, **training.facts)
         with signals_held():  # a signal to the whole process group must not end the loader's workers
             batches = held.enter_context(closing(training.batches(state.step))) if training.batches else None
+        saver = make_saver(schedule.checkpoints, run, schedule.checkpoints_kept, processes, training.identity)
+        held.callback(saver.close)
         recent, due = Recent(schedule.mean_losses), False
         for step in range(state.step + 1, schedule.steps + 1):
             before = time.perf_counter()
@@ -157,10 +167,8 @@ def run_training(
             aside = time.perf_counter()
             if last or stopping or (due and applied):
                 due = False
-                if not processes.first:  # so that all processes raise, or none
-                    checkpoint.tensors_by_file(state)
                 log.flush()
-                processes.by_first(lambda: checkpoint.save(run, state, schedule.checkpoints_kept))
+                saver.save(state, wait=last or stopping)
             if stopping and not last:
                 log.event(event="stop", step=step)
                 processes.barrier()

@@ -7,6 +7,8 @@ two figures beside them.
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +33,7 @@ RESUMABLE = frozenset(
         "bad_steps_allowed",
         "spike_factor",
         "activation_checkpointing",
+        "checkpoints",
         "compile",
         "sharding",
         "accumulate",
@@ -113,6 +116,16 @@ class RunRecord:
         """The record of a run's folder. Raises FileNotFoundError and ValueError as `Run.read` and `from_json`."""
         return cls.from_json(run.read(), str(run.file))
 
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint of this run is of, by name: the dataset's version, the codec, the settings, the program."""
+        kept = {k: v for k, v in _settings(self.recipe).items() if k not in RESUMABLE and k != "name"}
+        return {
+            **{f"dataset_{name}": value for name, value in dataclasses.asdict(self.version).items()},
+            "codec": self.codec["id"],
+            **{f"setting_{name}": value for name, value in kept.items()},
+            "program": program_version(),
+        }
+
     def check_start(self, start: Mapping[str, str] | None, run: Run) -> None:
         """Refuses to go on with this run from another checkpoint's weights than it was started with.
 
@@ -142,24 +155,43 @@ class RunRecord:
         wanted = _settings(recipe).items()
         return [(k, before.get(k), now) for k, now in wanted if k not in RESUMABLE and before.get(k) != now]
 
-    def check_resumable(self, recipe: TrainRecipe, version: DatasetVersion, run: Run) -> None:
+    def check_resumable(
+        self, recipe: TrainRecipe, version: DatasetVersion, run: Run, allow_mismatch: bool = False
+    ) -> None:
         """Refuses to go on with this run under another method, other settings or on another version.
+
+        allow_mismatch: whether to say so in one line instead, but for another method.
 
         Raises:
             ValueError: what differs, with both values and the remedy.
         """
         different = self.differences(recipe)
+        other = self.version.merkle_root != version.merkle_root
         if different and different[0][0] == "method":
             different = different[:1]  # the rest follows from it
+        elif allow_mismatch:
+            changed = [f"{name}={before!r}, now {now!r}" for name, before, now in different]
+            changed += [f"version {self.version.number} of its lake, now {version.number}"] if other else []
+            if changed:
+                print(f"warning: the run {run.root} was started with {', '.join(changed)}; it goes on", file=sys.stderr)
+            return
         if different:
             told = ", ".join(f"{name}={before!r}, not {now!r}" for name, before, now in different)
             remedy = " ".join(f"--set {name}={before}" for name, before, _ in different)
             raise ValueError(f"the run {run.root} was started with {told}; give another --run, or the same: {remedy}")
-        if self.version.merkle_root != version.merkle_root:
+        if other:
             raise ValueError(
                 f"the run {run.root} trains on version {self.version.number} of its lake, "
                 f"not on {version.number}; give another --run, or --version {self.version.number}"
             )
+
+
+def program_version() -> str:
+    """The version of this program; empty where its files are used without an installation."""
+    try:
+        return importlib.metadata.version("vlfm")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _settings(recipe: TrainRecipe) -> dict[str, Any]:

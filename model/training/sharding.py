@@ -86,7 +86,7 @@ def part(value: Any) -> Tensor:
 
 def sharded_like(value: Tensor, example: Any) -> Tensor:
     """A whole tensor, which every process has, spread as `example` is; nothing travels."""
-    if not is_sharded(example) or value.shape != example.shape:
+    if not is_sharded(example) or is_sharded(value) or value.shape != example.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 

@@ -11,7 +11,8 @@ from torch import nn
 from model.backbones.dit import Backbone, BackboneConfig
 from model.backbones.embeddings import ScalarEmbedding
 from model.backbones.published import official_weights, start_from_dit
-from model.training.checkpoint import Run, tensors_of
+from model.training.checkpoint import Run, averaged_weights
+from model.training.integrity import CHECKSUMS
 from model.training.record import RunRecord
 from storage.fingerprint import stream_digest
 
@@ -72,15 +73,16 @@ class FromRun:
     path: Path
 
     @property
-    def weights(self) -> Path:
-        """The file with the averaged weights. Raises as `Run.checkpoint`."""
-        return Run(self.path).checkpoint() / "average.safetensors"
+    def checkpoint(self) -> Path:
+        """The folder of the newest checkpoint. Raises as `Run.checkpoint`."""
+        return Run(self.path).checkpoint()
 
     def describe(self) -> dict[str, str]:
         """As `Start.describe`."""
         RunRecord.read(Run(self.path))  # a folder that is no run says so
-        weights = self.weights
-        return _named(f"{self.path.resolve().name}/{weights.parent.name}", weights)
+        folder = self.checkpoint
+        whole = folder / "average.safetensors"  # else the checksums of all processes' files stand for them
+        return _named(f"{self.path.resolve().name}/{folder.name}", whole if whole.is_file() else folder / CHECKSUMS)
 
     def check(self, config: BackboneConfig) -> None:
         """As `Start.check`."""
@@ -96,7 +98,7 @@ class FromRun:
     def load(self, backbone: Backbone) -> None:
         """As `Start.load`."""
         self.check(backbone.config)
-        found, expected = tensors_of(self.weights), backbone.state_dict()
+        found, expected = averaged_weights(self.checkpoint), backbone.state_dict()
         backbone.load_state_dict({name: value for name, value in found.items() if name in expected}, strict=False)
         fresh = {name.split(".")[0] for name in expected.keys() - found.keys()}
         for name in fresh:

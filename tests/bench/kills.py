@@ -1,6 +1,6 @@
 """Kills a trainer at random moments, again and again: its run must be usable after each.
 
-    python tests/bench/kills.py FOLDER [--kills N] [--seed S]
+    python tests/bench/kills.py FOLDER [--kills N] [--seed S] [--checkpoints distributed]
 
 Each trainer is forked from this process, so that a kill costs its steps and not the imports. A checkpoint is written
 after every step, so most kills fall into one. After each kill the newest whole checkpoint is loaded, and each step
@@ -28,13 +28,14 @@ from tests.model.test_train import TINY
 from tests.model.tiny_lake import make_lake
 
 
-def killed(lake: Path, run: Path, steps: int, seconds: float) -> None:
+def killed(lake: Path, run: Path, steps: int, seconds: float, checkpoints: str) -> None:
     """A trainer that is killed so many seconds after it has logged so many steps."""
     starts = len(_since_starts(run))
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        train(lake, run, override(TINY, {"steps": 100_000, "checkpoint_every": 1, "validate_every": 100_000}))
+        every = {"steps": 100_000, "checkpoint_every": 1, "validate_every": 100_000, "checkpoints": checkpoints}
+        train(lake, run, override(TINY, every))
         os._exit(1)
     try:
         while len(since := _since_starts(run)) == starts or since[-1] < steps:
@@ -75,12 +76,13 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoints", choices=("whole", "distributed"), default="whole")
     options = parser.parse_args()
     torch.set_num_threads(1)
     lake, run = make_lake(options.folder / "lake").root, Run(options.folder / "run")
     moment, bad = random.Random(options.seed), 0
     for number in range(options.kills):
-        killed(lake, run.root, moment.randint(0, 4), moment.uniform(0, 0.1))
+        killed(lake, run.root, moment.randint(0, 4), moment.uniform(0, 0.1), options.checkpoints)
         steps = [line["step"] for line in read_log(run.log) if "loss" in line]
         good = usable(run) and steps == list(range(1, len(steps) + 1))
         bad += not good

@@ -33,6 +33,7 @@ ONE: Mapping[str, Mapping[str, Any]] = {
 """Runs of one process, with which others are compared."""
 TOLERANCES = {"float32": 1e-5, "float64": 1e-10, "bfloat16": 5e-3, "grams": 1e-10, "muon": 1e-10}
 FSDP, PARTS = {"sharding": "fsdp"}, {"accumulate": 3}
+TOGETHER = {"checkpoints": "distributed"}
 TWO: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ddp": ("float32", {}),
     "ddp_parts": ("float64", PARTS),
@@ -42,11 +43,15 @@ TWO: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "fsdp_grams": ("grams", FSDP),
     "fsdp_muon": ("muon", FSDP),
     "resumed_from_one": ("float64", FSDP),
+    "fsdp_together": ("float64", {**FSDP, **TOGETHER}),
+    "ddp_together": ("float64", TOGETHER),
 }
 """Runs of two processes: what they are compared with, and what differs."""
 THREE: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "resumed_by_fsdp": ("float64", FSDP),
     "resumed_by_ddp": ("float64", {}),
+    "together_resumed_by_fsdp": ("float64", {**FSDP, **TOGETHER}),
+    "together_resumed_by_ddp": ("float64", {}),
 }
 """Runs that two sharded processes began and three go on with."""
 
@@ -96,7 +101,7 @@ def two(lake: Lake, one: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def three(lake: Lake, two: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("three")
     for name in THREE:
-        half(two / "fsdp_parts", folder / name)
+        half(two / ("fsdp_together" if "together" in name else "fsdp_parts"), folder / name)
     assert on_processes(3, lake, folder, settings(THREE)) == 0
     return folder
 
@@ -136,8 +141,9 @@ def test_saved_sharded_on_two_it_goes_on_with_three(one: Path, three: Path, vari
     assert starts(three / variant) == [0, 2]
 
 
-def test_saved_sharded_on_two_it_goes_on_with_one(lake: Lake, one: Path, two: Path, tmp_path: Path) -> None:
-    run = half(two / "fsdp_parts", tmp_path / "run")
+@pytest.mark.parametrize("saved", ["fsdp_parts", "fsdp_together", "ddp_together"])
+def test_saved_on_two_it_goes_on_with_one(lake: Lake, one: Path, two: Path, tmp_path: Path, saved: str) -> None:
+    run = half(two / saved, tmp_path / "run")
     trained(lake, run, {**ONE["float64"], "accumulate": 2})
     check_alike(one / "float64", run, TOLERANCES["float64"])
     assert starts(run) == starts(two / "resumed_from_one") == [0, 2]

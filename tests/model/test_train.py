@@ -23,6 +23,7 @@ from model.recipes import TrainRecipe, train_recipe
 from model.settings import override
 from model.stop import STOPPED
 from model.train import main, train
+from model.training import parts
 from model.training.checkpoint import Run
 from model.training.data import Clips, Collate, Steps
 from model.training.optimizers import learning_rate_factor
@@ -52,6 +53,8 @@ def logged(run: Path, name: str) -> dict[int, float]:
 
 def weights(run: Path, step: int | None = None) -> dict[str, torch.Tensor]:
     folder = Run(run).checkpoint(step)
+    if not (folder / "backbone.safetensors").is_file():
+        return parts.read(folder, lambda name: None)
     return {f"{name}/{key}": value for name in ("backbone", "average", "optimizers")
             for key, value in load_file(folder / f"{name}.safetensors").items()}  # fmt: skip
 

@@ -14,8 +14,9 @@ from torch import nn
 from model.recipes import train_recipe
 from model.settings import override
 from model.train import train
-from model.training.checkpoint import CHECKSUMS, Run, load_average, restore, save
+from model.training.checkpoint import Run, load_average, restore, save
 from model.training.ema import MovingAverage
+from model.training.integrity import CHECKSUMS
 from model.training.muon import Muon
 from model.training.state import TrainingState
 from tests.model.tiny_lake import make_lake

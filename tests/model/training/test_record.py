@@ -109,6 +109,7 @@ def test_what_a_resumed_run_may_change(old: Path) -> None:
                 "optimizer": "grams",
                 "sharding": "fsdp",
                 "accumulate": 3,
+                "checkpoints": "distributed",
             }
             other = known.get(field.name, other)
             changed = dataclasses.replace(record.recipe, **{field.name: other})
