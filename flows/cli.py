@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
-from flows.lake import erase, gc, repair
+from flows.lake import erase, gc, inspect, repair
 from model.program import add_settings_option, parse_settings
 from model.stop import STOPPED, Stopped, hold_signals
 from storage.errors import is_expected
@@ -215,56 +215,6 @@ def evaluate(sub: argparse.ArgumentParser) -> Run:
     from model import evaluate as program
 
     return program.arguments(sub)
-
-
-def inspect(sub: argparse.ArgumentParser) -> Run:
-    """Options of `vlfm inspect`."""
-    sub.add_argument("clip", nargs="?", metavar="CLIP", help="a clip's id, or its first digits, to show all of it")
-    sub.add_argument("--lake", required=True, metavar="DIR", help="the lake: a folder, or s3://BUCKET/PREFIX")
-    sub.add_argument("--version", type=int, metavar="N", help="version (default: the newest)")
-    sub.add_argument("--json", action="store_true", help="print as JSON")
-    return run_inspect
-
-
-def run_inspect(options: argparse.Namespace) -> int:
-    """Show a version's films, or one clip with its certificate."""
-    from storage import version as versions
-    from storage.fingerprint import finite_json
-    from storage.layout import Lake
-
-    lake = Lake.open(options.lake)
-    version = versions.load(lake, options.version)
-    clips = versions.read_manifest(lake, version, "clips").to_pylist()
-    if options.clip:
-        outside = versions.read_manifest(lake, version, "rejected").to_pylist()
-        rejected = [{**row, "status": "kept out by the recipe's gates"} for row in outside]
-        found = [row for row in [*clips, *rejected] if row["clip_id"].startswith(options.clip)]
-        if not found:
-            raise ValueError(f"version {version.number} has no clip {options.clip}; `vlfm inspect` lists its films")
-        rows: list[dict[str, Any]] = found
-    else:
-        rows = versions.read_manifest(lake, version, "films").to_pylist()
-    if options.json:
-        print(json.dumps(finite_json(rows)))
-        return 0
-    if options.clip:
-        for row in rows:
-            print("\n".join(f"{name:<18} {value}" for name, value in row.items()))
-        return 0
-    clip = version.clip
-    print(
-        f"version {version.number} of {lake.address}, {version.created}: {len(clips)} clips of {clip['duration']:g} s, "
-        f"order {clip['order']}, codec {version.codec['id']}, {len(version.shards)} shards"
-    )
-    for row in rows:
-        what = (
-            f"{row['clips']} clips" if row["status"] in ("done", "unchanged") else f"{row['status']}: {row['reason']}"
-        )
-        print(f"  {row['film']:<32} {what:<28} {row['caption'] or ''}")
-    for row in clips[:3]:
-        print(f"  clip {row['clip_id']}  {row['film']} from {row['clip_start']:g} s")
-    print(f"`vlfm inspect CLIP --lake {options.lake}` shows one of the {len(clips)} clips with its certificate")
-    return 0
 
 
 def verify(sub: argparse.ArgumentParser) -> Run:

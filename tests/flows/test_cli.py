@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,9 +15,12 @@ from pathlib import Path
 import pytest
 
 from flows.cli import COMMANDS, main
+from pipeline.ingest.provenance import provenance
+from pipeline.recipes import linear
 from storage.layout import Lake
-from storage.version import load
+from storage.version import load, read_manifest, write_table_again
 from tests.model.tiny_lake import make_lake
+from tests.storage.film_lake import RECIPE, Film, publish
 from tests.storage.sample_lake import publish_clips
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +41,7 @@ OPTIONS = {
     "sample": ["--run", "--prompt", "--start", "--image", "--fps", "--duration", "--out", "--seed", "--guidance"],
     "interpolate": ["FILM", "--fps", "--out", "--start", "--duration", "--size", "--codec", "--method", "--json"],
     "evaluate": ["--run", "--lake", "--out", "--seed", "--json"],
-    "inspect": ["CLIP", "--lake", "--version", "--json"],
+    "inspect": ["CLIP", "--lake", "--version", "--versions", "--diff", "--recipe", "--set", "--json"],
     "verify": ["--lake", "--version", "--json"],
     "doctor": ["--lake", "--film", "--recipe", "--set", "--ray-address", "--quick", "--json"],
     "repair": ["--lake", "--give-up", "--json"],
@@ -397,3 +402,68 @@ def test_repair_puts_right_and_tells_what_it_cannot(vlfm: Say, tmp_path: Path) -
     told = json.loads(vlfm("repair", "--lake", lake.root, "--json")[1])
     assert told["repaired"] == []
     assert "1-films.parquet is missing" in told["problems"][0]
+
+
+def test_inspect_tells_versions_apart_and_where_a_clip_comes_from(vlfm: Say, tmp_path: Path) -> None:
+    lake = Lake.create(tmp_path / "lake")
+    first, second = Film("a.mp4", "one", "a film"), Film("b.mp4", "two", "another film", 1)
+    publish(lake, [first, second])
+    moved, changed = dataclasses.replace(first, name="new/a.mp4"), dataclasses.replace(second, content="three")
+    publish(lake, [moved, changed, Film("c.mp4", "four", "one more")])
+    publish(lake, [moved, changed], {**RECIPE, "rate": 8})
+    status, out, _ = vlfm("inspect", "--lake", lake.root, "--versions")
+    assert (status, out.count("\n")) == (0, 3)
+    assert "version 2  2026-01-02T00:00:00Z  recipe test" in out
+    told = json.loads(vlfm("inspect", "--lake", lake.root, "--diff", 1, 2, "--json")[1])
+    assert (told["films_added"], told["films_removed"]) == (["c.mp4"], [])
+    assert (told["films_renamed"], told["contents_changed"]) == ([["a.mp4", "new/a.mp4"]], ["b.mp4"])
+    assert (told["clips_kept"], told["clips_added"], told["clips_removed"], told["same_content"]) == (2, 3, 1, False)
+    _, out, _ = vlfm("inspect", "--lake", lake.root, "--diff", 2, 3)
+    assert "rate: None, then 8\nfilm removed: c.mp4\n" in out
+    assert "has no version 9" in one_line(vlfm("inspect", "--lake", lake.root, "--diff", 1, 9)[2])
+    clip = first.clip_id(1, RECIPE)
+    status, out, _ = vlfm("inspect", clip[:9], "--lake", lake.root, "--version", 2)
+    assert status == 0
+    assert f"from               /films/new/a.mp4, 2 to 4 s, sha256 {first.sha256[:16]}\n" in out
+    assert "in versions        1, 2\n" in out
+    assert "its film is not there" in out
+    (origin,) = json.loads(
+        vlfm("inspect", clip, "--lake", lake.root, "--version", 2, "--recipe", "linear", "--json")[1]
+    )
+    assert origin["provenance"]["reasons"][0].startswith("duration is") or origin["provenance"]["reasons"]
+    assert origin["provenance"]["versions"] == [1, 2]
+    (lake.versions / "1.json").write_text("{}")
+    assert "1.json is damaged" in vlfm("inspect", "--lake", lake.root, "--versions")[1]
+
+
+@pytest.mark.parametrize("change", ["none", "touched", "content", "gone", "rate", "order", "gate"])
+def test_why_a_clip_would_or_would_not_be_made_again(tmp_path: Path, change: str) -> None:
+    lake, recipe = Lake.create(tmp_path / "lake"), linear()
+    film = Film(str(tmp_path / "a.mp4").lstrip("/"), "one", "a film")
+    version = publish(lake, [film], recipe.data_fields())
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"one")
+    rows = read_manifest(lake, version, "films").to_pylist()
+    stat = path.stat()
+    row = {**rows[0], "path": str(path), "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
+    entry = write_table_again(lake, 1, "films", [row], version.manifest["films"])
+    version = dataclasses.replace(version, manifest={**version.manifest, "films": entry})
+    if change == "touched":
+        os.utime(path, ns=(1, 1))
+    elif change == "content":
+        path.write_bytes(b"another")
+    elif change == "gone":
+        path.unlink()
+    elif change != "none":
+        values = {"rate": {"rate": 4.0}, "order": {"order": 5}, "gate": {"gates": {"psnr_codec": 99.0}}}
+        recipe = dataclasses.replace(recipe, **values[change])
+    clip = read_manifest(lake, version).to_pylist()[0]
+    found = provenance(lake, version, clip, recipe)
+    again, words = {
+        "none": (False, "as it was ingested"), "touched": (False, "touched and has the same content"),
+        "content": (True, "another content"), "gone": (False, "could not be made again"),
+        "rate": (True, "rate is 4.0 now, it was 16.0; from its stage decode on"),
+        "order": (True, "from its stage project on"),
+        "gate": (False, "gates keep it out or flag it: psnr_codec"),
+    }[change]  # fmt: skip
+    assert (found.again, words in "; ".join(found.reasons)) == (again, True), found.reasons
