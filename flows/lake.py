@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from model.program import add_settings_option, parse_settings
+from model.settings import override
 from storage.layout import Lake
 
 if TYPE_CHECKING:
@@ -72,7 +73,6 @@ def run_inspect(options: argparse.Namespace) -> int:
 
 
 def _inspect_clip(options: argparse.Namespace, lake: Lake, version: Version, clips: list[dict[str, Any]]) -> int:
-    from model.settings import override
     from pipeline.ingest.provenance import provenance
     from pipeline.recipes import recipe_named
     from storage.fingerprint import finite_json
