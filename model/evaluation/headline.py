@@ -9,6 +9,7 @@ from typing import Any
 
 from model.evaluation.figures import CLIP_METRICS, RECALL_METRICS
 from model.evaluation.generation import GENERATION_METRICS
+from model.evaluation.sequences import SEQUENCE_GROUPS, SEQUENCE_METRICS
 from model.metrics.base import Metric
 
 LOSS_METRICS = (
@@ -17,8 +18,14 @@ LOSS_METRICS = (
         "loss_last", "", False, "its last: lower than the first, or the run learned nothing of it", "last", per_set=True
     ),
 )
-METRICS = {metric.name: metric for metric in (*CLIP_METRICS, *RECALL_METRICS, *GENERATION_METRICS, *LOSS_METRICS)}
-"""Every figure of metrics.json."""
+OF_CURVES = {metric.name: metric for metric in (*CLIP_METRICS, *RECALL_METRICS, *GENERATION_METRICS, *LOSS_METRICS)}
+"""Every figure of metrics.json of a method whose clips are read at any time."""
+OF_SEQUENCES = {metric.name: metric for metric in (*SEQUENCE_METRICS, *LOSS_METRICS)}
+"""Every figure of metrics.json of a method that samples frames in order."""
+METRICS = {**OF_CURVES, **OF_SEQUENCES}
+"""All of them."""
+SEQUENCES = "sequences"
+"""`kind` in the metrics.json of a method that samples frames in order."""
 SPLITS = {"train": "training", "validation": "validation"}
 """The splits, as metrics.json and as the tables call them."""
 GROUPS = {
@@ -38,6 +45,11 @@ GROUPS = {
     "loss": ("loss_first", "loss_last"),
 }  # fmt: skip
 """The headline: what its figures are about, and their names."""
+
+
+def groups_of(metrics: Mapping[str, Any]) -> Mapping[str, Sequence[str]]:
+    """The headline's groups of an evaluation, of metrics.json or ranges.json."""
+    return SEQUENCE_GROUPS if metrics.get("kind") == SEQUENCES else GROUPS
 
 
 def losses(log: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -64,16 +76,17 @@ def figure_text(name: str, value: float) -> str:
 
 def headline(metrics: Mapping[str, Any]) -> list[str]:
     """The table as lines of text."""
-    told = {name: [figure_text(name, figure(metrics, split, name)) for split in SPLITS] for name in _names()}
+    groups = groups_of(metrics)
+    told = {name: [figure_text(name, figure(metrics, split, name)) for split in SPLITS] for name in _names(groups)}
     counts = [f"{metrics[split]['clips']} clips" for split in SPLITS]
-    return _lines(told, counts)
+    return _lines(groups, told, counts)
 
 
 def ranges(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
     """Mean, least and most of each headline figure over runs, by split and name; runs that lack it are left out."""
     found: dict[str, dict[str, list[float]]] = {split: {} for split in SPLITS}
     for split in SPLITS:
-        for name in _names():
+        for name in _names(groups_of(runs[0])):
             values = [value for metrics in runs if math.isfinite(value := figure(metrics, split, name))]
             if values:
                 found[split][name] = [statistics.fmean(values), min(values), max(values)]
@@ -89,14 +102,16 @@ def headline_of_runs(found: Mapping[str, Mapping[str, Sequence[float]]], runs: i
         mean, least, most = (figure_text(name, value).removesuffix(METRICS[name].unit) for value in found[split][name])
         return f"{mean}{METRICS[name].unit} [{least}, {most}]"
 
-    return _lines({name: [cell(split, name) for split in SPLITS] for name in _names()}, [f"{runs} runs"] * 2)
+    groups = groups_of(found)
+    told = {name: [cell(split, name) for split in SPLITS] for name in _names(groups)}
+    return _lines(groups, told, [f"{runs} runs"] * 2)
 
 
-def _names() -> list[str]:
-    return [name for names in GROUPS.values() for name in names]
+def _names(groups: Mapping[str, Sequence[str]]) -> list[str]:
+    return [name for names in groups.values() for name in names]
 
 
-def _lines(told: Mapping[str, Sequence[str]], counts: Sequence[str]) -> list[str]:
+def _lines(groups: Mapping[str, Sequence[str]], told: Mapping[str, Sequence[str]], counts: Sequence[str]) -> list[str]:
     heads = [f"{title}, {count}" for title, count in zip(SPLITS.values(), counts, strict=True)]
     wide = 2 + max(len(METRICS[name].title) for name in told)
     width = 2 + max(len(text) for texts in [heads, *told.values()] for text in texts)
@@ -105,6 +120,6 @@ def _lines(told: Mapping[str, Sequence[str]], counts: Sequence[str]) -> list[str
         return f"{title:<{wide}}" + "".join(f"{text:>{width}}" for text in texts)
 
     lines = [line("", heads)]
-    for title, names in GROUPS.items():
+    for title, names in groups.items():
         lines += [title, *(line(f"  {METRICS[name].title}", told[name]) for name in names)]
     return lines

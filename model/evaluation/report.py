@@ -13,7 +13,7 @@ import numpy as np
 
 from model.evaluation.figures import ClipResult, Shown
 from model.evaluation.generation import CAPTIONS, SEEDS, SHOWN_RATE, Made, View
-from model.evaluation.headline import GROUPS, METRICS, SPLITS, figure, figure_text
+from model.evaluation.headline import METRICS, SPLITS, figure, figure_text, groups_of
 from model.metrics.pictures import decibels
 from model.video import Frames, picture_bytes
 from storage.layout import write_atomic
@@ -84,13 +84,18 @@ def write_report(
         *[_films(view) for view in views],
         _goals(metrics),
         "<h2>Training</h2>",
-        _loss_curve(log),
+        loss_curve(log),
         "<h2>Every clip</h2>",
         _clips(results),
         "<h2>Certificates of the dataset</h2>",
         _certificates(metrics),
         _counts(metrics),
     ]
+    write_page(path, body)
+
+
+def write_page(path: Path, body: Iterable[str]) -> None:
+    """Write parts of a body as a whole page."""
     document = (
         "<!doctype html><html lang=en><meta charset=utf-8><title>VLFM report</title>"
         f"<meta name=viewport content='width=device-width'><style>{STYLE}</style><body>{''.join(body)}</body></html>"
@@ -148,21 +153,28 @@ def _histogram(figure: Mapping[str, Any], width: int = 120, height: int = 24) ->
 
 def _headline(metrics: Mapping[str, Any]) -> str:
     """The headline's table, with what each figure is."""
+    absent = "" if metrics["validation"]["clips"] else " No film fell into the validation split."
+    return (
+        "<p class=note>dB is PSNR. The first three groups are means over clips, the next four of at most "
+        f"{CAPTIONS} captions of each split, {SEEDS} seeds each, told no place in a film. Where no two clips share a "
+        f"caption there is no data spread to compare with.{absent}</p>{headline_table(metrics)}"
+    )
+
+
+def headline_table(metrics: Mapping[str, Any]) -> str:
+    """The headline's figures of both splits, with what each is."""
     heads = [f"{title},<br>{metrics[split]['clips']} clips" for split, title in SPLITS.items()]
     rows = []
-    for title, names in GROUPS.items():
+    for title, names in groups_of(metrics).items():
         rows.append(f"<tr><th colspan=4>{_text(title)}</th></tr>")
         for name in names:
             metric = METRICS[name]
             told = [figure_text(name, figure(metrics, split, name)) for split in SPLITS]
             cells = [_text(metric.title), *told, _text(metric.doc)]
             rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    absent = "" if metrics["validation"]["clips"] else " No film fell into the validation split."
     return (
-        "<p class=note>dB is PSNR. The first three groups are means over clips, the next four of at most "
-        f"{CAPTIONS} captions of each split, {SEEDS} seeds each, told no place in a film. Where no two clips share a "
-        f"caption there is no data spread to compare with.{absent}</p><div class=scroll><table class='words head'>"
-        f"<tr><th></th>{''.join(f'<th>{head}</th>' for head in heads)}<th>what</th></tr>{''.join(rows)}</table></div>"
+        f"<div class=scroll><table class='words head'><tr><th></th>{''.join(f'<th>{head}</th>' for head in heads)}"
+        f"<th>what</th></tr>{''.join(rows)}</table></div>"
     )
 
 
@@ -285,11 +297,16 @@ def _still(frame: Frames) -> str:
     return f"<img alt='a frame' src='data:image/png;base64,{data}'>"
 
 
-def _loss_curve(log: Sequence[Mapping[str, Any]], width: int = 900, height: int = 260) -> str:
-    """The loss and its parts over the steps, as an SVG with a logarithmic axis."""
+def loss_curve(
+    log: Sequence[Mapping[str, Any]],
+    parts_of_it: Sequence[str] = ("mean", "derivative"),
+    width: int = 900,
+    height: int = 260,
+) -> str:
+    """The loss and its parts over the steps, as an SVG with a logarithmic axis. At most two parts."""
     lines = {
         name: [(line["step"], line[name]) for line in log if line.get(name, 0) > 0]
-        for name in ("loss", "mean", "derivative", "validation_loss")
+        for name in ("loss", *parts_of_it, "validation_loss")
     }
     lines = {name: points for name, points in lines.items() if points}
     if not lines:

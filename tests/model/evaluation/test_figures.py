@@ -10,7 +10,7 @@ import torch
 
 from model import legs
 from model.evaluation.figures import CLIP_METRICS, ClipResult
-from model.evaluation.headline import METRICS
+from model.evaluation.headline import OF_CURVES
 from model.metrics.pictures import ssim
 from model.sample import Sampler
 from tests.model.evaluated import CAPTION, SETTINGS, Made, Page
@@ -125,13 +125,13 @@ def test_the_goals_can_be_met() -> None:
 def test_every_figure_is_described(made: Made) -> None:
     """Name, unit, direction and meaning of each: in metrics.json, and in the report's tables."""
     described = made.metrics["metrics"]
-    assert described.keys() == METRICS.keys()
+    assert described.keys() == OF_CURVES.keys()
     row = {name for name, value in made.metrics["clips"][0].items() if not isinstance(value, str)} - {"clip_start"}
     assert row == {name for name, metric in described.items() if not metric["per_set"]}
     of_the_set = {name for name, metric in described.items() if metric["per_set"]}
     assert made.metrics["train"].keys() - {"clips", "mean", "clips_meeting"} == of_the_set
     text = " ".join(Page(made.page).texts)
-    assert METRICS["seed_diversity"].doc in text
+    assert OF_CURVES["seed_diversity"].doc in text
     for row in made.metrics["clips"]:
         assert row["above_mean_frame"] == pytest.approx(row["recall"] - row["recall_mean_frame"])
         assert row["below_median"] == pytest.approx(row["recall_median"] - row["recall_worst"])
