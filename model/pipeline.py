@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from model.methods.base import SampleSettings
 from model.sample import Sampler, fit_picture, read_image
 from model.video import Frames
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 """Kinds of frames that a pipeline returns."""
-DEFAULTS = SampleSettings()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +29,7 @@ class VideoLatentFlowPipelineOutput:
 
     frames: Any
     """Of B videos with F frames: `pil`, B lists of F pictures; `np`, an array (B, F, H, W, 3) in [0, 1]; `pt`, a tensor
-    (B, F, 3, H, W) in [0, 1]."""
+    (B, F, 3, H, W) in [0, 1]. Where the videos have different numbers of frames, a list of B such arrays or tensors."""
 
 
 class VideoLatentFlowPipeline:
@@ -74,9 +72,9 @@ class VideoLatentFlowPipeline:
         *,
         fps: float = 16.0,
         num_seconds: float | None = None,
-        num_inference_steps: int = DEFAULTS.steps,
-        num_warmup_steps: int = DEFAULTS.warmup_steps,
-        guidance_scale: float = DEFAULTS.guidance,
+        num_inference_steps: int | None = None,
+        num_warmup_steps: int | None = None,
+        guidance_scale: float | None = None,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "pil",
@@ -89,10 +87,11 @@ class VideoLatentFlowPipeline:
             image: a picture to start from, PIL's or a file; it is scaled and cropped to the dataset's frames.
             negative_prompt: what guidance leads away from, one for all or one for each prompt; nothing by default.
             fps: frames per second, any.
-            num_seconds: length in seconds, any above 0; by default the window that the run learned.
-            num_inference_steps: solver steps on each window.
-            num_warmup_steps: solver steps from noise to the first frame.
-            guidance_scale: classifier-free guidance; 1 is none.
+            num_seconds: length in seconds, any above 0; by default the window that the run learned. Not where the run's
+                method makes frames in order: it chooses their number itself, and fps is not used.
+            num_inference_steps: solver steps on each window, or on a frame; by default the method's.
+            num_warmup_steps: solver steps from noise to the first frame, where the method has them.
+            guidance_scale: classifier-free guidance; 1, the default, is none.
             num_videos_per_prompt: videos of each prompt.
             generator: stands for its `initial_seed()`, whatever was drawn from it since: one for all, whose videos have
                 that seed and those after it, as `vlfm sample --seed` has; or one for each video. None draws a seed from
@@ -119,17 +118,22 @@ class VideoLatentFlowPipeline:
                     f"negative_prompt has {len(one_each)} texts for {len(given)} prompts; give as many, or one"
                 )
             negative = [each for each in one_each for _ in range(num_videos_per_prompt)]
-        videos = self.sampler.videos(
-            prompts,
-            fps,
-            self.sampler.window if num_seconds is None else num_seconds,
-            dataclasses.replace(
-                DEFAULTS, steps=num_inference_steps, warmup_steps=num_warmup_steps, guidance=guidance_scale
-            ),
-            image=self._picture(image),
-            seeds=_seeds(generator, len(prompts)),
-            negative=negative,
-        )
+        method, picture, seeds = self.sampler.method, self._picture(image), _seeds(generator, len(prompts))
+        chosen = {"steps": num_inference_steps, "warmup_steps": num_warmup_steps, "guidance": guidance_scale}
+        known = {field.name for field in dataclasses.fields(method.Sampling)}
+        unused = [name for name, value in chosen.items() if value is not None and name not in known]
+        unused += ["num_seconds"] if method.sequences and num_seconds is not None else []
+        if unused:
+            name = unused[0] if unused[0] == "num_seconds" else f"num_{unused[0]}"
+            raise ValueError(f"{name} has no use for a run of the method {method.name}; leave it out")
+        settings = method.Sampling(**{name: value for name, value in chosen.items() if value is not None})
+        if method.sequences:
+            shown = () if picture is None else (picture,)
+            made = self.sampler.frame_videos(prompts, settings, shown, seeds, negative)
+            videos = [video.frames for video in made]
+        else:
+            seconds = self.sampler.window if num_seconds is None else num_seconds
+            videos = self.sampler.videos(prompts, fps, seconds, settings, None, picture, seeds, negative)
         frames = _converted(videos, output_type)
         return VideoLatentFlowPipelineOutput(frames) if return_dict else (frames,)
 
@@ -163,5 +167,7 @@ def _converted(videos: Sequence[Frames], output_type: str) -> Any:
         from PIL import Image
 
         return [[Image.fromarray(frame) for frame in frames] for frames in videos]
+    if len({len(frames) for frames in videos}) > 1:  # of a method that makes as many frames as it likes
+        return [_converted([frames], output_type)[0] for frames in videos]
     values = np.stack(videos).astype(np.float32) / 255
     return values if output_type == "np" else torch.from_numpy(values).movedim(-1, 2)

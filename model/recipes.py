@@ -14,6 +14,7 @@ from typing import Any
 from model.backbones.blocks import QK_NORMS
 from model.backbones.dit import ARCHITECTURES
 from model.backbones.published import SIZES
+from model.methods.flowception import FlowceptionOptions
 from model.methods.registry import method_named
 from model.methods.vlfm import VLFMOptions
 from model.settings import (
@@ -207,6 +208,84 @@ def combinations() -> TrainRecipe:
         checkpoints_kept=4,
         log_every=10,
         validate_every=250,
+    )
+
+
+def flowception_toy() -> TrainRecipe:
+    """Flowception on the corpus of pipeline.corpus.make_turning, minutes on a CPU: a frame of 3x3 pixels is one token.
+
+    The clock is drawn early (`beta`): where all frames are there, half of an even draw, there is no length to learn.
+    """
+    return TrainRecipe(
+        name="flowception_toy",
+        method="flowception",
+        width=64,
+        depth=3,
+        heads=4,
+        patch=3,
+        options=FlowceptionOptions(time_law="beta"),
+        batch=16,
+        steps=6000,
+        learning_rate=3e-3,
+        learning_rate_warmup=50,
+        ema_decay=0.998,
+        checkpoint_every=500,
+        log_every=50,
+        validate_every=1000,
+    )
+
+
+def flowception_demo() -> TrainRecipe:
+    """Flowception on clips of the data recipe `shots` of a few dozen frames, slow on two CPU cores but possible.
+
+    Few clips: most of what it learns is given frames and lengths.
+    """
+    return TrainRecipe(
+        name="flowception_demo",
+        method="flowception",
+        width=128,
+        depth=5,
+        heads=4,
+        patch=2,
+        options=FlowceptionOptions(time_law="beta", context_first=0.3),
+        batch=8,
+        steps=2000,
+        learning_rate=2e-3,
+        learning_rate_warmup=50,
+        ema_decay=0.99,
+        checkpoint_every=250,
+        log_every=10,
+        validate_every=500,
+    )
+
+
+def flowception_base() -> TrainRecipe:
+    """The size of arXiv 2512.11438: 38 blocks of width 1536, about 2 billion parameters, for several GPUs.
+
+    Its optimiser, and the authors' settings for latents of 128 channels on 32 pixels: one token for each cell.
+    """
+    return TrainRecipe(
+        name="flowception_base",
+        method="flowception",
+        width=1536,
+        depth=38,
+        heads=24,
+        patch=1,
+        qk_norm="rms",
+        options=FlowceptionOptions(time_law="logit_normal", snr_shift=3.0, insertion_weight=0.1),
+        batch=256,
+        steps=200_000,
+        learning_rate=1e-4,
+        learning_rate_warmup=1000,
+        learning_rate_decay=0.0,
+        weight_decay=0.03,
+        ema_decay=0.9999,
+        precision="bfloat16",
+        sharding="fsdp",
+        activation_checkpointing=True,
+        checkpoint_every=2000,
+        validate_every=2000,
+        loader_workers=4,
     )
 
 

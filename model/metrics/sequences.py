@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,7 +89,10 @@ class FvdNetwork:
         if not Path(path).is_file():
             raise FileNotFoundError(f"--fvd {path}: there is no such file")
         try:
-            self.network = torch.jit.load(str(path), map_location="cpu").eval()
+            with warnings.catch_warnings():
+                # torch would have everybody leave TorchScript, but the network that FVDs are measured with comes in it.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self.network = torch.jit.load(str(path), map_location="cpu").eval()
         except RuntimeError as error:
             told = str(error).strip().splitlines()[-1]
             raise ValueError(f"--fvd {path} is no TorchScript file ({told}); give i3d_torchscript.pt") from None

@@ -62,10 +62,11 @@ class Turning:
 
     @property
     def caption(self) -> str:
-        """What the film is called."""
+        """What the film is called; its length comes first, where a text encoder that reads from left to right has the
+        same rows for it whatever follows."""
         word = {count: word for word, count in TURNS.items()}[self.turns]
-        words = f"a ring of {self.first} and {self.second} turns {word} around a dot that jumps"
-        return f"{words}, {self.frames} frames" if self.told else words
+        words = f"a {self.first} and {self.second} ring that turns {word}"
+        return f"{self.frames} frames, {words}" if self.told else words
 
     def draw(self) -> np.ndarray:
         """The frames, uint8 (N, 3, 3, 3)."""

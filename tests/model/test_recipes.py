@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
+from model.backbones.dit import Backbone, BackboneConfig
 from model.flow.path import PaperPath
 from model.methods.per_frame import PerFrameOptions
 from model.methods.registry import METHODS
@@ -18,7 +20,8 @@ def test_named_recipes() -> None:
     assert train_recipe("demo") == demo()
     assert train_recipe("base") == base()
     assert train_recipes() == [
-        "base", "combinations", "demo", "paper_xl", "tiny_cpu", "vlfm_b", "vlfm_l", "vlfm_s", "vlfm_xl",
+        "base", "combinations", "demo", "flowception_base", "flowception_demo", "flowception_toy", "paper_xl",
+        "tiny_cpu", "vlfm_b", "vlfm_l", "vlfm_s", "vlfm_xl",
     ]  # fmt: skip
     assert [train_recipe(name).name for name in train_recipes()] == train_recipes()
     with pytest.raises(ValueError, match=rf"'nope' is unknown; the recipes are: {', '.join(train_recipes())}$"):
@@ -35,6 +38,21 @@ def test_the_published_sizes() -> None:
         assert (recipe.width, recipe.depth, recipe.heads) == size
         for patch in (2, 4, 8):
             assert override(recipe, {"patch": str(patch)}).patch == patch
+
+
+def test_flowceptions_size() -> None:
+    """38 blocks of width 1536, about 2.1 billion parameters on latents of 128 channels (arXiv 2512.11438)."""
+    recipe = train_recipe("flowception_base")
+    assert (recipe.width, recipe.depth, recipe.heads, recipe.patch) == (1536, 38, 24, 1)
+    config = BackboneConfig(
+        channels=128, height=8, width_latent=8, text_dim=4096, width=recipe.width, depth=recipe.depth,
+        heads=recipe.heads, patch=recipe.patch, outputs=("velocity",), temporal=True, rates=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        count = sum(value.numel() for value in Backbone(config).parameters())
+    assert 1.9e9 < count < 2.3e9
+    for name in ("flowception_toy", "flowception_demo", "flowception_base"):
+        assert train_recipe(name).method == "flowception"
 
 
 def test_what_the_paper_prints() -> None:

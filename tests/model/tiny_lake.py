@@ -53,29 +53,38 @@ def computed(number: int, caption: str, every: int) -> tuple[np.ndarray, np.ndar
 
 
 def sample(
-    number: int, split: str, caption: str = "square {number} slides over grey", every: int = 2
+    number: int,
+    split: str,
+    caption: str = "square {number} slides over grey",
+    every: int = 2,
+    kept: tuple[int, ...] = (KEPT,),
 ) -> dict[str, Any]:
-    """Square `number` as a shard keeps it; every second frame is observed, or every `every`-th."""
+    """Square `number` as a shard keeps it; every second frame is observed, or every `every`-th.
+
+    kept: numbers of frames, in turn, that clips keep of the KEPT ones; coefficients stay those of all.
+    """
     caption = caption.format(number=number)
     frame_time = np.arange(KEPT) * DURATION / KEPT
     observed = np.arange(KEPT) % every == 0
     text, latents, coefficients = computed(number, caption, every)
     clip_id = short_id(fingerprint({"number": number}))
+    length = kept[number % len(kept)]
     return {
         "__key__": clip_id,
         "coefficients.npy": coefficients,
         "text.npy": text,
-        "latents.npy": latents,
-        "frame_time.npy": frame_time,
-        "observed.npy": observed,
-        "preview.npy": frames(number),
+        "latents.npy": latents[:length],
+        "frame_time.npy": frame_time[:length],
+        "observed.npy": observed[:length],
+        "preview.npy": frames(number)[:length],
         "clip.json": {
             "clip_id": clip_id,
             "film": f"film-{number}.mp4",
             "caption": caption,
             "clip_start": 2.0 * (number % 3),
-            "duration": DURATION,
+            "duration": DURATION * length / KEPT,
             "split": split,
+            "frames": length,
         },
     }
 
@@ -83,7 +92,7 @@ def sample(
 def manifest_rows(parts: list[list[dict[str, Any]]], infos: list[ShardInfo]) -> list[dict[str, Any]]:
     """The manifest's table of clips; what a trainer has no use for is as unknown."""
     rows = [
-        {**part[row]["clip.json"], "frames": KEPT, "shard": info.name, "shard_row": row}
+        {**part[row]["clip.json"], "shard": info.name, "shard_row": row}
         for part, info in zip(parts, infos, strict=True)
         for row in range(len(part))
     ]
