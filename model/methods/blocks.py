@@ -18,7 +18,8 @@ class Blocks:
     """Blocks of up to `chunk` frames, up to `most` frames in all.
 
     Of the frames that a block is given only the last one may get new ones on its right: passive context takes no
-    insertion. A clip ends early where a block adds nothing to it.
+    insertion. A clip ends early where a block adds nothing to it. `most` is the length that was asked for, not a bound
+    that a clip is said to have met.
     """
 
     sampler: Sampler
@@ -38,6 +39,7 @@ class Blocks:
         made = [canvas.latents[k, :n] for k, n in enumerate(canvas.counts)]
         times = [canvas.inserted[k, :n] for k, n in enumerate(canvas.counts)]
         growing = [len(each) < self.most for each in made]
+        seams: list[list[int]] = [[] for _ in made]
         while any(growing):
             known = [each[-settings.overlap :] for each in made]
             numbers = torch.tensor([len(each) for each in known], device=given.device)
@@ -50,10 +52,12 @@ class Blocks:
             limits = [min(self.chunk, len(old) + room) for old, room in zip(known, rooms, strict=True)]
             canvas, _ = sampler.grow(canvas, self.learned, limits)
             for k, n in enumerate(canvas.counts):
-                new = slice(len(known[k]), n if growing[k] else len(known[k]))
+                new = slice(len(known[k]), min(n, len(known[k]) + rooms[k]))
+                if new.stop > new.start:
+                    seams[k].append(len(made[k]))
                 made[k] = torch.cat([made[k], canvas.latents[k, new]])
                 times[k] = torch.cat([times[k], canvas.inserted[k, new]])
                 growing[k] = new.stop > new.start and len(made[k]) < self.most
         masks = [each.isnan() for each in times]
         clips = method.unscaled(request, made, masks)
-        return FrameSequences(clips, times, [len(each) >= self.most for each in clips], sampler.calls)
+        return FrameSequences(clips, times, [False] * len(clips), sampler.calls, seams)

@@ -53,9 +53,13 @@ class Chunks:
         """Frames of a video whose windows have `frames` each."""
         return round(frames * (self.chunks - (self.chunks - 1) * self.overlap / self.chunk))
 
+    def cut(self, frames: int) -> list[tuple[int, int]]:
+        """Boundaries over a clip of `frames` frames."""
+        return cut(frames, self.chunks, self.chunk, self.overlap)
+
     def windows(self, counts: Sequence[int]) -> list[Window]:
         """Those of clips of `counts` frames."""
-        cuts = [cut(count, self.chunks, self.chunk, self.overlap) for count in counts]
+        cuts = [self.cut(count) for count in counts]
         return [Window(clip, start, end) for clip, found in enumerate(cuts) for start, end in found]
 
 

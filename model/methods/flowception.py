@@ -225,7 +225,7 @@ class Flowception(SequenceMethod):
         if settings.order != "learned":
             canvas = canvas.at_places([first for first, _ in orders])
         canvas, full = sampler.grow(canvas, inserter, [most] * len(request.seeds))
-        return finished_clips(self, request, canvas, full, sampler.calls)
+        return finished_clips(self, request, canvas, full, sampler.calls, chunks)
 
     def check_limits(self, settings: GrowthSampling, given: int, most: int, chunk: int, length: int) -> None:
         """Raises ValueError where given frames, lengths or windows contradict each other."""

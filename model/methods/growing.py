@@ -355,13 +355,15 @@ class _CachedFrames:
 
 
 def finished_clips(
-    method: SequenceMethod, request: Request, canvas: Canvas, full: list[bool], calls: int
+    method: SequenceMethod, request: Request, canvas: Canvas, full: list[bool], calls: int, chunks: Chunks | None
 ) -> FrameSequences:
-    """The clips in the units of the data."""
+    """The clips in the units of the data, with the windows over them, if any."""
     counts = canvas.counts
+    starts = [[start for start, _ in chunks.cut(n)[1:]] for n in counts] if chunks is not None else []
     return FrameSequences(
         method.unscaled(request, [canvas.latents[k, :n] for k, n in enumerate(counts)], list(canvas.given)),
         [canvas.inserted[k, :n] for k, n in enumerate(counts)],
         full,
         calls,
+        starts,
     )

@@ -90,6 +90,8 @@ class FrameSequences:
     """Whether a clip would have grown further, but for `max_frames`."""
     network_calls: int
     """Calls of the backbone."""
+    seams: list[list[int]] = dataclasses.field(default_factory=list)
+    """Of each clip of a long video the frames where a block or window begins, but for the first; empty else."""
 
     def read(self, times: Sequence[float] | Tensor) -> Tensor:
         """Latents (L, B, C, h, w) at times (L,) in [0, 1], as `Sample.read`: frame floor(t N) of each clip's N."""

@@ -236,6 +236,7 @@ def test_chunks_go_beyond_the_learned_length_in_windows_of_it() -> None:
     made = method.sample(network, request(GrowthSampling(steps=8, long="chunks", max_frames=32, chunk=8, overlap=2)))
     assert max(network.lengths) <= 8
     assert all(20 <= len(clip) <= 32 for clip in made.clips)
+    assert all(len(seams) == 4 for seams in made.seams)
     assert Chunks.of(32, 8, 2) == Chunks(5, 8, 2)
     assert Chunks.of(8, 8, 2).chunks == 1
 
@@ -258,7 +259,9 @@ def test_blocks_go_on_behind_the_frames_before_them() -> None:
     method = flowception(8, start_frames=2)
     made = method.sample(Noted(), request(GrowthSampling(steps=6, long="blocks", max_frames=20, chunk=8, overlap=3), 1))
     assert len(made.clips[0]) == 20
-    assert made.full == [True]
+    assert made.full == [False], "so long it was to be"
+    assert len(made.seams[0]) == len(set(made.seams[0])) >= 3
+    assert all(0 < seam < 20 for seam in made.seams[0])
     assert {count for count, _ in contexts} == {0, 3}
     assert max(length for _, length in contexts) <= 8
     assert len(made.inserted[0]) == 20
