@@ -139,7 +139,8 @@ def run_ingest(options: argparse.Namespace) -> int:
     # Slips of the pen are told at once; the servers take a while to start.
     recipe = override(recipe_named(options.recipe), settings)
     columns = parse_columns(options.column)
-    found = discover(options.source, options.captions, recipe.captions_required, columns, options.allow_outside)
+    how = (recipe.captions_required, columns, options.allow_outside, options.table_format)
+    found = discover(options.source, options.captions, *how)
     from flows.progress import Stages, stdout_kept_clean
 
     with stdout_kept_clean():
@@ -156,6 +157,7 @@ def run_ingest(options: argparse.Namespace) -> int:
             columns=columns,
             prune=options.prune,
             allow_outside=options.allow_outside,
+            table_format=options.table_format,
             on_progress=Stages(),
             found=found,
         )
@@ -178,7 +180,8 @@ def show_plan(options: argparse.Namespace, settings: dict[str, Any]) -> int:
 
     recipe = override(recipe_named(options.recipe), settings)
     columns = parse_columns(options.column)
-    found = discover(options.source, options.captions, recipe.captions_required, columns, options.allow_outside)
+    how = (recipe.captions_required, columns, options.allow_outside, options.table_format)
+    found = discover(options.source, options.captions, *how)
     with tempfile.TemporaryDirectory() as empty:
         lake = Lake.open(options.lake) if Lake.exists(options.lake) else Lake.create(empty)
         plan = plan_ingest(lake, found, recipe, options.limit, prune=options.prune)
@@ -321,7 +324,8 @@ def add_source_options(sub: argparse.ArgumentParser) -> None:
         "source",
         nargs="+",
         metavar="SOURCE",
-        help="folder of films, read recursively, or a table (CSV, JSONL, Parquet) with the columns file and caption",
+        help="folder of films, read recursively, a bucket (s3://BUCKET/PREFIX), a WebDataset tar, or a table "
+        "(CSV, JSONL, Parquet) with the columns file and caption",
     )
     sub.add_argument(
         "--captions",
@@ -334,6 +338,12 @@ def add_source_options(sub: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=OWN",
         help="the tables' own name for file, caption, start or end, e.g. --column file=path; several times",
+    )
+    sub.add_argument(
+        "--table-format",
+        metavar="NAME",
+        help="the table is a dataset's published annotation file: openvid, ucf101, kinetics, internvid, miradata, "
+        "pixabay or youtube8m; its rows are joined with the films",
     )
     sub.add_argument(
         "--allow-outside",

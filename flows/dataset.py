@@ -74,6 +74,7 @@ def run_ingest(
     columns: dict[str, str] | None = None,
     prune: bool = False,
     allow_outside: bool = False,
+    table_format: str | None = None,
     on_progress: Listener | None = None,
     found: Discovery | None = None,
 ) -> Report:
@@ -83,7 +84,8 @@ def run_ingest(
     1) and, where the run could not be done, `error` (one line).
 
     Args:
-        source, lake, captions, recipe, settings, limit, ray_address, columns, prune, allow_outside: the flow's.
+        source, lake, captions, recipe, settings, limit, ray_address, columns, prune, allow_outside,
+            table_format: the flow's.
         on_progress: told of films read and clips done; warnings are printed where it is given.
         found: what pipeline.sources.folders.discover found for these sources, where that was called already.
 
@@ -94,7 +96,8 @@ def run_ingest(
     try:
         start_server()
         sources = [source] if isinstance(source, str) else list(source)
-        arguments = (sources, lake, captions, recipe, settings, limit, ray_address, columns, prune, allow_outside)
+        given = (sources, lake, captions, recipe, settings, limit, ray_address)
+        arguments = (*given, columns, prune, allow_outside, table_format)
         state = cast(State[Any], ingest(*arguments, return_state=True))
     except ServerError as error:
         return _nothing(str(error), lake)
@@ -135,6 +138,7 @@ def ingest(
     columns: dict[str, str] | None = None,
     prune: bool = False,
     allow_outside: bool = False,
+    table_format: str | None = None,
 ) -> Any:
     """Films and captions to the next version of a lake.
 
@@ -152,11 +156,12 @@ def ingest(
         columns: The tables' own names for file, caption, start and end, where they differ.
         prune: Takes films out of the dataset that the sources had and have no longer.
         allow_outside: Reads films that links or '..' reach outside their source.
+        table_format: Name of the dataset whose published annotation file the table is, such as kinetics.
     """
     sources = [source] if isinstance(source, str) else list(source)
     logging.getLogger("prefect.task_runs").addFilter(_without_trace)
     try:
-        how = {"columns": columns, "prune": prune, "allow_outside": allow_outside}
+        how = {"columns": columns, "prune": prune, "allow_outside": allow_outside, "table_format": table_format}
         report = _ingest(sources, lake, captions, _recipe(recipe, settings), limit, ray_address, **how)
     except StepFailed as error:
         return Failed(message=str(error), data=IngestFailed(str(error), _nothing(str(error), lake)))

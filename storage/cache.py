@@ -38,7 +38,7 @@ class ByteCache:
 
     @staticmethod
     def of_environment() -> ByteCache:
-        """The cache in VLFM_CACHE (by default vlfm/ in the user's cache folder), of VLFM_CACHE_SIZE (16GiB).
+        """The cache samples/ in VLFM_CACHE (by default vlfm/ in the user's cache folder), of VLFM_CACHE_SIZE (16GiB).
 
         Raises:
             VlfmError: VLFM_CACHE_SIZE is no size.
@@ -46,7 +46,7 @@ class ByteCache:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         folder = os.environ.get("VLFM_CACHE") or os.path.join(home, "vlfm")
         text = os.environ.get("VLFM_CACHE_SIZE", "")
-        return ByteCache(Path(folder), parse_size(text, "VLFM_CACHE_SIZE") if text else DEFAULT_LIMIT)
+        return ByteCache(Path(folder) / "samples", parse_size(text, "VLFM_CACHE_SIZE") if text else DEFAULT_LIMIT)
 
     def get(self, name: str, fetch: Callable[[], bytes]) -> bytes:
         """The bytes named `name` (letters, digits and '-'), by `fetch` where they are not here.

@@ -49,6 +49,7 @@ def client(endpoint: str | None, attempts: int = ATTEMPTS) -> Any:
 def _made_client(endpoint: str | None, attempts: int, process: int, settings: tuple[tuple[str, str], ...]) -> Any:
     try:
         import boto3
+        from botocore import UNSIGNED
         from botocore.config import Config
     except ImportError:
         raise BucketError("s3:// needs the extra `s3`, which is not installed; run: pip install 'vlfm[s3]'") from None
@@ -57,6 +58,8 @@ def _made_client(endpoint: str | None, attempts: int, process: int, settings: tu
     asked = chosen.get("AWS_MAX_ATTEMPTS", "")
     tries = min(attempts, int(asked)) if asked.isdigit() and int(asked) else attempts
     config["retries"] = {"mode": chosen.get("AWS_RETRY_MODE", "standard"), "total_max_attempts": tries}
+    if chosen.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "true", "yes"):
+        config["signature_version"] = UNSIGNED  # public buckets
     session = boto3.session.Session()
     if endpoint is not None and path_style(endpoint):
         config["s3"] = {"addressing_style": "path"}
@@ -106,7 +109,10 @@ def told(error: Exception, bucket: str, endpoint: str | None, is_object: bool) -
             return BucketError(f"{at} refuses the request (400); check AWS_REGION and the credentials")
         return BucketError(f"{at} answered {status} {code} to the last of the tries; run the same command again later")
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError):
-        return BucketError(f"no credentials for {at}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
+        return BucketError(
+            f"no credentials for {at}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE "
+            "(AWS_NO_SIGN_REQUEST=yes for a public bucket)"
+        )
     if isinstance(error, boto.ProfileNotFound):
         return BucketError(f"{error}; correct AWS_PROFILE")
     if isinstance(error, boto.NoRegionError | boto.InvalidRegionError):

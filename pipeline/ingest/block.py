@@ -15,12 +15,14 @@ from pipeline.items import BlockResult, ClipPlan, ClipWork, CodecFacts, Failure,
 from pipeline.media.decode import decode, ffmpeg_binary
 from pipeline.media.faults import DecodeError, MediaLimits
 from pipeline.recipes import DataRecipe
+from pipeline.sources.fetch import FilmChanged, as_file, is_file
 from pipeline.stage import Stage, fail, one_line, run_stages
 from pipeline.stages.invert import GROUP_FRAMES, InvertStage, SharedCodec
 from pipeline.stages.project import ProjectStage
 from storage.arrays import read_clips
 from storage.fingerprint import fingerprint, short_id
-from storage.layout import Lake, LakeError
+from storage.layout import DiskFull, Lake, LakeError
+from storage.s3_client import BucketError
 from storage.staging import read_block, read_block_meta, remove_block, staged_blocks, write_block
 
 
@@ -69,14 +71,19 @@ class DecodeStage:
         try:
             plan = run[0].plan
             _check_unchanged(plan)
-            for frames in decode(Path(plan.path), [work.plan.window for work in run], self.size, self.limits):
-                work, done = run[done], done + 1
-                work.frames = frames
-                yield work
+            with as_file(plan.path, plan.bytes, plan.modified_ns) as file:
+                for frames in decode(file, [work.plan.window for work in run], self.size, self.limits):
+                    work, done = run[done], done + 1
+                    work.frames = frames
+                    yield work
+        except (DiskFull, BucketError):
+            raise  # no clip's fault
         except Exception as error:  # a clip's fault must not stop its block
-            reason, detail = (
-                (error.reason, error.detail) if isinstance(error, DecodeError) else ("decode_failed", one_line(error))
-            )
+            if isinstance(error, DecodeError):
+                reason, detail = error.reason, error.detail
+            else:
+                reason = "film_changed" if isinstance(error, FilmChanged) else "decode_failed"
+                detail = one_line(error)
             yield fail(run[done], self.name, reason, detail)
             # The fault may lie in one window alone: the others get a process of their own.
             for work in run[done + 1 :]:
@@ -123,6 +130,8 @@ def _follows(earlier: ClipWork, later: ClipWork) -> bool:
 
 
 def _check_unchanged(plan: ClipPlan) -> None:
+    if not is_file(plan.path):
+        return  # it is compared when it is fetched
     try:
         stat = Path(plan.path).stat()
     except OSError:

@@ -13,7 +13,7 @@ from pipeline.media.decode import Probe, decode, window_count, window_of, window
 from pipeline.media.faults import MediaLimits
 from pipeline.media.shots import shot_starts
 from pipeline.recipes import DataRecipe
-from pipeline.sources.folders import FilmEntry
+from pipeline.sources.entries import FilmEntry
 
 LOOKED_AT = (36, 64)
 """Height and width at which a film is searched for cuts: a colour histogram needs no more."""
@@ -40,11 +40,11 @@ class Cut:
     """Windows that hold no frame, because the film's times jump."""
 
 
-def cut_film(film: Probe, entry: FilmEntry, recipe: DataRecipe) -> Cut:
+def cut_film(film: Probe, entry: FilmEntry, recipe: DataRecipe, file: Path) -> Cut:
     """The parts of a film that the recipe makes clips of, in order, whatever number of frames they have.
 
     With `shots` a part that the table names is a clip as it is. A whole film is decoded once, small, to find its cuts,
-    unless `shots.detect` is false: then it is one clip.
+    unless `shots.detect` is false: then it is one clip. `file` is the film on this machine.
 
     Raises:
         DecodeError: the film cannot be decoded.
@@ -57,7 +57,7 @@ def cut_film(film: Probe, entry: FilmEntry, recipe: DataRecipe) -> Cut:
         end = film.seconds if entry.end is None else min(entry.end, film.seconds)
         spans = (Span(entry.start, end - entry.start),) if end > entry.start else ()
         return Cut(spans)
-    firsts = find_cuts(entry.path, film, recipe.limits)
+    firsts = find_cuts(file, film, recipe.limits)
     edges = [*(float(film.times[first]) for first in firsts), film.seconds]
     return Cut(tuple(Span(start, end - start) for start, end in itertools.pairwise(edges)))
 

@@ -16,7 +16,8 @@ from itertools import count
 
 from pipeline.items import Failure, Row
 from pipeline.rows import part_of, place, printable
-from pipeline.sources.folders import Discovery, FilmEntry
+from pipeline.sources.entries import Discovery, FilmEntry
+from pipeline.sources.fetch import INSIDE
 from pipeline.sources.tables import TABLE_SUFFIXES
 
 Item = FilmEntry | Failure
@@ -42,7 +43,7 @@ class Identities:
         self._named = self._places | {item.place for item in (sources.items if sources else ())}
         self._origins = list(sources.origins) if sources else []
         self._unread = [f"{folder}/" for folder in (sources.unread if sources else ())]
-        self._files = {printable(str(item.path)) for item in run}
+        self._files = {printable(item.path) for item in run}
         self._names: dict[str, str] = {}
         self._taken: set[str] = set()
         self._sought: set[str] = set()
@@ -63,7 +64,7 @@ class Identities:
     def digest(self, entry: FilmEntry) -> str:
         """The digest of a film's content if its file is as the lake knows it; empty where it has to be read."""
         now = {"bytes": entry.bytes, "modified_ns": entry.modified_ns}
-        names = (printable(str(entry.path)), _file(entry.film))
+        names = (printable(entry.path), _file(entry.film))
         return next((digest for name in names if (digest := self._digests.get(_version(name, now)))), "")
 
     def settle(self, known: Sequence[Item], read: Sequence[tuple[FilmEntry, str]]) -> None:
@@ -159,7 +160,8 @@ class Identities:
         if not row["path"] or place(row["path"], row["film"]) in self._named:
             return False
         # What an address holds is known to its own source only.
-        return self._origin(row) is not None or ("://" not in row["path"] and not os.path.exists(row["path"]))
+        file = row["path"].partition(INSIDE)[0]
+        return self._origin(row) is not None or ("://" not in file and not os.path.exists(file))
 
     def _origin(self, row: Row) -> str | None:
         """The source of this run that a film would have to be in."""

@@ -29,9 +29,11 @@ from pipeline.media.decode import Probe, ffmpeg_binary, probe, select_frames
 from pipeline.media.faults import DecodeError, digest_of
 from pipeline.recipes import DataRecipe, Shots
 from pipeline.rows import caption_id, film_row, observed_frames, place, printable, split_of
-from pipeline.sources.folders import Discovery, FilmEntry, SourceError
+from pipeline.sources.entries import Discovery, FilmEntry
+from pipeline.sources.fetch import FilmChanged, as_file
+from pipeline.sources.tables import SourceError
 from storage.fingerprint import fingerprint, short_id
-from storage.layout import Lake
+from storage.layout import DiskFull, Lake
 from storage.version import latest, read_manifest
 
 
@@ -169,7 +171,7 @@ def _plan_films(plan: IngestPlan, found: Discovery, on_progress: Progress) -> No
             to_read.append(entry)
             continue
         done = row["status"] in ("done", "unchanged")
-        where = {"path": printable(str(entry.path)), "source": entry.origin}
+        where = {"path": printable(entry.path), "source": entry.origin}
         state = FilmState({**row, **where, **({"status": "unchanged"} if done else {})})
         state.remembered = True
         if done:
@@ -264,13 +266,19 @@ def _settled_rows(plan: IngestPlan, entries: Sequence[FilmEntry]) -> dict[str, R
 
 def _read_film(plan: IngestPlan, entry: FilmEntry) -> tuple[FilmState, tuple[Probe, Cut] | None]:
     """Hashes (unless the digest is known), probes and cuts one film."""
-    facts = (entry.film, entry.caption, entry.bytes, entry.modified_ns, printable(str(entry.path)), entry.origin)
+    facts = (entry.film, entry.caption, entry.bytes, entry.modified_ns, printable(entry.path), entry.origin)
     state = FilmState(film_row(*facts))
     state.row["decoder"] = decoder_version()
     try:
-        film = probe(entry.path, plan.recipe.limits)
-        state.row["sha256"] = plan.identities.digest(entry) or digest_of(entry.path, plan.recipe.limits)
-        cut = cut_film(film, entry, plan.recipe)
+        with as_file(entry.path, entry.bytes, entry.modified_ns) as file:
+            film = probe(file, plan.recipe.limits)
+            state.row["sha256"] = plan.identities.digest(entry) or digest_of(file, plan.recipe.limits)
+            cut = cut_film(film, entry, plan.recipe, file)
+    except DiskFull:
+        raise
+    except FilmChanged as error:
+        state.settle("failed", "film_changed", str(error))
+        return state, None
     except DecodeError as error:
         state.settle("failed", error.reason, error.detail)
         return state, None
@@ -348,7 +356,7 @@ def _plan_clips(
                     clip_id=clip,
                     film_id=state.row["film_id"],
                     film=entry.film,
-                    path=str(entry.path.absolute()),
+                    path=entry.path,
                     bytes=entry.bytes,
                     modified_ns=entry.modified_ns,
                     caption=entry.caption,

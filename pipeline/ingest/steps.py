@@ -182,11 +182,12 @@ def ingest(
     found: Discovery | None = None,
     prune: bool = False,
     allow_outside: bool = False,
+    table_format: str | None = None,
 ) -> IngestReport:
     """Films and captions to the next version of `lake`, which is made once there is something to put into it.
 
     Args:
-        sources, captions, columns, allow_outside: as in pipeline.sources.folders.discover.
+        sources, captions, columns, allow_outside, table_format: as in pipeline.sources.folders.discover.
         lake: a lake or its path.
         recipe: how; None for the demo's.
         limit: this many films only, the first by name.
@@ -205,7 +206,7 @@ def ingest(
     names = ", ".join(Path(source).name or str(source) for source in given)
 
     def look() -> tuple[Discovery, Lake]:
-        films = found or discover(given, captions, recipe.captions_required, columns, allow_outside)
+        films = found or discover(given, captions, recipe.captions_required, columns, allow_outside, table_format)
         return films, lake if isinstance(lake, Lake) else Lake.create(lake)
 
     films, place = step(f"look for films in {names}", "discover", look)

@@ -1,22 +1,35 @@
-"""What there is to ingest: films and their captions, from folders and tables. Nothing is opened but the tables.
+"""What there is to ingest: films and their captions, from folders, buckets, tars and tables. No film is opened.
 
-A SOURCE is a folder (read recursively) or a table (CSV, JSON lines, Parquet) with the columns `file, caption` and, for
-parts of a film, `start, end` in seconds. In a folder captions come from the file given, else from its captions.csv,
-else from `clip.txt` beside `clip.mp4`.
+A SOURCE is a folder (read recursively), a bucket or a prefix of one (`s3://bucket/prefix`), a WebDataset tar of films,
+or a table (CSV, JSON lines, Parquet) with the columns `file, caption` and, for parts of a film, `start, end` in
+seconds. In a folder or bucket captions come from the file given, else from its captions.csv, else from `clip.txt`
+beside `clip.mp4`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.items import Failure
-from pipeline.rows import place, printable, unusable
+from pipeline.rows import printable, unusable
+from pipeline.sources.buckets import Bucket
+from pipeline.sources.entries import (
+    CAPTION_BYTES,
+    FILM_SUFFIXES,
+    Discovery,
+    FilmEntry,
+    Source,
+    Stat,
+    caption_text,
+    failure,
+)
+from pipeline.sources.formats import Annotations, TableFormat, folder_words, format_named, read_annotations
 from pipeline.sources.tables import (
-    BAD_NAME,
     BAD_ROW,
     TABLE_SUFFIXES,
     BadRow,
@@ -26,6 +39,8 @@ from pipeline.sources.tables import (
     caption_fault,
     read_table,
 )
+from pipeline.sources.tars import TAR_SUFFIX, Tar
+from storage.address import is_bucket, store_at
 
 __all__ = [
     "FILM_SUFFIXES",
@@ -36,118 +51,57 @@ __all__ = [
     "films_in",
 ]
 
-FILM_SUFFIXES = frozenset(
-    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts"}
-    | {".m2ts", ".mts", ".vob", ".flv", ".f4v", ".ogv", ".ogg", ".wmv", ".asf", ".3gp", ".3g2", ".gif"}
-)
-"""A film by its name. Files of a folder with other names are counted in a line, never left out in silence."""
 OUTSIDE = "outside_source"
 """Reason of films that a link or `..` reaches outside their source."""
 _OUTSIDE = OUTSIDE, "a link or '..' leads out of its source; move the film there, or give --allow-outside"
-CAPTION_BYTES = 2**16
-"""Most bytes of a caption beside its film that are read."""
 
 
-@dataclass(frozen=True)
-class FilmEntry:
-    """A film, or a part of one, with its caption."""
+class _Folder(Source):
+    """A folder, or the one that a table is in: `path` is absolute, without links."""
 
-    film: str
-    """The path relative to its source, with `#start-end` for a part."""
-    path: Path
-    """Where the file is: absolute, its source without links."""
-    caption: str
-    """As given; empty where there is none and none is required."""
-    bytes: int
-    """Size of the file."""
-    modified_ns: int
-    """Time of the file's last change, nanoseconds since 1970."""
-    start: float = 0.0
-    """Where the part begins, seconds from the film's first frame."""
-    end: float | None = None
-    """Where it ends; None for the film's end."""
-    source: str = ""
-    """Name of the folder that is its source, or that holds the table."""
-    origin: str = ""
-    """Address of its source: the absolute path of the folder or the table."""
-
-    @property
-    def place(self) -> str:
-        """What tells it from all other films."""
-        return place(str(self.path), self.film)
-
-
-def _failure(film: str, reason: str, detail: str, path: str = "", source: str = "", origin: str = "") -> Failure:
-    """A film that cannot be used, found without opening it."""
-    return Failure(film, "source", reason, detail, path=path, source=source, origin=origin)
-
-
-@dataclass
-class Discovery:
-    """All that the sources name, in order of the films' names; every place is once in `entries` or in `failures`."""
-
-    entries: list[FilmEntry] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    """Lines for people: where the captions came from, and what was left out."""
-    origins: list[str] = field(default_factory=list)
-    """Addresses of the sources: what a folder or table of these had and has no longer is gone."""
-    unread: list[str] = field(default_factory=list)
-    """Folders that could not be listed: nothing is known of what is in them."""
-
-    @property
-    def items(self) -> list[FilmEntry | Failure]:
-        """All of it."""
-        return [*self.entries, *self.failures]
-
-    def limited(self, films: int | None) -> Discovery:
-        """The first `films` films by name, failures among them."""
-        if films is None:
-            return self
-        chosen = sorted(self.items, key=lambda item: item.film)[:films]
-        return replace(
-            self,
-            entries=[item for item in chosen if isinstance(item, FilmEntry)],
-            failures=[item for item in chosen if isinstance(item, Failure)],
-        )
-
-
-@dataclass(frozen=True)
-class _Folder:
-    """Where a source's films are relative to."""
-
-    path: Path
-    """Absolute, without links."""
-    captions_required: bool
-    origin: str = ""
-    """As FilmEntry's."""
-    allow_outside: bool = False
+    def __init__(self, path: Path, captions_required: bool, origin: str, allow_outside: bool, given: Path) -> None:
+        super().__init__(path.name, origin, captions_required)
+        self.path, self.allow_outside, self._given = path, allow_outside, given
+        self.tars: list[str] = []
+        """Tars in the folder, once its films were looked for."""
 
     def holds(self, path: Path) -> bool:
         """Whether a file or folder lies within the source, wherever links on the way lead, or may lie elsewhere."""
         return self.allow_outside or Path(os.path.realpath(path)).is_relative_to(self.path)
 
-    def add(self, found: Discovery, row: Row, stat: os.stat_result) -> None:
-        path = _within(self.path, row.file)
-        fault = row.fault
-        if unusable(row.file):
-            fault = BAD_NAME, "its name is not UTF-8; rename the file"
-        elif not self.holds(path):
-            fault = _OUTSIDE
-        if fault is not None:
-            self.fail(found, row, *fault)
-            return
-        times = (stat.st_size, stat.st_mtime_ns, row.start, row.end)
-        found.entries.append(FilmEntry(row.film, path, row.caption, *times, self.path.name, self.origin))
+    def films(self, found: Discovery) -> dict[str, Stat]:
+        self.tars = []
+        return {name: Stat(stat.st_size, stat.st_mtime_ns) for name, stat in _scan(self, found)}
 
-    def fail(self, found: Discovery, row: Row, reason: str, detail: str) -> None:
-        path = printable(str(_within(self.path, row.file)))
-        where = {"source": self.path.name, "origin": self.origin}
-        found.failures.append(_failure(printable(row.film), reason, detail, path=path, **where))
+    def address(self, file: str) -> str:
+        return os.path.normpath(self.path / file)
 
-    def missing(self, found: Discovery, row: Row, where: str) -> None:
-        detail = f"{where} names {row.file}, which is not there; add the film or remove the line"
-        self.fail(found, row, "film_missing", detail)
+    def fault(self, file: str) -> tuple[str, str] | None:
+        return None if self.holds(Path(self.address(file))) else _OUTSIDE
+
+    def look(self, file: str) -> Stat | None:
+        try:
+            stat = os.stat(self.address(file))
+        except OSError:
+            return None
+        return Stat(stat.st_size, stat.st_mtime_ns)
+
+    @contextlib.contextmanager
+    def own_table(self) -> Iterator[Path | None]:
+        own = self._given / "captions.csv"
+        if own.is_file() and not self.holds(own):
+            raise SourceError(f"{own} is a link that leads out of its source; name the table itself with --captions")
+        yield own if own.is_file() else None
+
+    def sidecar(self, film: str) -> str:
+        path = (self.path / film).with_suffix(".txt")
+        try:
+            if not path.is_file() or not self.holds(path):
+                return ""
+            with path.open("rb") as file:
+                return caption_text(file.read(CAPTION_BYTES))
+        except OSError:
+            return ""
 
 
 def discover(
@@ -156,21 +110,24 @@ def discover(
     captions_required: bool = True,
     columns: Mapping[str, str] | None = None,
     allow_outside: bool = False,
+    table_format: str | None = None,
 ) -> Discovery:
     """Every film that the sources name, with its caption, or the reason why it has none.
 
     A source that is given twice, by whatever path, counts once; so does a file that several sources name.
 
     Args:
-        sources: folders and tables.
+        sources: folders, buckets, tars and tables.
         captions: a table of captions for the films of the folders; its files are relative to their folder.
         captions_required: whether a film without a caption fails (`no_caption`); else its caption is empty.
         columns: the table's own names for `file, caption, start, end`, where they differ.
         allow_outside: whether links and `..` may lead out of a source; else such a film fails (`outside_source`), and
             a linked folder is left out with a line.
+        table_format: the tables are a dataset's published annotation files, of this name in `pipeline.sources.formats`.
 
     Raises:
         SourceError: a source or the captions file is not there or cannot be read, or there is no film at all.
+        BucketError: a bucket cannot be used.
     """
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
     if not sources:
@@ -178,32 +135,131 @@ def discover(
     for given in [*sources, *([captions] if captions is not None else [])]:
         if unusable(str(given)):
             raise SourceError(f"{printable(str(given))} has a name that is not UTF-8; rename it")
+    chosen = format_named(table_format)
+    if chosen is not None and columns:
+        raise SourceError("--table-format knows its columns; leave --column out")
     found = Discovery()
-    shared = read_table(Path(captions), columns, captions_required) if captions is not None else None
-    used: set[str] = set()
-    seen: dict[Path, _Folder] = {}
-    for source in sources:
-        path = _existing(source)
-        real = Path(os.path.realpath(path if path.is_dir() else path.parent))
-        itself = real if path.is_dir() else real / path.name
-        if itself in seen:
-            continue
-        folder = seen[itself] = _Folder(real, captions_required, printable(str(itself)), allow_outside)
-        found.origins.append(folder.origin)
-        if path.is_dir():
-            _discover_folder(folder, path, shared, columns, used, found)
-        else:
-            _discover_table(folder, path, read_table(path, columns, captions_required), found)
-    for row in shared.rows if shared is not None else ():
-        if row.file not in used:
-            next(iter(seen.values())).missing(found, row, f"captions file {Path(str(captions)).name}")
-    found.failures += _bad_rows(Path(str(captions)), shared.bad if shared is not None else ())
+    tables = _Tables(captions_required, columns, chosen)
+    with contextlib.ExitStack() as stack:
+        shared = None
+        if captions is not None:
+            shared = tables.read(stack.enter_context(_table_file(captions)))
+        used: set[str] = set()
+        seen: dict[str, Source] = {}
+        for given in sources:
+            source, table = _opened(given, captions_required, allow_outside, tables, stack)
+            if source.origin in seen:
+                continue
+            seen[source.origin] = source
+            found.origins.append(source.origin)
+            if table is not None:
+                _discover_table(source, table, tables.read(table), found)
+            else:
+                _discover_films(source, shared, tables, used, found)
+                for tar in _tars_of(source, stack):
+                    _discover_films(tar, shared, tables, used, found)
+        if isinstance(shared, Annotations):
+            found.failures += _bad_rows(Path(str(captions)), shared.bad)
+            found.notes += [shared.missing()] if shared.missing() else []
+        elif shared is not None:
+            for row in shared.rows:
+                if row.file not in used:
+                    next(iter(seen.values())).missing(found, row, f"captions file {Path(str(captions)).name}")
+            found.failures += _bad_rows(Path(str(captions)), shared.bad)
     if not found.entries and not found.failures:
         kinds = ", ".join(sorted(FILM_SUFFIXES))
+        lines = f" ({'; '.join(found.notes)})" if chosen is not None and found.notes else ""
         raise SourceError(
-            f"no films in {', '.join(map(str, sources))}; put films there ({kinds}) or name another source"
+            f"no films in {', '.join(map(str, sources))}{lines}; put films there ({kinds}) or name another source"
         )
     return _settled(found, captions_required)
+
+
+class _Tables:
+    """How tables are read."""
+
+    def __init__(self, captions_required: bool, columns: Mapping[str, str] | None, chosen: TableFormat | None) -> None:
+        self.captions_required, self.columns, self.format = captions_required, columns, chosen
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Names that tables end with."""
+        return TABLE_SUFFIXES if self.format is None else self.format.suffixes
+
+    def read(self, path: Path) -> Table | Annotations:
+        """A table's rows."""
+        if self.format is not None:
+            return read_annotations(path, self.format)
+        return read_table(path, self.columns, self.captions_required)
+
+
+def _opened(
+    given: str | Path, captions_required: bool, allow_outside: bool, tables: _Tables, stack: contextlib.ExitStack
+) -> tuple[Source, Path | None]:
+    """A source, and its table as a file where it is one."""
+    text = str(given)
+    if isinstance(given, str) and is_bucket(given):
+        url = given.rstrip("/")
+        suffix = Path(url).suffix.lower()
+        if "@" in url.partition("//")[2].partition("/")[0]:
+            raise SourceError("a source holds no credentials; give s3://BUCKET/PREFIX, and set AWS_ACCESS_KEY_ID")
+        if suffix in FILM_SUFFIXES:
+            raise SourceError(f"source {url} is a film by its name; name the prefix that it is in")
+        if suffix in (*tables.suffixes, TAR_SUFFIX) and url.count("/") > 2:
+            parent = Bucket(url.rpartition("/")[0], captions_required, url)
+            name = url.rpartition("/")[2]
+            if name not in parent.objects:
+                raise SourceError(f"source {url} does not exist; name a prefix with films, a table or a tar")
+            file = stack.enter_context(parent.file(name))
+            if suffix == TAR_SUFFIX:
+                stamp = parent.stat(name).modified_ns
+                return Tar(file, url, name, stamp, name, printable(url), captions_required), None
+            return parent, file
+        return Bucket(url, captions_required), None
+    if text.startswith("file://"):
+        text = str(store_at(text).local_path())
+    elif "://" in text:
+        raise SourceError(f"source {text}: name a folder, s3://BUCKET/PREFIX, a table or a tar")
+    path = Path(text).expanduser()
+    if not path.exists():
+        raise SourceError(
+            f"source {path} does not exist; name a folder of films, or a table {', '.join(tables.suffixes)}"
+        )
+    real = Path(os.path.realpath(path if path.is_dir() else path.parent))
+    itself = real if path.is_dir() else real / path.name
+    if path.is_file() and path.suffix.lower() == TAR_SUFFIX:
+        where = (str(itself), path.name, itself.stat().st_mtime_ns, path.name, printable(str(itself)))
+        return Tar(itself, *where, captions_required), None
+    if path.is_file() and path.suffix.lower() not in tables.suffixes:
+        kinds = ", ".join(tables.suffixes)
+        raise SourceError(f"source {path} is neither a folder nor a table {kinds}; name its folder")
+    folder = _Folder(real, captions_required, printable(str(itself)), allow_outside, path)
+    return folder, None if path.is_dir() else path
+
+
+@contextlib.contextmanager
+def _table_file(captions: str | Path) -> Iterator[Path]:
+    if not (isinstance(captions, str) and is_bucket(captions)):
+        yield Path(captions)
+        return
+    parent, name = Bucket(captions.rpartition("/")[0], False), captions.rpartition("/")[2]
+    if name not in parent.objects:
+        raise SourceError(f"captions file {captions} does not exist; give one with file,caption")
+    with parent.file(name) as file:
+        yield file
+
+
+def _tars_of(source: Source, stack: contextlib.ExitStack) -> Iterator[Tar]:
+    """The tars in a folder or bucket, one after the other."""
+    facts = (source.name, source.origin, source.captions_required)
+    if isinstance(source, _Folder):
+        for name in source.tars:
+            path = source.path / name
+            yield Tar(path, str(path), name, path.stat().st_mtime_ns, *facts)
+    elif isinstance(source, Bucket):
+        for name in source.tars():
+            with source.file(name) as file:
+                yield Tar(file, f"{source.url}/{name}", name, source.stat(name).modified_ns, *facts)
 
 
 def films_in(paths: Sequence[str | Path]) -> list[Path]:
@@ -221,74 +277,63 @@ def films_in(paths: Sequence[str | Path]) -> list[Path]:
     return films
 
 
-def _existing(source: str | Path) -> Path:
-    text = str(source)
-    if "://" in text:
-        raise SourceError(f"source {text}: bucket addresses are not read yet; copy the films to a folder and name that")
-    path = Path(source).expanduser()
-    if not path.exists():
-        raise SourceError(
-            f"source {path} does not exist; name a folder of films, or a table {', '.join(TABLE_SUFFIXES)}"
-        )
-    if path.is_file() and path.suffix.lower() not in TABLE_SUFFIXES:
-        raise SourceError(f"source {path} is neither a folder nor a table {', '.join(TABLE_SUFFIXES)}; name its folder")
-    return path
-
-
-def _discover_folder(
-    folder: _Folder,
-    given: Path,
-    shared: Table | None,
-    columns: Mapping[str, str] | None,
-    used: set[str],
-    found: Discovery,
+def _discover_films(
+    source: Source, shared: Table | Annotations | None, tables: _Tables, used: set[str], found: Discovery
 ) -> None:
-    """The films of a folder; `used` gets the files of `shared` that are there."""
-    films = dict(_scan(folder, found))
-    own = given / "captions.csv"
-    table = shared
-    if shared is None and own.is_file():
-        if not folder.holds(own):
-            raise SourceError(f"{own} is a link that leads out of its source; name the table itself with --captions")
-        found.notes.append(f"captions: {own}")
-        table = read_table(own, columns, folder.captions_required)
-        found.failures += _bad_rows(own, table.bad)
+    """The films of a source; `used` gets the files of `shared` that are there."""
+    films = source.films(found)
+    table, own_name = shared, ""
+    if shared is None:
+        with source.own_table() as own:
+            if own is not None:
+                own_name = "captions.csv"
+                found.notes.append(f"captions: {source.address(own_name)}")
+                table = read_table(own, tables.columns, source.captions_required)
+                found.failures += _bad_rows(Path(source.address(own_name)), table.bad)
+    if isinstance(table, Annotations):
+        table = table.joined(films)
+        found.failures += _bad_rows(Path(source.origin), table.bad)
     captioned = set()
     for row in table.rows if table is not None else ():
         if row.file in films:
             captioned.add(row.file)
-            folder.add(found, row, films[row.file])
+            source.add(found, row, films[row.file])
         elif shared is None:
-            folder.missing(found, row, own.name)
+            source.missing(found, row, own_name)
     used |= captioned
     for name, stat in films.items():
         if name not in captioned:
-            caption = _sidecar(folder, folder.path / name)
-            folder.add(found, Row(name, caption, fault=caption_fault(caption)), stat)
+            caption = source.sidecar(name)
+            if not caption and tables.format is not None and tables.format.class_folders:
+                caption = folder_words(name)
+            source.add(found, Row(name, caption, fault=caption_fault(caption)), stat)
 
 
-def _discover_table(folder: _Folder, path: Path, table: Table, found: Discovery) -> None:
+def _discover_table(source: Source, path: Path, table: Table | Annotations, found: Discovery) -> None:
+    """The films that a table names."""
+    if isinstance(table, Annotations):
+        films = source.films(Discovery())
+        joined = table.joined(films)
+        found.notes += [table.missing()] if table.missing() else []
+        found.failures += _bad_rows(path, table.bad)
+        table = joined
+    else:
+        films = {}
     for row in table.rows:
-        film = _within(folder.path, row.file)
-        if not folder.holds(film):
-            folder.fail(found, row, *_OUTSIDE)
+        if (fault := source.fault(row.file)) is not None:
+            source.fail(found, row, *fault)
             continue
-        try:
-            stat = film.stat()
-        except OSError:
-            folder.missing(found, row, "the table")
+        stat = films.get(row.file) or source.look(row.file)
+        if stat is None:
+            source.missing(found, row, "the table")
         else:
-            folder.add(found, row, stat)
+            source.add(found, row, stat)
     found.failures += _bad_rows(path, table.bad)
 
 
 def _bad_rows(table: Path, rows: Sequence[BadRow]) -> list[Failure]:
     parent = os.path.realpath(table.parent)
-    return [_failure(row.name, BAD_ROW, row.detail, path=printable(f"{parent}/{row.name}")) for row in rows]
-
-
-def _within(folder: Path, file: str) -> Path:
-    return Path(os.path.normpath(folder / file))
+    return [failure(row.name, BAD_ROW, row.detail, path=printable(f"{parent}/{row.name}")) for row in rows]
 
 
 def _settled(found: Discovery, captions_required: bool) -> Discovery:
@@ -304,16 +349,16 @@ def _settled(found: Discovery, captions_required: bool) -> Discovery:
         again[item.place] = again.get(item.place, 1) + 1
         name = f"{printable(item.film)} ({again[item.place]})"
         detail = f"{printable(item.film)} is named twice; keep one line, or give parts of a film by start and end"
-        path = f"{printable(str(item.path))} ({again[item.place]})"
-        failure = _failure(name, "duplicate_name", detail, path, item.source, item.origin)
-        places[failure.place] = failure
+        path = f"{printable(item.path)} ({again[item.place]})"
+        again_named = failure(name, "duplicate_name", detail, path, item.source, item.origin)
+        places[again_named.place] = again_named
     for item in sorted(places.values(), key=lambda item: item.film):
         if isinstance(item, Failure):
             settled.failures.append(item)
         elif captions_required and not item.caption:
             remedy = f"add a line to the captions file, or {Path(item.film).with_suffix('.txt').name} beside it"
-            detail, path = f"it has no caption; {remedy}", printable(str(item.path))
-            settled.failures.append(_failure(item.film, "no_caption", detail, path, item.source, item.origin))
+            detail, path = f"it has no caption; {remedy}", printable(item.path)
+            settled.failures.append(failure(item.film, "no_caption", detail, path, item.source, item.origin))
         else:
             settled.entries.append(item)
     return settled
@@ -360,6 +405,9 @@ def _scan(folder: _Folder, found: Discovery) -> Iterator[tuple[str, os.stat_resu
     for path in below(str(folder.path)):
         name = os.path.relpath(path, folder.path).replace(os.sep, "/")
         suffix = os.path.splitext(name)[1].lower()
+        if suffix == TAR_SUFFIX and folder.holds(Path(path)):
+            folder.tars.append(name)
+            continue
         if suffix not in FILM_SUFFIXES:
             others[suffix or "no suffix"] += suffix not in (*TABLE_SUFFIXES, ".txt")
             continue
@@ -370,14 +418,3 @@ def _scan(folder: _Folder, found: Discovery) -> Iterator[tuple[str, os.stat_resu
             folder.fail(found, row, "film_missing", f"it is a link to nothing ({error.strerror}); correct or remove it")
     if said := ", ".join(f"{printable(suffix)} {count}" for suffix, count in sorted(others.items()) if count):
         found.notes.append(f"left out of {printable(str(folder.path))}, no films by their names: {said}")
-
-
-def _sidecar(folder: _Folder, film: Path) -> str:
-    path = film.with_suffix(".txt")
-    try:
-        if not path.is_file() or not folder.holds(path):
-            return ""
-        with path.open("rb") as file:
-            return " ".join(file.read(CAPTION_BYTES).decode("utf-8-sig", errors="replace").split())
-    except OSError:
-        return ""

@@ -101,8 +101,7 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None, captions_re
 
     table = Table()
     try:
-        lines = _parquet(path, choose) if kind == ".parquet" else _text_lines(path, kind, choose)
-        for where, values in lines:
+        for where, values in read_values(path, choose):
             try:
                 if isinstance(values, _Fault):
                     raise values
@@ -117,6 +116,15 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None, captions_re
         where = table.bad[0].name.removeprefix(f"{path.name}, ")
         raise SourceError(f"{path} cannot be read as {kind}, {where}: {table.bad[0].detail}")
     raise SourceError(f"{path} is empty; write a row for each film, with the columns file,caption")
+
+
+def read_values(path: Path, choose: _Choose) -> _Lines:
+    """Where each row of a table is, and its values, or the fault (a ValueError) for which it has none.
+
+    `choose` gets the header and says which of its columns are wanted, under which names.
+    """
+    kind = path.suffix.lower()
+    return _parquet(path, choose) if kind == ".parquet" else _text_lines(path, kind, choose)
 
 
 def _number(seconds: float) -> str:

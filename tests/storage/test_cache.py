@@ -99,10 +99,10 @@ def test_where_and_how_large_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name in ("VLFM_CACHE", "VLFM_CACHE_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert ByteCache.of_environment() == ByteCache(tmp_path / "vlfm", DEFAULT_LIMIT)
+    assert ByteCache.of_environment() == ByteCache(tmp_path / "vlfm" / "samples", DEFAULT_LIMIT)
     monkeypatch.setenv("VLFM_CACHE", str(tmp_path / "mine"))
     monkeypatch.setenv("VLFM_CACHE_SIZE", "1.5GiB")
-    assert ByteCache.of_environment() == ByteCache(tmp_path / "mine", 3 << 29)
+    assert ByteCache.of_environment() == ByteCache(tmp_path / "mine" / "samples", 3 << 29)
     monkeypatch.setenv("VLFM_CACHE_SIZE", "much")
     with pytest.raises(VlfmError, match="VLFM_CACHE_SIZE 'much' is no size; give one such as 500MB or 16GiB"):
         ByteCache.of_environment()

@@ -52,7 +52,7 @@ class NoWork(Runner):
 
 
 def make(
-    films: Path, lake: Path | str, recipe: DataRecipe = RECIPE, runner: Runner | None = None, **how: Any
+    films: Path | str, lake: Path | str, recipe: DataRecipe = RECIPE, runner: Runner | None = None, **how: Any
 ) -> IngestReport:
     return ingest(films, lake, recipe=recipe, runner=runner or InProcess(), **how)
 
