@@ -28,8 +28,9 @@ TINY = [
 def test_a_lake_in_a_bucket_is_ingested_refreshed_verified_and_trained_on(
     s3: S3Server, s3_environment: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    s3.client.create_bucket(Bucket=f"chain-{os.getpid()}")
-    lake = f"s3://chain-{os.getpid()}/lake"
+    bucket = f"chain-{os.getpid()}"
+    s3.client.create_bucket(Bucket=bucket)
+    lake = f"s3://{bucket}/lake"
     films = make_corpus(tmp_path / "films", films=3).parent
     recipe = dataclasses.replace(linear(), size=(32, 32), validation_fraction=0.0, block_clips=2)
     with Runner() as runner:
