@@ -279,6 +279,7 @@ EXPERIMENTS = {
     "interpolation": "what `vlfm interpolate` makes of frames it has not seen",
     "modes": "whether samples have the law of the data, on toys that are drawn",
     "projection": "which order and which method of projection, on films with frames held out",
+    "slopes": "how well projections know a clip's slope, at the window's ends and between",
     "text": "what text encoders know of colours, motions and other attributes of captions, on combinations held out",
 }
 """Modules of pipeline/experiments with a `main`, and what they answer."""

@@ -198,6 +198,7 @@ def combinations() -> TrainRecipe:
             state_jitter=0.05,
             clip_start_dropout=1.0,
             signal_weight=9.0,
+            derivative_weight=0.3,
         ),
         batch=32,
         steps=1000,

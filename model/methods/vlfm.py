@@ -74,7 +74,7 @@ class VLFMOptions:
     """Exponent that weighs a state by its error relative to the others'. Above 0 it moves the minimiser: a mode of 10 %
     is sampled 21 % with 1 (docs/experiments.md)."""
     signal_weight: float = 0.0
-    """How much more a state may count for its ratio S of signal to noise (of energies): its mean's error is weighed by
+    """How much more a state may count for its ratio S of signal to noise (of energies): its errors are weighed by
     1 + min(S, this). With 0 all count alike, and the noisiest, whose errors are the largest, rule the gradient."""
     derivative_weight: float = 0.1
     """Weight of the derivative's loss beside the mean's; each is in units of its own mean square over the data."""
@@ -219,12 +219,13 @@ class VLFM:
 
         errors = (predicted - mean).square().mean(dim=(2, 3, 4, 5)) / self.mean_scale**2  # (B, K)
         slope_errors = (slope - derivative).square().mean(dim=(2, 3, 4, 5)) / self.derivative_scale**2  # (B, K)
-        weighted = (errors * self.weights(errors, flow_time, draws)).mean()
+        weights, focus = self.signal_weights(flow_time), self.focus(errors, draws)
+        slope_loss = (slope_errors * weights).mean()
         with torch.no_grad():
             target = self.path.velocity(latents, wide, mean, derivative)
             velocity_loss = (self.path.velocity(latents, wide, predicted, slope) - target).square().mean()
         return {
-            "loss": weighted + options.derivative_weight * slope_errors.mean(),
+            "loss": (errors * weights * focus).mean() + options.derivative_weight * slope_loss,
             "mean": errors.detach().mean(),
             "derivative": slope_errors.detach().mean(),
             "velocity": velocity_loss,
@@ -232,21 +233,23 @@ class VLFM:
             "place": torch.where(flow_time < 0, -flow_time / (self.path.start or -1.0), flow_time),
         }
 
-    def weights(self, errors: Tensor, flow_time: Tensor, draws: Draws) -> Tensor:
-        """Weights of the states (B, K) of these errors at these times.
+    def signal_weights(self, flow_time: Tensor) -> Tensor:
+        """Weights of the states (B, K) at these times, by `signal_weight`: 1 + min(S, signal_weight).
 
-        That of `signal_weight` depends on the time alone, so it moves no minimiser: the weight of Hang et al. 2023
-        ("Min-SNR", arXiv 2303.09556) plus 1, without which the noisiest states would count for nothing. That of
-        `error_focus`, whose mean over the whole batch is 1, does.
+        They depend on the time alone, so they move no minimiser: the weight of Hang et al. 2023 ("Min-SNR", arXiv
+        2303.09556) plus 1, without which the noisiest states would count for nothing.
         """
-        weights = torch.ones_like(errors)
-        if self.options.signal_weight > 0:
-            signal, noise = self.path.evaluate(flow_time, torch.full_like(errors, self.mean_scale))
-            weights = weights + (signal / noise).square().clamp(max=self.options.signal_weight)
-        if self.options.error_focus > 0:
-            focused = (errors.detach() / draws.mean(errors).clamp(min=1e-12)) ** self.options.error_focus
-            weights = weights * focused / draws.mean(focused).clamp(min=1e-12)
-        return weights
+        if self.options.signal_weight == 0:
+            return torch.ones_like(flow_time)
+        signal, noise = self.path.evaluate(flow_time, torch.full_like(flow_time, self.mean_scale))
+        return 1 + (signal / noise).square().clamp(max=self.options.signal_weight)
+
+    def focus(self, errors: Tensor, draws: Draws) -> Tensor:
+        """Weights of the states (B, K) of these errors, by `error_focus`; their mean over the whole batch is 1."""
+        if self.options.error_focus == 0:
+            return torch.ones_like(errors)
+        weights = (errors.detach() / draws.mean(errors).clamp(min=1e-12)) ** self.options.error_focus
+        return weights / draws.mean(weights).clamp(min=1e-12)
 
     def draw_times(self, draws: Draws) -> Tensor:
         """(B, K) flow times: stratified over the whole batch, `warmup_share` of them before 0."""

@@ -110,15 +110,24 @@ class Judge:
 
 
 def experiment(
-    run: str | FilePath, captions: int = 48, seeds: int = 4, corpus_seed: int = 0, films: int = 900
+    run: str | FilePath,
+    captions: int = 48,
+    seeds: int = 4,
+    corpus_seed: int = 0,
+    films: int = 900,
+    films_per_caption: int = 3,
+    guidance: float = 3.0,
 ) -> dict[str, Any]:
     """Everything that the experiment measures, ready for JSON.
 
-    captions: how many that are held out. corpus_seed, films: of `make_combinations`, which drew the training films.
+    captions: how many that are held out. corpus_seed, films, films_per_caption: of `make_combinations`, which drew the
+    training films. guidance: of the rows that are guided.
     """
     judge = Judge(run)
     held = spread_evenly(combinations(held_out=True), captions)
-    seen = list(dict.fromkeys(film.attributes for film in plan_combinations(corpus_seed, films)))
+    seen = list(
+        dict.fromkeys(film.attributes for film in plan_combinations(corpus_seed, films, False, films_per_caption))
+    )
     drawn = list(range(seeds))
 
     def several(of: Sequence[Attributes]) -> tuple[list[Attributes], list[int]]:
@@ -126,14 +135,17 @@ def experiment(
 
     asked, noise = several(held)
     made = judge.sample(asked, noise)
-    guided = judge.sample(asked, noise, SampleSettings(guidance=3.0))
+    guide = SampleSettings(guidance=guidance)
+    guided = judge.sample(asked, noise, guide)
+    known, known_noise = several(seen[:captions])
     true = [plan_film(one, seed=k) for k, one in enumerate(held)]
     nearest = [plan_film(_nearest(one, seen), seed=k) for k, one in enumerate(held)]
     times = judge.times
     rows = [
         judge.row("held-out captions", asked, made),
-        judge.row("the same, guidance 3", asked, guided),
-        judge.row("captions of the training films", *_sampled(judge, several(seen[:captions]))),
+        judge.row(f"the same, guidance {guidance:g}", asked, guided),
+        judge.row("captions of the training films", known, judge.sample(known, known_noise)),
+        judge.row(f"the same, guidance {guidance:g}", known, judge.sample(known, known_noise, guide)),
         judge.row(
             "true films through the codec (ceiling)",
             held,
@@ -154,10 +166,6 @@ def experiment(
         "between": between(judge, held[:8]),
         "long": long_videos(judge, held),
     }
-
-
-def _sampled(judge: Judge, several: tuple[list[Attributes], list[int]]) -> tuple[list[Attributes], list[Frames]]:
-    return several[0], judge.sample(*several)
 
 
 def diversity(judge: Judge, captions: int = 4, seeds: int = 16) -> dict[str, Any]:
@@ -270,6 +278,8 @@ def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
     parser.add_argument("--seeds", type=int, default=4, help="samples of each (default 4)")
     parser.add_argument("--corpus-seed", type=int, default=0, help="seed of the training films (default 0)")
     parser.add_argument("--films", type=int, default=900, help="how many they are (default 900)")
+    parser.add_argument("--films-per-caption", type=int, default=3, help="films of each caption (default 3)")
+    parser.add_argument("--guidance", type=float, default=3.0, help="of the guided rows (default 3)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     return run_arguments
 
@@ -278,7 +288,10 @@ def run_arguments(options: argparse.Namespace) -> int:
     """Run the experiment as the options say, and print its table."""
     if options.captions < 1 or options.seeds < 1:
         raise ValueError(f"--captions {options.captions} --seeds {options.seeds}: both must be at least 1")
-    found = experiment(options.run, options.captions, options.seeds, options.corpus_seed, options.films)
+    found = experiment(
+        options.run, options.captions, options.seeds, options.corpus_seed, options.films, options.films_per_caption,
+        options.guidance,
+    )  # fmt: skip
     if options.json:
         write_atomic(FilePath(options.json), json.dumps(found, indent=1).encode())
     print(table(found))

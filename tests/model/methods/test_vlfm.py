@@ -234,18 +234,18 @@ def test_the_curve_and_its_slope_are_those_of_the_clip() -> None:
 @pytest.mark.parametrize("most", [0.0, 9.0])
 def test_states_count_by_their_signal_up_to_a_limit(most: float) -> None:
     """The weight is 1 + min(S, limit) with S = (M a / sigma)^2, and the loss is the errors' mean with these weights."""
-    method = replace(METHOD, options=VLFMOptions(signal_weight=most, derivative_weight=0.0, anchor_noise=0.0))
-    times, errors = torch.tensor([[-0.25, -0.125, -0.05], [0.0, 0.5, 1.0]]), torch.ones(2, 3)
+    method = replace(METHOD, options=VLFMOptions(signal_weight=most, derivative_weight=0.5, anchor_noise=0.0))
+    times = torch.tensor([[-0.25, -0.125, -0.05], [0.0, 0.5, 1.0]])
     q = (times + 0.25).clamp(max=0.25) / 0.25
     rise = q**2 * (3 - 2 * q)
     ratio = (MEAN_SCALE * rise / (1 - 0.9 * rise)) ** 2
-    weights = method.weights(errors, times, Draws(0, 2))
+    weights = method.signal_weights(times)
     torch.testing.assert_close(weights, 1 + ratio.clamp(max=most))
     assert float(weights[0, 0]) == 1
     assert bool((weights[1] == 1 + most).all())
     losses = method.loss(Silent(), batch_of(2), Draws(0, 2))
     place = losses["place"]
-    weights = method.weights(losses["errors"], torch.where(place < 0, 0.25 * place, place), Draws(0, 2))
+    weights = method.signal_weights(torch.where(place < 0, 0.25 * place, place))
     torch.testing.assert_close(losses["loss"], (losses["errors"] * weights).mean())
 
 
