@@ -276,6 +276,7 @@ EXPERIMENTS = {
     "codec": "what a codec is worth: reconstruction, inversion, noise prediction and captions",
     "combinations": "what a model of the compositional corpus makes of captions that it never saw",
     "drift": "what keeps a sample from drifting off its clip, measured on a lake's own clips",
+    "first_frames": "what a network learns of captions, by first frames alone: minutes, no lake",
     "interpolation": "what `vlfm interpolate` makes of frames it has not seen",
     "modes": "whether samples have the law of the data, on toys that are drawn",
     "projection": "which order and which method of projection, on films with frames held out",

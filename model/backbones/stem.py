@@ -30,12 +30,12 @@ class Stem(nn.Module):
         self.norm = nn.GroupNorm(GROUPS, width)
 
     def initialise(self) -> None:
-        """Given frames count for nothing at first, and each block is the identity."""
+        """Given frames count for nothing at first.
+
+        Nothing else starts at zero: a slope is a product of what the caption says and what the picture shows, and
+        where modulation, convolution and head are all zero, its gradient is too.
+        """
         nn.init.zeros_(self.context.weight)
-        for block in (*self.before, *self.after):
-            assert isinstance(block, ConvolutionBlock)
-            nn.init.zeros_(block.modulation.weight)
-            nn.init.zeros_(block.second.weight)
 
     def enter(self, latents: Tensor, context: Tensor, shown: Tensor, condition: Tensor) -> Tensor:
         """Features (B, L, S, h, w) of latents (B, L, C, h, w).
