@@ -174,6 +174,7 @@ def show_plan(options: argparse.Namespace, settings: dict[str, Any]) -> int:
 
     from model.settings import override
     from pipeline.ingest import plan_ingest
+    from pipeline.ingest.cost import NOT_MEASURED, estimate
     from pipeline.recipes import recipe_named
     from pipeline.sources.folders import discover
     from storage.layout import Lake
@@ -185,10 +186,12 @@ def show_plan(options: argparse.Namespace, settings: dict[str, Any]) -> int:
     with tempfile.TemporaryDirectory() as empty:
         lake = Lake.open(options.lake) if Lake.exists(options.lake) else Lake.create(empty)
         plan = plan_ingest(lake, found, recipe, options.limit, prune=options.prune)
+        cost = estimate(plan)
         if options.json:
-            print(json.dumps({"films": len(plan.films), "clips": len(plan.clips), "blocks": len(plan.blocks)}))
+            counts = {"films": len(plan.films), "clips": len(plan.clips), "blocks": len(plan.blocks)}
+            print(json.dumps({**counts, "cost": cost.to_json() if cost else None}))
         else:
-            print("\n".join(plan.lines()))
+            print("\n".join([*plan.lines(), *([cost.line() if cost else NOT_MEASURED] if plan.clips else [])]))
     return 0
 
 

@@ -125,8 +125,11 @@ def publish_version(
     films: Sequence[Row],
     counts: Row,
     rejected: Sequence[Row] = (),
+    measured: Row | None = None,
 ) -> Version:
     """Writes the tables and the version file (steps 4 to 6), and forgets the staged blocks.
+
+    measured: what the run took, for later plans (pipeline.ingest.cost).
 
     Raises:
         LakeError: somebody else published meanwhile.
@@ -159,6 +162,7 @@ def publish_version(
         merkle_root=shards_root(plan.lake, packed.shards),
         counts=dict(counts),
         parent=plan.parent.number if plan.parent else None,
+        extra={"measured": dict(measured)} if measured else {},
     )
     if not publish(plan.lake, version):
         raise LakeError(f"version {number} was published by another run meanwhile; run the command again")

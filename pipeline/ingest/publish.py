@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from pipeline.gates import REJECT, flags, rejection
+from pipeline.ingest.cost import measured
 from pipeline.ingest.environment import LASTING, check_environment
 from pipeline.ingest.history import OTHER_RECIPE
 from pipeline.ingest.pack import pack, publish_version
@@ -57,7 +58,8 @@ def commit(plan: IngestPlan, texts: Texts | None, results: Sequence[BlockResult]
         counts = {"films": films.to_json(), "clips": clips.to_json()}
         waiting = {name: clip for name, clip in plan.gate_decision.open.items() if clip.film not in here}
         outside = {**waiting, **plan.gate_decision.rejected, **rejected}
-        version = publish_version(plan, packed, rows, counts, [clip.to_row() for clip in outside.values()])
+        took = measured(results, time.perf_counter() - begin)
+        version = publish_version(plan, packed, rows, counts, [clip.to_row() for clip in outside.values()], took)
     _remove_unwanted_blocks(plan, packed is not None)
     write_failures(plan.lake, plan.run_id, [failure.to_row() for failure in failures])
     for result in results:
