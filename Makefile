@@ -37,9 +37,10 @@ test-perturbed: setup
 bench: setup
 	@$(BIN)/python -m tests.bench
 
-# Stable Diffusion v1.5's networks at 512 pixels: it needs a GPU, no weights, and under ten minutes.
+# Stable Diffusion v1.5's networks at 512 pixels, and training DiT-XL/2: it needs a GPU, no weights, and about 15 minutes.
 bench-gpu: setup
 	@$(BIN)/python -m tests.bench.gpu --markdown
+	@$(BIN)/python -m tests.bench.gpu_training --markdown
 
 # A training on two hosts, which are network namespaces here; one is killed and comes back. Needs root.
 multihost: setup

@@ -45,6 +45,7 @@ RULES = {
     "architecture": one_of(*ARCHITECTURES),
     "optimizer": one_of("adamw", "grams"),
     "sharding": one_of("none", "fsdp"),
+    "learning_rate_fall": one_of("linear", "cosine"),
     "checkpoints": one_of("whole", "distributed"),
 }
 """What the fields of a training recipe may be."""
@@ -99,7 +100,9 @@ class TrainRecipe:
     learning_rate_warmup: int = 200
     """Steps over which the learning rate rises from 0."""
     learning_rate_decay: float = 0.5
-    """Last share of the run over which the learning rate falls linearly to 0, in [0, 1]."""
+    """Last share of the run over which the learning rate falls to 0, in [0, 1]."""
+    learning_rate_fall: str = "linear"
+    """How it falls: `linear` or `cosine`; `cosine` with `learning_rate_decay=1` is the usual cosine schedule."""
     gradient_clip: float = 1.0
     """Largest global gradient norm."""
     bad_steps_allowed: int = 10

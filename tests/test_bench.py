@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.bench import gpu
+from tests.bench import gpu, gpu_training, shards
 from tests.bench.sd15 import TINY, Plan, count_tflop
 from tests.bench.sizes import published_config, work_of
 
@@ -116,3 +116,36 @@ def test_the_published_sizes_and_their_work(name: str, pixels: int, million: flo
     assert work.published_gmac == pytest.approx(gmac, rel=5e-3)
     assert 1.15 < work.gmac / work.published_gmac < 2, "caption and given frames cost something"
     assert 1.2 < work.parameters / work.published_parameters < 1.3
+
+
+def test_a_tiny_training_gives_every_row_and_the_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = tmp_path / "rows.json"
+    given = ["--tiny", "--no-compile", "--repeats", "1", "--markdown", "--json", str(kept)]
+    assert gpu_training.main(given) == 0
+    found = json.loads(kept.read_text())
+    rows = [gpu.Row(**row) for row in found["rows"]]
+    assert [(row.goal_id, row.what) for row in rows] == [
+        ("H3", "tiny"), ("H3", "tiny, captions"), ("H5", "waiting for data, tiny"),
+    ]  # fmt: skip
+    assert all(row.value and row.share and row.share < 1 for row in rows[:2])
+    assert rows[2].value is not None
+    assert 0 <= rows[2].value < 1
+    assert found["kernels"]
+    assert "### " in capsys.readouterr().out
+
+
+def test_the_work_of_a_training_step_is_that_of_performance_md() -> None:
+    """Ours has the embedding of given frames and of the clip besides."""
+    for pixels, expected in ((256, 0.712), (512, 3.147)):
+        found = gpu_training.tflop(published_config("XL/2", pixels), captions=False)
+        assert found == pytest.approx(expected, rel=0.01)
+
+
+# WebDataset leaves the file of a tar open that it has read to its end.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:unclosed file:ResourceWarning")
+def test_reading_shards_is_compared_with_webdataset(capsys: pytest.CaptureFixture[str]) -> None:
+    shards.main(["--samples", "3", "--rounds", "1"])
+    told = capsys.readouterr().out
+    assert [line.split("  ")[0] for line in told.splitlines()[:4]] == [
+        "webdataset .decode()", "ours", "ours, first read", "bare bytes",
+    ]  # fmt: skip

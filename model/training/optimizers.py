@@ -63,10 +63,11 @@ def _remember_peak(optimizer: Optimizer) -> None:
 
 
 def learning_rate_factor(step: int, recipe: TrainRecipe) -> float:
-    """Share of the peak learning rate at a step: a linear rise, a plateau and a linear fall to 0."""
+    """Share of the peak learning rate at a step: a linear rise, a plateau and a fall to 0, linear or as a cosine."""
     rise = min(1.0, step / max(recipe.learning_rate_warmup, 1))
     falling = max(recipe.learning_rate_decay * recipe.steps, 1.0)
-    return rise * min(1.0, (recipe.steps + 1 - step) / falling)
+    left = min(1.0, (recipe.steps + 1 - step) / falling)
+    return rise * (left if recipe.learning_rate_fall == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
 
 def cosine(share: float) -> float:

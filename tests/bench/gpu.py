@@ -39,6 +39,9 @@ from model.codecs.batches import Compiler, Networks, gpu_compiler
 from model.codecs.ddim import DDIMSchedule, invert, regenerate
 from tests.bench.sd15 import TINY, Plan, build, copy_bandwidth, count_tflop, matrix_peak
 
+LOWER = ("s", "of a step")
+"""Units of which less is better."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -63,7 +66,7 @@ class Row:
     def met(self) -> bool | None:
         if self.goal is None or self.value is None:
             return None
-        return self.value <= self.goal if self.unit == "s" else self.value >= self.goal
+        return self.value <= self.goal if self.unit in LOWER else self.value >= self.goal
 
     @property
     def share(self) -> float | None:
@@ -252,7 +255,7 @@ def cells(row: Row) -> list[str]:
     measured = row.note if row.value is None else f"{row.value:.3g} {row.unit}"
     limit = "" if row.limit is None else f"{row.limit:.3g}"
     share = "" if row.share is None else f"{row.share:.0%}"
-    goal = "" if row.goal is None else f"{'<=' if row.unit == 's' else '>='} {row.goal:g}"
+    goal = "" if row.goal is None else f"{'<=' if row.unit in LOWER else '>='} {row.goal:g}"
     verdict = "" if row.met is None else ("met" if row.met else "MISSED")
     memory, first = ("" if number is None else f"{number:.1f}" for number in (row.memory, row.first))
     return [row.goal_id, row.what, row.mode, str(row.batch), measured, limit, share, goal, verdict, memory, first]

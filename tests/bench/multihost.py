@@ -114,10 +114,8 @@ def interrupted(lake: Path, run: Path, kind: str, patience: float) -> None:
         os.killpg(hosts[1].pid, signal.SIGKILL)
         began = time.monotonic()
         status = hosts[0].wait(timeout=patience)
-        at = max(losses(run))
-        print(
-            f"{kind}: host b killed at step {at}; host a ended {time.monotonic() - began:.1f} s later, status {status}"
-        )
+        at, taken = max(losses(run)), time.monotonic() - began
+        print(f"{kind}: host b killed at step {at}; host a ended {taken:.1f} s later, status {status}", flush=True)
         kill(hosts)
         kept = Run(run).checkpoint().name
         hosts = both(lake, run, kind)
@@ -130,11 +128,11 @@ def interrupted(lake: Path, run: Path, kind: str, patience: float) -> None:
 
 
 def ends(processes: Sequence[subprocess.Popen[str]]) -> str:
-    """The last lines that the processes wrote."""
-    kill(processes)
-    return " / ".join(
-        (process.stderr.read() if process.stderr and not process.stderr.closed else "")[-800:] for process in processes
-    )
+    """The last lines that the processes wrote; they are ended."""
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return " / ".join(process.communicate()[1][-800:] for process in processes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -158,9 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 found = losses(folder / kind)
                 worst = max(abs(found[step] / expected[step] - 1) for step in expected)
                 good &= found.keys() == expected.keys() and worst < 1e-10
-                print(
-                    f"{kind}: {len(found)} steps; losses differ from one uninterrupted process by {worst:.1e} (goal 1e-10)"
-                )
+                print(f"{kind}: {len(found)} losses, those of one undisturbed process to {worst:.1e} (goal 1e-10)")
         finally:
             remove_cable()
     return 0 if good else 1

@@ -81,11 +81,11 @@ def wide_lake(folder: Path, shards: int, clips: int) -> Lake:
     return lake
 
 
-def demo_lake(folder: Path, clips: int = 56) -> Lake:
-    """A lake of clips of the demo's sizes in shards of 16: 32 coefficients of (24, 8, 8) latents, noise all of them."""
+def noise_lake(folder: Path, clips: int = 56, order: int = 32, latents: Sequence[int] = (24, 8, 8)) -> Lake:
+    """A lake of noise in shards of 16 clips, by default of the demo's sizes: 32 coefficients of (24, 8, 8) latents."""
     lake = make_lake(folder, clips=2, validation=0)
     template, random = version.load(lake, 1), np.random.default_rng(0)
-    noise = dict.fromkeys(("coefficients.npy", "latents.npy"), (32, 24, 8, 8))
+    noise = dict.fromkeys(("coefficients.npy", "latents.npy"), (order, *latents))
     samples = [
         {
             **sample(number, "train"),
@@ -96,7 +96,7 @@ def demo_lake(folder: Path, clips: int = 56) -> Lake:
     ]
     parts = [samples[first : first + 16] for first in range(0, clips, 16)]
     infos = [write_shard(lake, f"demo{number}.tar", part) for number, part in enumerate(parts)]
-    form = {**template.clip, "order": 32, "latent_shape": [24, 8, 8], "frame_shape": [64, 64, 3]}
+    form = {**template.clip, "order": order, "latent_shape": list(latents), "frame_shape": [64, 64, 3]}
     version.publish(lake, dataclasses.replace(
         template, number=2, parent=1, shards=tuple(infos), clip=form,
         manifest=version.write_manifest(lake, 2, manifest_rows(parts, infos), []),
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{found['megabytes']:.0f} MB to the end of a step (goals {SECONDS:g} s, {MEGABYTES:g} MB), after "
                 f"imports of {found['imports']:.1f} s and {found['imports_megabytes']:.0f} MB"
             )
-        lake = demo_lake(Path(folder) / "demo")
+        lake = noise_lake(Path(folder) / "demo")
         measured(lake, Path(folder) / "steps", steps=options.steps, log_every=1)
         lines = [json.loads(line) for line in (Path(folder) / "steps" / "log.jsonl").read_text().splitlines()]
         waits = [line["data_wait"] for line in lines if "data_wait" in line]
