@@ -27,6 +27,7 @@ from model.settings import override
 from model.stop import STOPPED, Stopped, StopSignal
 from model.strips import Strips
 from model.training.checkpoint import Run
+from model.training.copies import Copies
 from model.training.data import Clips, Collate, Loader, Steps, lake_and_version
 from model.training.ema import MovingAverage
 from model.training.hardware import seconds_at_peak
@@ -39,6 +40,7 @@ from model.training.record import DatasetVersion, RunRecord
 from model.training.sharding import replicate, shard
 from model.training.start import start_from
 from model.training.state import TrainingState
+from storage.address import store_at
 from storage.layout import Lake
 from storage.version import Version, read_empty_text
 
@@ -50,6 +52,7 @@ def train(
     version: int | None = None,
     init_from: Path | None = None,
     allow_mismatch: bool = False,
+    copy_to: str | None = None,
 ) -> Path:
     """Train on one version of a lake until the recipe's last step, resuming where the run stands.
 
@@ -58,6 +61,9 @@ def train(
 
     allow_mismatch: whether a run may go on on another version of the dataset, with other settings or another codec; one
     line says which.
+
+    copy_to: a folder or `s3://BUCKET/PREFIX` that every checkpoint is copied to; where it has a newer one than the
+    run's folder, as on a new machine, the run goes on from that.
 
     A step whose loss or gradient is not finite changes nothing and is logged. SIGTERM and Ctrl-C end the run after the
     step in flight, with a checkpoint.
@@ -80,7 +86,10 @@ def train(
         try:
             with ExitStack() as held:
                 processes.by_first(lambda: held.enter_context(folder.lock()))
-                return _train(opened, folder, recipe, chosen, processes, stop, init_from, allow_mismatch)
+                copies = Copies(folder, store_at(copy_to), recipe.checkpoints_kept) if copy_to else None
+                if copies is not None:
+                    processes.by_first(copies.meet)
+                return _train(opened, folder, recipe, chosen, processes, stop, init_from, allow_mismatch, copies)
         finally:
             if processes.world > 1:
                 dist.destroy_process_group()
@@ -95,6 +104,7 @@ def _train(
     stop: StopSignal,
     init_from: Path | None,
     allow_mismatch: bool,
+    copies: Copies | None,
 ) -> Path:
     check_divides(recipe, processes.world)
     collate = Collate(read_empty_text(lake, version), method_named(recipe.method).members)
@@ -150,7 +160,7 @@ def _train(
         validate_every=recipe.validate_every,
         sample_every=recipe.sample_every,
     )
-    return run_training(training, state, run, schedule, processes, stop)
+    return run_training(training, state, run, schedule, processes, stop, copies)
 
 
 def check_members(method: str, members: Sequence[str], version: Version) -> None:
@@ -248,6 +258,11 @@ def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
         "or .safetensors), which wants --set architecture=dit",
     )
     parser.add_argument(
+        "--copy-to",
+        metavar="ADDRESS",
+        help="a folder or s3://BUCKET/PREFIX that checkpoints are copied to; a run that is not here goes on from there",
+    )
+    parser.add_argument(
         "--allow-mismatch",
         action="store_true",
         help="go on with a run on another version of the dataset or with other settings, which else is refused",
@@ -274,7 +289,9 @@ def run_arguments(options: argparse.Namespace) -> int:
         return run_processes(options, recipe)
     try:
         start = None if options.init_from is None else Path(options.init_from)
-        folder = train(options.lake, options.run, recipe, options.version, start, options.allow_mismatch)
+        folder = train(
+            options.lake, options.run, recipe, options.version, start, options.allow_mismatch, options.copy_to
+        )
     except (Stopped, FloatingPointError, FirstFailed) as end:
         if given_rank() == 0:
             raise
@@ -302,6 +319,7 @@ def run_processes(options: argparse.Namespace, recipe: TrainRecipe) -> int:
     command += ["--recipe", options.recipe, *(f"--set={pair}" for pair in options.settings)]
     command += [] if options.version is None else ["--version", str(options.version)]
     command += [] if options.init_from is None else ["--init-from", options.init_from]
+    command += [] if options.copy_to is None else ["--copy-to", options.copy_to]
     command += ["--allow-mismatch"] if options.allow_mismatch else []
     return launch(command, count)
 

@@ -21,6 +21,7 @@ from model.progress import Progress
 from model.stop import Stopped, StopSignal, signals_held
 from model.training import checkpoint
 from model.training.checkpoint import Run
+from model.training.copies import Copies
 from model.training.hardware import memory_bytes
 from model.training.log import Log
 from model.training.optimizers import set_learning_rate
@@ -101,7 +102,13 @@ class Training:
 
 
 def run_training(
-    training: Training, state: TrainingState, run: Run, schedule: Schedule, processes: Processes, stop: StopSignal
+    training: Training,
+    state: TrainingState,
+    run: Run,
+    schedule: Schedule,
+    processes: Processes,
+    stop: StopSignal,
+    copies: Copies | None = None,
 ) -> Path:
     """Go on from the run's newest whole checkpoint, or from `state`, to the last step.
 
@@ -110,6 +117,8 @@ def run_training(
 
     On a GPU the host hears of skipped steps, and of signals to the processes, some steps late, so that it need not wait
     (model.training.updates); before a line of the log and before a checkpoint it waits.
+
+    copies: where checkpoints are copied to, in the first process; None where they are not.
 
     Returns:
         The folder of the last checkpoint.
@@ -137,7 +146,7 @@ def run_training(
         log.event(event="start", step=state.step, **training.facts)
         with signals_held():  # a signal to the whole process group must not end the loader's workers
             batches = held.enter_context(closing(training.batches(state.step))) if training.batches else None
-        saver = make_saver(schedule.checkpoints, run, schedule.checkpoints_kept, processes, training.identity)
+        saver = make_saver(schedule.checkpoints, run, schedule.checkpoints_kept, processes, training.identity, copies)
         held.callback(saver.close)
         recent, due = Recent(schedule.mean_losses), False
         for step in range(state.step + 1, schedule.steps + 1):

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,9 +23,11 @@ from torch import Tensor
 
 from model.training import checkpoint, integrity, parts
 from model.training.checkpoint import Run
+from model.training.copies import Copies
 from model.training.processes import Processes
 from model.training.sharding import part
 from model.training.state import TrainingState
+from storage.errors import VlfmError
 from storage.local import naming_full_disk
 
 FORMAT = 3
@@ -50,36 +54,79 @@ class Saver(Protocol):
         ...
 
 
-def make_saver(kind: str, run: Run, keep: int, processes: Processes, identity: Mapping[str, Any]) -> Saver:
-    """The saver of `checkpoints=kind` for a run. identity: what a checkpoint must be of, to be gone on from."""
-    return (DistributedSaver if kind == "distributed" else WholeSaver)(run, keep, processes, identity)
+def make_saver(
+    kind: str, run: Run, keep: int, processes: Processes, identity: Mapping[str, Any], copies: Copies | None = None
+) -> Saver:
+    """The saver of `checkpoints=kind` for a run.
+
+    identity: what a checkpoint must be of, to be gone on from. copies: where they are copied to.
+    """
+    return (DistributedSaver if kind == "distributed" else WholeSaver)(run, keep, processes, identity, copies)
 
 
-class WholeSaver:
-    """The first process writes all of the state; the others wait."""
+class _Saver:
+    """What both have: a thread that completes and copies checkpoints, and what came of the last one."""
 
-    def __init__(self, run: Run, keep: int, processes: Processes, identity: Mapping[str, Any]) -> None:
-        self.run, self.keep, self.processes, self.identity = run, keep, processes, identity
-
-    def save(self, state: TrainingState, wait: bool) -> None:
-        """As `Saver.save`; it always waits."""
-        if not self.processes.first:  # so that all processes raise, or none
-            checkpoint.tensors_by_file(state)
-        self.processes.by_first(lambda: checkpoint.save(self.run, state, self.keep, self.identity))
+    def __init__(
+        self, run: Run, keep: int, processes: Processes, identity: Mapping[str, Any], copies: Copies | None = None
+    ) -> None:
+        self.run, self.keep, self.processes, self.identity, self.copies = run, keep, processes, identity, copies
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._under_way: Future[None] | None = None
 
     def close(self) -> None:
         """As `Saver.close`."""
+        self._thread.shutdown()
+
+    def _begin(self, work: Callable[[], None]) -> None:
+        self._under_way = self._thread.submit(work)
+
+    def _finish(self) -> None:
+        """Wait for what is under way. What went wrong is raised by the first process, by the others FirstFailed."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is None:
+            return
+        if not self.processes.first:
+            under_way.exception()  # the first process has the same one, and tells it
+        self.processes.by_first(under_way.result)
+
+    def _copy(self, folder: Path, last: bool) -> None:
+        """Copy a checkpoint to the store; unless it is the last, a failure is one line: the next one is copied too."""
+        if self.copies is None:
+            return
+        try:
+            self.copies.push(folder)
+        except (VlfmError, OSError) as error:
+            if last:
+                raise
+            told = f"{folder.name} could not be copied to {self.copies.store.address()} ({error})"
+            print(f"warning: {told}; training goes on, and the next checkpoint is copied", file=sys.stderr)
 
 
-class DistributedSaver:
+class WholeSaver(_Saver):
+    """The first process writes all of the state; the others wait."""
+
+    def save(self, state: TrainingState, wait: bool) -> None:
+        """As `Saver.save`; it always waits for the disk."""
+        self._finish()
+        if not self.processes.first:  # so that all processes raise, or none
+            checkpoint.tensors_by_file(state)
+        folder = self.processes.by_first(lambda: checkpoint.save(self.run, state, self.keep, self.identity))
+        if self.processes.first:
+            self._begin(lambda: self._copy(folder, wait))
+        else:
+            self._begin(lambda: None)
+        if wait:
+            self._finish()
+
+
+class DistributedSaver(_Saver):
     """Each process writes what it holds, in a thread; the first one then makes a checkpoint of it, by one rename."""
 
-    def __init__(self, run: Run, keep: int, processes: Processes, identity: Mapping[str, Any]) -> None:
-        self.run, self.keep, self.processes, self.identity = run, keep, processes, identity
-        # Of their own: the thread's messages must not come between those of the training.
-        self._group = dist.new_group(backend="gloo") if processes.world > 1 else None
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._written: Future[None] | None = None
+    @cached_property
+    def _group(self) -> Any:
+        """Of their own: the thread's messages must not come between those of the training."""
+        return dist.new_group(backend="gloo") if self.processes.world > 1 else None
 
     def save(self, state: TrainingState, wait: bool) -> None:
         """As `Saver.save`."""
@@ -91,39 +138,28 @@ class DistributedSaver:
         self.processes.by_first(lambda: shutil.rmtree(unfinished, ignore_errors=True))
         plain = {"format": FORMAT, "identity": dict(self.identity), **checkpoint.plain_values(state)}
         written = parts.write(tensors, unfinished, self._group)
-        self._written = self._thread.submit(self._publish, written, plain, unfinished, folder)
+        self._begin(lambda: self._publish(written, plain, unfinished, folder, wait))
         if wait:
             self._finish()
 
-    def close(self) -> None:
-        """As `Saver.close`."""
-        self._thread.shutdown()
-        self._written = None
-
-    def _publish(self, written: Any, plain: Mapping[str, Any], unfinished: Path, folder: Path) -> None:
-        """Once all processes have written their parts, the first completes the checkpoint and names it."""
+    def _publish(self, written: Any, plain: Mapping[str, Any], unfinished: Path, folder: Path, last: bool) -> None:
+        """Once all processes have written their parts, the first completes the checkpoint, names it and copies it."""
         try:
             with naming_full_disk(unfinished):
                 parts.wait(written)
-                if self.processes.first:
-                    files = sorted(path.name for path in unfinished.glob(parts.PATTERN))
-                    about = {**plain, "files": [*files, "state.json"]}
-                    (unfinished / "state.json").write_text(json.dumps(about))
-                    integrity.complete(unfinished, about["files"])
-                    integrity.publish(unfinished, folder)
-                    self.run.keep_newest(self.keep)
+                if not self.processes.first:
+                    return
+                files = sorted(path.name for path in unfinished.glob(parts.PATTERN))
+                about = {**plain, "files": [*files, "state.json"]}
+                (unfinished / "state.json").write_text(json.dumps(about))
+                integrity.complete(unfinished, about["files"])
+                integrity.publish(unfinished, folder)
         except BaseException:
             if self.processes.first:
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise
-
-    def _finish(self) -> None:
-        written, self._written = self._written, None
-        if written is None:
-            return
-        if not self.processes.first:
-            written.exception()  # the first process has the same one, and tells it
-        self.processes.by_first(written.result)
+        self.run.keep_newest(self.keep)
+        self._copy(folder, last)
 
     def _check_finite(self, tensors: Mapping[str, Tensor]) -> None:
         here = torch.stack([~torch.isfinite(part(value)).all() for value in tensors.values()])
