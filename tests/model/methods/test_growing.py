@@ -23,6 +23,7 @@ from model.methods.growing import Canvas, GrowthSampling, Learned, Sampler, loca
 from model.methods.insertion import Delayed, Linear, Power, Scheduler, hazard
 from model.methods.orders import planned_order
 from model.methods.sequences import Chance, FrameSequences
+from tests.bench import long_videos
 from tests.model.methods.growth import SHAPE, Oracle, backbone, batch, flowception, request
 
 DOT = (1, 1, 1)
@@ -265,6 +266,16 @@ def test_blocks_go_on_behind_the_frames_before_them() -> None:
     assert {count for count, _ in contexts} == {0, 3}
     assert max(length for _, length in contexts) <= 8
     assert len(made.inserted[0]) == 20
+
+
+def test_seams_are_measured_against_the_other_changes(capsys: pytest.CaptureFixture[str]) -> None:
+    clip = torch.tensor([0.0, 1.0, 2.0, 5.0, 6.0])[:, None, None, None]
+    assert long_videos.seam_ratios([clip, clip], [[3], []]) == [3.0]
+    small = ["--steps", "2", "--width", "16", "--batch", "4", "--videos", "1", "--sampling-steps", "4"]
+    assert long_videos.main(small) in (0, 1)
+    told = capsys.readouterr().out
+    assert "blocks" in told
+    assert "chunks" in told
 
 
 # --- given frames ----------------------------------------------------------------------------------------------------
