@@ -285,6 +285,7 @@ EXPERIMENTS = {
     "projection": "which order and which method of projection, on films with frames held out",
     "slopes": "how well projections know a clip's slope, at the window's ends and between",
     "text": "what text encoders know of colours, motions and other attributes of captions, on combinations held out",
+    "turning": "which lengths Flowception chooses, and its orders and peers in one table, on films of 3x3 pixels",
 }
 """Modules of pipeline/experiments with a `main`, and what they answer."""
 
