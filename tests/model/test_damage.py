@@ -19,7 +19,8 @@ import torch
 from model import sample
 from model.settings import override
 from model.train import main, train
-from model.training.checkpoint import CHECKSUMS, FILES, DamagedCheckpoint, Run, damage
+from model.training.checkpoint import DamagedCheckpoint, Run
+from model.training.integrity import CHECKSUMS, FILES, damage
 from model.training.log import read_log
 from storage.layout import Lake
 from tests.model.test_train import TINY, command, environment, weights
