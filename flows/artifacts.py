@@ -7,14 +7,18 @@ its artifact as a data address, so the UI shows it without any file or network.
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipeline.gates import BELOW_GATE
 from pipeline.ingest.report import IngestReport
 from pipeline.recipes import DataRecipe
 from storage.layout import Lake
@@ -86,8 +90,6 @@ def contact_sheet(lake: Lake, version: Version, clips: int = 12, frames: int = 8
 
     Raises what storage raises for a damaged shard.
     """
-    from PIL import Image, ImageDraw, ImageFont
-
     from storage.shards import ShardReader
 
     rows = [row for row in read_manifest(lake, version, "clips").to_pylist() if row["preview"]]
@@ -98,15 +100,76 @@ def contact_sheet(lake: Lake, version: Version, clips: int = 12, frames: int = 8
     for row in rows:
         reader = ShardReader(lake, row["shard"])
         shown = np.asarray(reader.read(row["shard_row"], ["preview.npy"])["preview.npy"])
-        strips.append(shown[np.linspace(0, len(shown) - 1, min(frames, len(shown))).round().astype(int)])
-    height, width = strips[0].shape[1:3]
+        strip = shown[np.linspace(0, len(shown) - 1, min(frames, len(shown))).round().astype(int)]
+        strips.append((f"{row['film']} at {row['clip_start']:g} s: {row['caption'] or 'no caption'}", strip))
+    return _sheet(strips, frames)
+
+
+def lost_sheet(report: IngestReport, recipe: DataRecipe, clips: int = 12, frames: int = 8) -> bytes | None:
+    """A PNG with frames of up to `clips` clips that were filtered or failed, of every reason first, and why.
+
+    The frames are decoded from the films again; clips whose film cannot be read are left out. None without any.
+    """
+    from pipeline.media.decode import decode, probe, window_of
+    from pipeline.media.faults import DecodeError
+
+    turn: Counter[str] = Counter()
+    ranked = []
+    for failure in report.failures:
+        if failure.clip_id and failure.path and failure.clip_start == failure.clip_start:
+            why = failure.detail.partition(" ")[0] if failure.reason == BELOW_GATE else failure.reason
+            ranked.append((turn[why], failure.film, failure.clip_start, failure))
+            turn[why] += 1
+    height, width = THUMBNAIL, max(1, round(recipe.size[1] * THUMBNAIL / recipe.size[0]))
+    strips: list[tuple[str, np.ndarray]] = []
+    for _, film, start, failure in sorted(ranked, key=lambda item: item[:3]):
+        if len(strips) == clips:
+            break
+        path = Path(failure.path)
+        try:
+            found = probe(path, recipe.limits)
+            inside = np.flatnonzero((found.times >= start - 1e-6) & (found.times < start + recipe.longest))
+            kept = inside[np.linspace(0, len(inside) - 1, min(frames, len(inside))).round().astype(int)]
+            strip = next(decode(path, [window_of(found, np.unique(kept))], (height, width), recipe.limits))
+        except (DecodeError, OSError, IndexError):
+            continue
+        strips.append((f"{film} at {start:g} s: {failure.reason}: {failure.detail}", strip))
+    return _sheet(strips, frames) if strips else None
+
+
+def page(report: IngestReport, lines: Sequence[str], pictures: Mapping[str, bytes | None]) -> str:
+    """The report as one HTML file that opens from disk: its lines, and pictures by their titles."""
+    shown = "".join(
+        f'<h2>{html.escape(title)}</h2><p><img src="{data_address(picture)}" alt="{html.escape(title)}"></p>'
+        for title, picture in pictures.items()
+        if picture is not None
+    )
+    rows = "".join(
+        f"<tr><td>{html.escape(str(row['of']))}</td><td>{row['status']}</td><td>{html.escape(str(row['reason']))}</td>"
+        f"<td>{row['number']}</td></tr>"
+        for row in accounts_table(report)
+    )
+    gates = "".join(f"<tr><td>{name}</td><td>{count}</td></tr>" for name, count in report.rejected.items())
+    kept_out = f"<h2>Clips outside a gate, by figure</h2><table>{gates}</table>" if gates else ""
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Ingest {html.escape(report.run_id)}</title>'
+        "<style>body{font:15px sans-serif;margin:2em;max-width:70em}td{padding:0 1em 0 0}img{max-width:100%}</style>"
+        f"<h1>Ingest {html.escape(report.run_id)}</h1><pre>{html.escape(chr(10).join(lines))}</pre>"
+        f"<h2>Accounts</h2><table>{rows}</table>{kept_out}{shown}</html>\n"
+    )
+
+
+def _sheet(strips: Sequence[tuple[str, np.ndarray]], frames: int) -> bytes:
+    """A PNG with a line of text above each strip of frames, (N, H, W, 3) uint8."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width = strips[0][1].shape[1:3]
     shape = (max(1, round(width * THUMBNAIL / height)), THUMBNAIL)
     label, gap = 16, 2
-    sheet = Image.new("RGB", (frames * (shape[0] + gap) + gap, len(rows) * (shape[1] + label + gap) + gap), "white")
+    sheet = Image.new("RGB", (frames * (shape[0] + gap) + gap, len(strips) * (shape[1] + label + gap) + gap), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for number, (row, strip) in enumerate(zip(rows, strips, strict=True)):
+    for number, (text, strip) in enumerate(strips):
         top = gap + number * (shape[1] + label + gap)
-        text = f"{row['film']} at {row['clip_start']:g} s: {row['caption'] or 'no caption'}"
         draw.text((gap, top), textwrap.shorten(text, sheet.width // 6, placeholder=" ..."), "black", font)
         for place, frame in enumerate(strip):
             picture = Image.fromarray(frame).resize(shape, Image.Resampling.BICUBIC)

@@ -120,6 +120,11 @@ def ingest(sub: argparse.ArgumentParser) -> Run:
     sub.add_argument(
         "--prune", action="store_true", help="take films out of the dataset that the sources had and have no longer"
     )
+    sub.add_argument(
+        "--report",
+        metavar="FILE",
+        help="write the report as one HTML file, with frames of what was kept and what was not",
+    )
     sub.add_argument("--ray-address", metavar="A", help="an existing Ray cluster (default: start one here for the run)")
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
     return run_ingest
@@ -158,6 +163,7 @@ def run_ingest(options: argparse.Namespace) -> int:
             prune=options.prune,
             allow_outside=options.allow_outside,
             table_format=options.table_format,
+            report_file=options.report,
             on_progress=Stages(),
             found=found,
         )

@@ -25,7 +25,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Failed
 
-from flows.artifacts import accounts_table, contact_sheet, data_address, summary
+from flows.artifacts import accounts_table, contact_sheet, data_address, lost_sheet, page, summary
 from flows.server import ServerError, start_server
 from model.progress import Progress
 from model.settings import override
@@ -75,6 +75,7 @@ def run_ingest(
     prune: bool = False,
     allow_outside: bool = False,
     table_format: str | None = None,
+    report_file: str | None = None,
     on_progress: Listener | None = None,
     found: Discovery | None = None,
 ) -> Report:
@@ -85,7 +86,7 @@ def run_ingest(
 
     Args:
         source, lake, captions, recipe, settings, limit, ray_address, columns, prune, allow_outside,
-            table_format: the flow's.
+            table_format, report_file: the flow's.
         on_progress: told of films read and clips done; warnings are printed where it is given.
         found: what pipeline.sources.folders.discover found for these sources, where that was called already.
 
@@ -97,7 +98,7 @@ def run_ingest(
         start_server()
         sources = [source] if isinstance(source, str) else list(source)
         given = (sources, lake, captions, recipe, settings, limit, ray_address)
-        arguments = (*given, columns, prune, allow_outside, table_format)
+        arguments = (*given, columns, prune, allow_outside, table_format, report_file)
         state = cast(State[Any], ingest(*arguments, return_state=True))
     except ServerError as error:
         return _nothing(str(error), lake)
@@ -139,6 +140,7 @@ def ingest(
     prune: bool = False,
     allow_outside: bool = False,
     table_format: str | None = None,
+    report_file: str | None = None,
 ) -> Any:
     """Films and captions to the next version of a lake.
 
@@ -157,12 +159,20 @@ def ingest(
         prune: Takes films out of the dataset that the sources had and have no longer.
         allow_outside: Reads films that links or '..' reach outside their source.
         table_format: Name of the dataset whose published annotation file the table is, such as kinetics.
+        report_file: An HTML file to write the report to, with frames of what is in the dataset and of what is not.
     """
     sources = [source] if isinstance(source, str) else list(source)
     logging.getLogger("prefect.task_runs").addFilter(_without_trace)
     try:
-        how = {"columns": columns, "prune": prune, "allow_outside": allow_outside, "table_format": table_format}
+        how: dict[str, Any] = {
+            "columns": columns,
+            "prune": prune,
+            "allow_outside": allow_outside,
+            "table_format": table_format,
+        }
         report = _ingest(sources, lake, captions, _recipe(recipe, settings), limit, ray_address, **how)
+        how = {"columns": columns, "prune": prune, "allow_outside": allow_outside}
+        report = _ingest(sources, lake, captions, _recipe(recipe, settings), limit, ray_address, report_file, **how)
     except StepFailed as error:
         return Failed(message=str(error), data=IngestFailed(str(error), _nothing(str(error), lake)))
     for line in report.lines():
@@ -185,6 +195,7 @@ def _ingest(
     recipe: DataRecipe,
     limit: int | None,
     ray_address: str | None,
+    report_file: str | None,
     **how: Any,
 ) -> IngestReport:
     """The steps of pipeline.ingest, one task each, and the artifacts."""
@@ -204,7 +215,7 @@ def _ingest(
             **how,
         )
     names = ", ".join(Path(source).name or source for source in sources)
-    _step("leave artifacts", "artifacts", lambda: _leave_artifacts(report, recipe, names, Lake.open(lake)))
+    _step("leave artifacts", "artifacts", lambda: _leave_artifacts(report, recipe, names, Lake.open(lake), report_file))
     return report
 
 
@@ -300,12 +311,20 @@ class _LogLines(io.StringIO):
         return len(text)
 
 
-def _leave_artifacts(report: IngestReport, recipe: DataRecipe, names: str, lake: Lake) -> None:
+def _leave_artifacts(
+    report: IngestReport, recipe: DataRecipe, names: str, lake: Lake, report_file: str | None = None
+) -> None:
     title = f"{names} into {last_name(lake.address)}"
     create_table_artifact(accounts_table(report), key="ingest-accounts", description=f"What became of {title}")
     create_markdown_artifact(summary(report, recipe, names), key="ingest-summary", description=f"Ingest of {title}")
-    if report.version is not None:
-        sheet = contact_sheet(lake, load(lake, report.version))
-        if sheet is not None:
-            words = f"Frames of version {report.version} of {last_name(lake.address)}, as the model is to see them"
-            create_image_artifact(data_address(sheet), key="ingest-contact-sheet", description=words)
+    sheet = contact_sheet(lake, load(lake, report.version)) if report.version is not None else None
+    if sheet is not None:
+        words = f"Frames of version {report.version} of {last_name(lake.address)}, as the model is to see them"
+        create_image_artifact(data_address(sheet), key="ingest-contact-sheet", description=words)
+    lost = lost_sheet(report, recipe)
+    if lost is not None:
+        words = f"Frames of clips of {names} that were filtered or failed, and why"
+        create_image_artifact(data_address(lost), key="ingest-lost-clips", description=words)
+    if report_file is not None:
+        pictures = {"Clips of the dataset": sheet, "Clips that were filtered or failed": lost}
+        Path(report_file).write_text(page(report, report.lines(), pictures), encoding="utf-8")

@@ -93,9 +93,11 @@ class GateDecision:
         return bool(self.leaving) or self.reflagged
 
 
-def decide(clips: Iterable[Row], rejected: Iterable[Row], gates: Gates, below_gate: str) -> GateDecision:
-    """Applies the gates to the rows of a version's tables `clips` and `rejected`."""
-    bounds = gates if below_gate == REJECT else {}
+def decide(
+    clips: Iterable[Row], rejected: Iterable[Row], gates: Gates, below_gate: str, score_only: Iterable[str] = ()
+) -> GateDecision:
+    """Applies the gates to the rows of a version's tables `clips` and `rejected`; those of `score_only` flag only."""
+    bounds = {name: bound for name, bound in gates.items() if below_gate == REJECT and name not in score_only}
     outside = {row["clip_id"]: Rejected.from_row(row) for row in rejected}
     stay = {name: clip for name, clip in outside.items() if flags(clip.certificate, bounds)}
     passing = {name: clip for name, clip in outside.items() if name not in stay}

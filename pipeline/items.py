@@ -67,6 +67,10 @@ class ClipPlan:
     split: str
     preview: bool
     """Whether its frames are kept."""
+    short_side: float = math.nan
+    """Shorter side of the film's frames, pixels."""
+    film_seconds: float = math.nan
+    """Length of the film."""
     stored: StoredClip | None = None
     """A clip that the lake has, whose latents (or all but the text) are this one's."""
 
@@ -90,6 +94,7 @@ class StoredClip:
     """Whether its frames are stored."""
     certificate: Certificate
     codec: CodecFacts
+    frames_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,10 @@ class Failure:
     """Name of the folder that is the film's source."""
     origin: str = ""
     """Address of that source."""
+    certificate: Certificate | None = None
+    """Where a gate keeps the clip out before it is encoded: what was measured until then."""
+    frames_id: str = ""
+    """16 digits of its frames then."""
 
     @property
     def place(self) -> str:
@@ -162,6 +171,13 @@ class Certificate:
     heldout_error: float = math.nan
     smoothness: float = math.nan
     end_ratio: float = math.nan
+    short_side: float = math.nan
+    film_seconds: float = math.nan
+    black_frames: float = math.nan
+    static_frames: float = math.nan
+    motion: float = math.nan
+    cuts: float = math.nan
+    duplicates: float = math.nan
     frames_certified: int = 0
     """Frames that the codec's PSNR and SSIM are means of; 0 where unknown."""
     order_used: int = 0
@@ -188,15 +204,17 @@ class Rejected:
     film: str
     clip_start: float
     certificate: Certificate
+    frames_id: str = ""
 
     @staticmethod
     def from_row(row: Row) -> Rejected:
         """From a row of storage.schema.REJECTED_SCHEMA or CLIP_SCHEMA."""
-        return Rejected(row["clip_id"], row["film"], row["clip_start"], Certificate.from_row(row))
+        own = (row["clip_id"], row["film"], row["clip_start"])
+        return Rejected(*own, Certificate.from_row(row), row.get("frames_id") or "")
 
     def to_row(self) -> dict[str, Any]:
         """A row of storage.schema.REJECTED_SCHEMA."""
-        own = {"clip_id": self.clip_id, "film": self.film, "clip_start": self.clip_start}
+        own = {"clip_id": self.clip_id, "film": self.film, "clip_start": self.clip_start, "frames_id": self.frames_id}
         return {**own, **{measure.name: getattr(self.certificate, measure.name) for measure in CERTIFICATE}}
 
 
@@ -213,6 +231,8 @@ class ClipWork:
     coefficients: np.ndarray | None = None
     """(order, C, h, w) float16, zero-padded."""
     certificate: Certificate = field(default_factory=Certificate)
+    frames_id: str = ""
+    """16 digits of its frames, see pipeline.stages.content."""
 
     def certify(self, **found: Any) -> None:
         """Fills in fields of the certificate."""
@@ -235,6 +255,7 @@ class MadeClip:
     frames_observed: int
     preview: bool
     certificate: Certificate
+    frames_id: str = ""
 
     @staticmethod
     def of(work: ClipWork) -> MadeClip:
@@ -253,24 +274,27 @@ class MadeClip:
             frames_observed=sum(plan.observed),
             preview=plan.preview,
             certificate=work.certificate,
+            frames_id=work.frames_id,
         )
 
     @property
     def rejected(self) -> Rejected:
         """It, as a clip that the gates keep out."""
-        return Rejected(self.clip_id, self.film, self.clip_start, self.certificate)
+        return Rejected(self.clip_id, self.film, self.clip_start, self.certificate, self.frames_id)
 
     def to_row(self) -> dict[str, Any]:
         """The columns of storage.schema.CLIP_SCHEMA that are known before the clip has its place in a version."""
-        return {**{name: getattr(self, name) for name in _FACTS}, **self.certificate.to_row()}
+        facts = {name: getattr(self, name) for name in (*_FACTS, "frames_id")}
+        return {**facts, **self.certificate.to_row()}
 
     @staticmethod
     def from_row(row: Row) -> MadeClip:
         """From such a row or its JSON, also an older program's. Raises KeyError where it is no clip's."""
-        return MadeClip(**{name: row[name] for name in _FACTS}, certificate=Certificate.from_row(row))
+        facts = {name: row[name] for name in _FACTS}
+        return MadeClip(**facts, certificate=Certificate.from_row(row), frames_id=row.get("frames_id") or "")
 
 
-_FACTS = tuple(field.name for field in dataclasses.fields(MadeClip) if field.name != "certificate")
+_FACTS = tuple(field.name for field in dataclasses.fields(MadeClip) if field.name not in ("certificate", "frames_id"))
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,11 @@ class DataRecipe:
     the most, as in `gates.psnr_codec=25` or `gates.end_ratio=20`. null is no gate; what was not measured passes."""
     below_gate: str = REJECT
     """What becomes of clips outside a gate: `reject` filters them, `flag` keeps them with their `flags` set."""
+    score_only: list[str] = dataclasses.field(default_factory=list)
+    """Figures whose gates set `flags` only, whatever `below_gate` says, as in `score_only=["cuts", "motion"]`."""
+    split_at_cuts: bool = False
+    """Whether windows begin anew at each cut of a film, so that none holds one; each new film is decoded once, small,
+    to find its cuts."""
     tolerate: float = 0.05
     """Share of the films that may fail before the command's exit status is 3."""
     max_pixels: int = 8192 * 4320
@@ -117,7 +122,7 @@ class DataRecipe:
                 words = {"observe": OBSERVATIONS, "method": METHODS, "below_gate": (REJECT, FLAG)}.get(field)
                 hint = f"; choose one of {', '.join(words)}" if words else ""
                 raise ValueError(f"recipe {self.name}: {field} = {getattr(self, field)!r} cannot be{hint}")
-        if wrong := check_gates(self.gates) or self._wrong_shots():
+        if wrong := check_gates(self.gates) or check_gates(dict.fromkeys(self.score_only)) or self._wrong_shots():
             raise ValueError(f"recipe {self.name}: {wrong}")
 
     def _wrong_shots(self) -> str:
@@ -135,6 +140,17 @@ class DataRecipe:
                 "least 2, and at most the second"
             )
         return ""
+
+    @property
+    def rejecting_gates(self) -> dict[str, Any]:
+        """The gates that keep clips out."""
+        kept = self.gates if self.below_gate == REJECT else {}
+        return {name: bound for name, bound in kept.items() if name not in self.score_only}
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a film's clips are windows that follow each other from its start."""
+        return self.whole_shots is None and not self.split_at_cuts
 
     @property
     def whole_shots(self) -> Shots | None:
@@ -179,6 +195,8 @@ class DataRecipe:
         else:
             fields["shots"] = dataclasses.asdict(self.whole_shots)
             del fields["duration"]
+        if not self.split_at_cuts:
+            del fields["split_at_cuts"]
         # Whether the codec's networks are compiled is the machine's affair and changes no data.
         fields["codec"] = {key: value for key, value in self.codec.items() if key != "compiled"}
         # A folder may move; weights are named by the codec's and encoder's own ids once they are loaded.
@@ -197,6 +215,7 @@ _HOUSEKEEPING = (
     "certify_frames",
     "gates",
     "below_gate",
+    "score_only",
     "tolerate",
     "max_pixels",
     "max_frames",

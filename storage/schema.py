@@ -60,6 +60,17 @@ class Measure:
     doc: str
 
 
+CONTENT = (
+    Measure("short_side", " px", True, "shorter side of the film's frames before they are scaled"),
+    Measure("film_seconds", " s", True, "length of the film's video"),
+    Measure("black_frames", "", False, "share of the kept frames that are black"),
+    Measure("static_frames", "", False, "share of the steps between kept frames in which nothing moves"),
+    Measure("motion", "", True, "mean change of luma between kept frames, in levels of 255"),
+    Measure("cuts", "", False, "cuts between kept frames"),
+    Measure("duplicates", "", False, "clips of the dataset that came before with exactly the same frames"),
+)
+"""What a clip shows."""
+
 CERTIFICATE = (
     Measure("psnr_codec", " dB", True, "decode(encode) against the frames, as stored"),
     Measure("ssim_codec", "", True, "the same, mean structural similarity of the luma"),
@@ -72,8 +83,9 @@ CERTIFICATE = (
     Measure("heldout_error", "", False, "the same at unobserved kept frames, NaN where there are none"),
     Measure("smoothness", "", False, "sum |u_{k+1} - u_k|^2 / sum |u_k|^2 of the latents"),
     Measure("end_ratio", "", False, "rms m'(0) * mean gap / rms frame difference"),
+    *CONTENT,
 )
-"""How well a clip went through codec and projection. A recipe's gates are bounds on these."""
+"""How well a clip went through codec and projection, and what it shows. A recipe's gates are bounds on these."""
 
 _CERTIFICATE = [
     (measure.name, pa.float64(), f"{measure.doc}{measure.unit and ','}{measure.unit}") for measure in CERTIFICATE
@@ -102,6 +114,7 @@ CLIP_SCHEMA = _schema(
         *_CERTIFICATE,
         ("frames_certified", pa.int32(), "frames that the codec's PSNR and SSIM are means of, 0 where unknown"),
         ("flags", pa.string(), "figures outside the recipe's gates, separated by spaces; empty where there are none"),
+        ("frames_id", pa.string(), "16 digits of the kept frames' pixels, empty where unknown"),
     ],
 )
 
@@ -112,6 +125,7 @@ REJECTED_SCHEMA = _schema(
         ("film", pa.string(), "path relative to its source"),
         ("clip_start", pa.float64(), "seconds from the film's first frame"),
         *_CERTIFICATE,
+        ("frames_id", pa.string(), "16 digits of the kept frames' pixels, empty where unknown"),
     ],
 )
 

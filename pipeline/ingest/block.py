@@ -18,6 +18,7 @@ from pipeline.media.faults import DecodeError, MediaLimits
 from pipeline.recipes import DataRecipe
 from pipeline.sources.fetch import FilmChanged, as_file, is_file
 from pipeline.stage import Stage, fail, one_line, run_stages
+from pipeline.stages.content import ContentStage
 from pipeline.stages.invert import GROUP_FRAMES, InvertStage, SharedCodec
 from pipeline.stages.project import ProjectStage
 from storage.arrays import read_clips
@@ -151,6 +152,7 @@ class BlockWorker:
         self.ahead = max(2, -(-GROUP_FRAMES // recipe.frames_max))
         self.stages: list[Stage] = [
             DecodeStage(recipe.size, recipe.limits),
+            ContentStage(recipe.rejecting_gates),
             StoredStage(lake, self.codec),
             InvertStage(self.codec, recipe.certify_frames),
             ProjectStage(self.codec, recipe.coefficients, recipe.method, recipe.certify_frames),

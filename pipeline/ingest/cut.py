@@ -49,6 +49,8 @@ def cut_film(film: Probe, entry: FilmEntry, recipe: DataRecipe, file: Path) -> C
     Raises:
         DecodeError: the film cannot be decoded.
     """
+    if recipe.whole_shots is None and recipe.split_at_cuts:
+        return _split(film, file, entry, recipe)
     if recipe.whole_shots is None:
         starts = window_starts(film, recipe.duration, entry.start, entry.end)
         count = window_count(film, recipe.duration, entry.start, entry.end)
@@ -60,6 +62,20 @@ def cut_film(film: Probe, entry: FilmEntry, recipe: DataRecipe, file: Path) -> C
     firsts = find_cuts(file, film, recipe.limits)
     edges = [*(float(film.times[first]) for first in firsts), film.seconds]
     return Cut(tuple(Span(start, end - start) for start, end in itertools.pairwise(edges)))
+
+
+def _split(film: Probe, file: Path, entry: FilmEntry, recipe: DataRecipe) -> Cut:
+    """The full windows of each shot, from its first frame on."""
+    last = film.seconds if entry.end is None else min(entry.end, film.seconds)
+    edges = [float(film.times[first]) for first in find_cuts(file, film, recipe.limits)]
+    spans: list[Span] = []
+    missing = 0
+    for begin, end in itertools.pairwise([*edges, film.seconds]):
+        part = max(begin, entry.start), min(end, last)
+        starts = window_starts(film, recipe.duration, *part)
+        missing += window_count(film, recipe.duration, *part) - len(starts)
+        spans += [Span(start, recipe.duration) for start in starts]
+    return Cut(tuple(spans), missing)
 
 
 def find_cuts(path: Path, film: Probe, limits: MediaLimits | None = None) -> list[int]:

@@ -48,6 +48,8 @@ class Identities:
         self._taken: set[str] = set()
         self._sought: set[str] = set()
         """Names, in the lake, of films that moved."""
+        self._replaced: set[str] = set()
+        """Names, in the lake, of films that are no more, because another one moved to their place."""
         self._digests = {_version(row["path"] or _file(name), row): row["sha256"] for name, row in self._rows.items()}
         self._by_content: dict[tuple[str, str], list[Row]] | None = None
         self._at = {place(row["path"], row["film"]): row for row in self._rows.values() if row["path"]}
@@ -84,11 +86,16 @@ class Identities:
             # What became of the film that was here is settled first: it may have moved away.
             if item.place not in moved and row is not None and row["film"] not in self._sought:
                 self._give(item, row["film"])
+        before = {item.place: row["film"] for item, _ in new if (row := self.row(item)) is not None}
+        self._replaced = {before[where] for where in moved if where in before} - self._sought
         for item, _ in new:
             if old := moved.get(item.place):
-                self._give(item, old if old == item.film or old.endswith(f"/{item.film}") else self._candidate(item))
-                if self._names[item.place] != old:
-                    self.renamed[old] = self._names[item.place]
+                kept = old not in before.values() and (old == item.film or old.endswith(f"/{item.film}"))
+                name = old if kept else self._candidate(item)
+                self._give(item, name)
+                # The clips of a film that was here are the new one's to lose.
+                gone = {old, *({before[item.place]} & self._replaced if item.place in before else ())}
+                self.renamed |= dict.fromkeys(gone - {name}, name)
         for item in [*known, *(item for item, _ in new)]:
             if item.place not in self._names:
                 self._give(item, self._candidate(item))
@@ -104,27 +111,31 @@ class Identities:
     def elsewhere(self, film: str) -> bool:
         """Whether the lake's film of this name is no matter of this run: from another source, where it still is."""
         row = self._rows.get(film)
-        if row is None or film in self._taken or film in self.renamed or not row["path"]:
+        if row is None or film in self._taken | self.renamed.keys() | self._replaced or not row["path"]:
             return False
         if place(row["path"], film) in self._named:
             return True  # beyond the run's limit
         return row["path"] not in self._files and not self._gone(row)
 
-    def heir(self, clip: Row) -> str | None:
-        """The film elsewhere that has the same clip (a row of storage.schema.CLIP_SCHEMA), if there is one."""
+    def heir(self, clip: Row, pruned: Iterable[str] = ()) -> str | None:
+        """The film that is not in this run and has the same clip (a row of storage.schema.CLIP_SCHEMA), if any.
+
+        It is in another source, or left this one and was not `pruned`: it keeps its clips then, too.
+        """
         if self._by_content is None:
             self._by_content = {}
             for row in self._rows.values():
                 self._by_content.setdefault(content(row), []).append(row)
         rows = self._by_content.get(content(clip), [])
-        heirs = (row["film"] for row in rows if covers(row["film"], clip, self.windows) and self.elsewhere(row["film"]))
-        return next(heirs, None)
+        others = (row["film"] for row in rows if row["path"] and covers(row["film"], clip, self.windows))
+        settled = self._taken | self.renamed.keys() | self._replaced | set(pruned)
+        return next((film for film in others if film not in settled), None)
 
     def missing(self) -> dict[str, str]:
         """Films of the lake that this run's sources had and have no longer, and that did not move: source by name."""
         found = {}
         for film, row in self._rows.items():
-            settled = film in self._taken or film in self.renamed
+            settled = film in self._taken or film in self.renamed or film in self._replaced
             if not settled and row["path"] and place(row["path"], film) not in self._named:
                 origin = self._origin(row)
                 if origin is not None:
@@ -183,7 +194,7 @@ class Identities:
     def _free(self, name: str) -> bool:
         """Whether no film has the name, or one that moved away, or one that is not in this run and gave nothing."""
         row = self._rows.get(name)
-        if row is None or name in self._sought:
+        if row is None or name in self._sought | self._replaced:
             return True
         gave_nothing = not row["sha256"] and not row["clips"]
         return gave_nothing and place(row["path"], name) not in self._places

@@ -6,6 +6,7 @@ their shard: the rest of that shard is written again under a new name, and older
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,7 @@ def pack(
     blocks: Sequence[Block],
     leaving: set[str],
     rejected: set[str] | frozenset[str] = frozenset(),
+    duplicates: Mapping[str, float] | None = None,
 ) -> Packed:
     """Writes the shards and arrays of the next version (steps 2 and 3 of storage.version).
 
@@ -62,6 +64,7 @@ def pack(
         blocks: those that have at least one finished clip, all staged.
         leaving: ids of the base's clips that leave.
         rejected: ids of clips of `blocks`, and of those restored, that the recipe's gates keep out.
+        duplicates: of new clips by id, for the table: how many clips came before with the same frames.
 
     Raises:
         PackError: the codec or the text encoder is not the one that made the base's clips, or a staged block is
@@ -95,7 +98,11 @@ def pack(
             shard = f"{block.block_id}-{short_id(fingerprint({'run': plan.run_id}))}.tar"
             info = write_shard(plan.lake, shard, _samples(clips, arrays, texts, plan.recipe.store_latents))
         shards.append(info)
-        placed = [{**clip.to_row(), "shard": shard, "shard_row": row} for row, clip in enumerate(clips)]
+        known = duplicates or {}
+        placed = [
+            {**clip.to_row(), "duplicates": known.get(clip.clip_id, math.nan), "shard": shard, "shard_row": row}
+            for row, clip in enumerate(clips)
+        ]
         waiting.append((list(placed), arrays))
         if sum(len(part) for part, _ in waiting) >= CLIPS_PER_SHARD or block is blocks[-1]:
             new, together = _joined(waiting)

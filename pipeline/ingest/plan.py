@@ -71,8 +71,9 @@ def plan_ingest(
     if parent is not None and base is None:
         notes.append(f"the recipe differs from version {parent.number}'s: its clips are not carried on, all are new")
     base_films = dataset_films(lake, parent, base)
-    base_clips = dataset_clips(lake, parent, base, base_films, recipe.whole_shots is None)
+    base_clips = dataset_clips(lake, parent, base, base_films, recipe.in_step)
     rejected = read_manifest(lake, base, "rejected").to_pylist() if base else []
+    rejected = _without_lost_originals(rejected, base_clips)
     whole = _without_known_missing(found, base_films)
     found = whole.limited(limit)
     plan = IngestPlan(
@@ -83,14 +84,14 @@ def plan_ingest(
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", moment),
         parent=parent,
         base=base,
-        identities=Identities(base_films, found.items, whole, recipe.whole_shots is None),
+        identities=Identities(base_films, found.items, whole, recipe.in_step),
         films=[],
         blocks=[],
         staged={},
         base_clips=base_clips,
         base_films=base_films,
         restored=[],
-        gate_decision=decide(base_clips, rejected, recipe.gates, recipe.below_gate),
+        gate_decision=decide(base_clips, rejected, recipe.gates, recipe.below_gate, recipe.score_only),
         failures=[],
         notes=notes,
         seconds={},
@@ -116,6 +117,15 @@ def _without_known_missing(found: Discovery, films: Sequence[Row]) -> Discovery:
     known = {place(row["path"], row["film"]) for row in films if row["path"] and row["clips"]}
     failures = [it for it in found.failures if it.reason != "film_missing" or it.place not in known]
     return replace(found, failures=failures)
+
+
+def _without_lost_originals(rejected: Sequence[Row], clips: Sequence[Row]) -> list[Row]:
+    """Clips that were kept out; one is no duplicate any more where what it was like has left the dataset."""
+    held = {clip["frames_id"] for clip in clips}
+    return [
+        {**row, "duplicates": 0.0} if row["duplicates"] > 0 and row["frames_id"] not in held else row
+        for row in rejected
+    ]
 
 
 def _note_missing(plan: IngestPlan, sources: Discovery) -> None:
@@ -223,7 +233,7 @@ def _rename(plan: IngestPlan) -> None:
 
 def _keep_out(plan: IngestPlan, state: FilmState, clips: Sequence[str]) -> None:
     """Counts clips that the gates keep out; a film that has no others is filtered."""
-    failures = [rejection(plan.gate_decision.rejected[clip], plan.recipe.gates) for clip in clips]
+    failures = [rejection(plan.gate_decision.rejected[clip], plan.recipe.rejecting_gates) for clip in clips]
     plan.failures += [replace(failure, film=state.name) for failure in failures]
     state.gated += clips
     state.known = [clip for clip in state.known if clip not in clips]
@@ -366,6 +376,8 @@ def _plan_clips(
                     observed=tuple(bool(seen) for seen in observed),
                     split=split_of(state.row["film_id"], recipe.validation_fraction),
                     preview=False,
+                    short_side=float(min(film.width, film.height)),
+                    film_seconds=film.seconds,
                 )
             )
     if shared and not (clips or state.known or outside):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from pipeline.gates import REJECT, flags, rejection
+from pipeline.gates import flags, rejection
 from pipeline.ingest.cost import measured
 from pipeline.ingest.environment import LASTING, check_environment
 from pipeline.ingest.history import OTHER_RECIPE
@@ -17,7 +18,7 @@ from pipeline.items import BlockResult, Failure, Outcome, Rejected, Row
 from pipeline.sources.tables import BAD_ROW
 from pipeline.stages.embed import Texts
 from storage.failures import write_failures
-from storage.schema import certificate_spread
+from storage.schema import CERTIFICATE, certificate_spread
 from storage.staging import read_block_meta, remove_block, staged_blocks
 
 
@@ -30,15 +31,19 @@ def commit(plan: IngestPlan, texts: Texts | None, results: Sequence[BlockResult]
         PackError, LakeError, DiskFull: the version cannot be written; staged blocks are kept for the next run.
     """
     begin = time.perf_counter()
+    results = _with_duplicates(plan, results)
+    duplicates = {clip.clip_id: clip.certificate.duplicates for result in results for clip in result.made}
     made = {clip for result in results for clip in result.done} | {row["clip_id"] for row in plan.restored}
     lost = {failure.clip_id: failure for result in results for failure in result.failures}
     rejected = _rejected(plan, results)
     made -= set(rejected)
-    lost |= {name: rejection(clip, plan.recipe.gates) for name, clip in rejected.items()}
+    lost |= {name: rejection(clip, plan.recipe.rejecting_gates) for name, clip in rejected.items()}
     here = {film.name for film in plan.films}
     leaving_now = [plan.gate_decision.rejected[name] for name in plan.gate_decision.leaving]
-    elsewhere = [rejection(clip, plan.recipe.gates) for clip in leaving_now if clip.film not in here]
+    elsewhere = [rejection(clip, plan.recipe.rejecting_gates) for clip in leaving_now if clip.film not in here]
+    paths = {film.name: film.row["path"] for film in plan.films}
     failures = [*plan.failures, *lost.values(), *elsewhere]
+    failures = [replace(failure, path=failure.path or paths.get(failure.film, "")) for failure in failures]
     for state in plan.films:
         _settle_film(state, made, lost)
     if not made:
@@ -52,7 +57,7 @@ def commit(plan: IngestPlan, texts: Texts | None, results: Sequence[BlockResult]
     changed = plan.goes_back or rejected or superseded or plan.gate_decision.changes
     if stays and (made or changed or _recorded_anew(plan, owners, leaving)):
         with_clips = [block for block in plan.blocks if any(clip.clip_id in made for clip in block.clips)]
-        packed = pack(plan, texts, with_clips, leaving, set(rejected))
+        packed = pack(plan, texts, with_clips, leaving, set(rejected), duplicates)
         packed = replace(packed, rows=[{**row, "film": owners.get(row["clip_id"], row["film"])} for row in packed.rows])
         rows = _all_films(plan, packed.rows)
         counts = {"films": films.to_json(), "clips": clips.to_json()}
@@ -81,6 +86,7 @@ def commit(plan: IngestPlan, texts: Texts | None, results: Sequence[BlockResult]
         below_gate=plan.recipe.below_gate,
         flagged=sum(bool(row["flags"]) for row in packed.rows) if packed else 0,
         seconds=dict(plan.seconds),
+        rejected=_by_figure(plan, {**plan.gate_decision.rejected, **rejected}, here),
         notes=list(plan.notes),
         tolerate=plan.recipe.tolerate,
         faulty_films=sum(film.outcome.status == "failed" or film.outcome.reason == PARTIAL for film in plan.films),
@@ -149,13 +155,42 @@ def _settle_film(state: FilmState, made: set[str], failures: Mapping[str, Failur
         state.settle("failed", "lost", "no result; run again")
 
 
+def _with_duplicates(plan: IngestPlan, results: Sequence[BlockResult]) -> list[BlockResult]:
+    """The results, their clips' certificates with the number of clips that came before with the same frames."""
+    leaving = plan.gate_decision.leaving
+    seen = Counter(row["frames_id"] for row in [*plan.base_clips, *plan.restored] if row["clip_id"] not in leaving)
+    counted = []
+    for result in results:
+        made = []
+        for clip in result.made:
+            if clip.frames_id:
+                found = float(seen[clip.frames_id])
+                seen[clip.frames_id] += 1
+                clip = replace(clip, certificate=replace(clip.certificate, duplicates=found))
+            made.append(clip)
+        counted.append(replace(result, made=tuple(made)))
+    return counted
+
+
 def _rejected(plan: IngestPlan, results: Sequence[BlockResult]) -> dict[str, Rejected]:
-    """New clips that the recipe's gates keep out, by id."""
-    if plan.recipe.below_gate != REJECT:
-        return {}
+    """New clips that the recipe's gates keep out, by id: before they were encoded, or now."""
+    early = [
+        Rejected(failure.clip_id, failure.film, failure.clip_start, failure.certificate, failure.frames_id)
+        for result in results
+        for failure in result.failures
+        if failure.certificate is not None
+    ]
     clips = [clip.rejected for result in results for clip in result.made]
     clips += [Rejected.from_row(row) for row in plan.restored]
-    return {clip.clip_id: clip for clip in clips if flags(clip.certificate, plan.recipe.gates)}
+    outside = [clip for clip in clips if flags(clip.certificate, plan.recipe.rejecting_gates)]
+    return {clip.clip_id: clip for clip in [*early, *outside]}
+
+
+def _by_figure(plan: IngestPlan, rejected: Mapping[str, Rejected], films: set[str]) -> dict[str, int]:
+    """How many clips of these films each gate keeps out."""
+    outside = [flags(clip.certificate, plan.recipe.rejecting_gates) for clip in rejected.values() if clip.film in films]
+    counted = Counter(name for names in outside for name in names)
+    return {measure.name: counted[measure.name] for measure in CERTIFICATE if counted[measure.name]}
 
 
 def _ownership(plan: IngestPlan, made: set[str]) -> tuple[set[str], dict[str, str]]:
@@ -180,7 +215,7 @@ def _ownership(plan: IngestPlan, made: set[str]) -> tuple[set[str], dict[str, st
     going = renewed | plan.pruned
     for row in plan.base_clips:
         if row["film"] in going and row["clip_id"] not in current:
-            heir = plan.identities.heir(row)
+            heir = plan.identities.heir(row, plan.pruned)
             if heir is None:
                 leaving.add(row["clip_id"])
             else:
@@ -221,7 +256,9 @@ def _all_films(plan: IngestPlan, clips: Sequence[Row]) -> list[Row]:
     here = {film.name for film in plan.films}
     others: list[Row] = [{**row, "status": "unchanged"} if row["status"] == "done" else row for row in plan.base_films]
     left = [clip for name, clip in plan.gate_decision.rejected.items() if name in plan.gate_decision.leaving]
-    emptied = {clip.film: rejection(clip, plan.recipe.gates).outcome for clip in left if clip.film not in held}
+    emptied = {
+        clip.film: rejection(clip, plan.recipe.rejecting_gates).outcome for clip in left if clip.film not in held
+    }
     others = [{**row, **_verdict(emptied[row["film"]])} if row["film"] in emptied else row for row in others]
     heirs = {"status": "unchanged", "reason": "", "detail": ""}
     others = [{**row, **heirs} if row["reason"] == "duplicate" and row["film"] in held else row for row in others]

@@ -105,6 +105,8 @@ class IngestReport:
     below_gate: str = "reject"
     flagged: int = 0
     """Clips of this version that are outside a gate and kept."""
+    rejected: dict[str, int] = field(default_factory=dict)
+    """Clips of this run that each gate keeps out; one clip may be outside several."""
     notes: Sequence[str] = ()
     """Lines of the plan for people: where captions came from, what the sources left out."""
 
@@ -149,9 +151,11 @@ class IngestReport:
         sides = {measure.name: "at least" if measure.higher_is_better else "at most" for measure in CERTIFICATE}
         bounds = [f"{name} {sides[name]} {bound:g}" for name, bound in self.gates.items() if bound is not None]
         if bounds:
-            out = f"{self.clips.filtered.get(BELOW_GATE, 0)} clips are kept out"
+            by_figure = ", ".join(f"{name} {count}" for name, count in self.rejected.items())
+            out = f"{self.clips.filtered.get(BELOW_GATE, 0)} clips are kept out{by_figure and f' ({by_figure})'}"
             kept = f"{self.flagged} clips of this version are flagged"
-            lines.append(f"gates: {', '.join(bounds)}: {out if self.below_gate == REJECT else kept}")
+            said = kept if self.below_gate != REJECT else f"{kept}; {out}" if self.flagged else out
+            lines.append(f"gates: {', '.join(bounds)}: {said}")
         return lines
 
     def to_json(self) -> dict[str, Any]:
@@ -171,6 +175,7 @@ class IngestReport:
             "gates": self.gates,
             "below_gate": self.below_gate,
             "flagged": self.flagged,
+            "rejected": self.rejected,
             "seconds": self.seconds,
             "notes": list(self.notes),
             "exit_status": self.exit_status,

@@ -71,6 +71,7 @@ def copy_block(lake: Lake, recipe: DataRecipe, recipe_fingerprint: str, block: B
                 latents=arrays["latents"][0, :frames],
                 coefficients=arrays["coefficients"][0],
                 certificate=stored.certificate,
+                frames_id=stored.frames_id,
             )
         )
     made = tuple(MadeClip.of(work) for work in works)
@@ -124,6 +125,7 @@ def _with_best(lake: Lake, clip: ClipPlan, found: Iterable[tuple[Version, Row, b
             preview=row["preview"],
             certificate=Certificate.from_row(row),
             codec=CodecFacts.from_json(facts),
+            frames_id=row["frames_id"],
         )
         if stored.whole:
             return replace(clip, stored=stored)

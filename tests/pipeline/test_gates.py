@@ -108,7 +108,7 @@ def test_rejected_clips_stay_out_and_come_back(films: Path, tmp_path: Path) -> N
     told = next(line for line in report.lines() if line.startswith("certificate, median (worst clip): psnr_codec "))
     assert " dB, ssim_codec " in told
     assert "residual" not in told, "the linear codec has none"
-    assert "gates: psnr_codec at least 60: 3 clips are kept out" in report.lines()
+    assert "gates: psnr_codec at least 60: 3 clips are kept out (psnr_codec 3)" in report.lines()
     assert report.to_json()["certificate"]["psnr_codec"]["clips"] == 2
 
     again = ingest(films, lake, recipe=gated(psnr_codec=60.0), runner=NoWork())

@@ -84,7 +84,13 @@ def test_a_gate_is_a_number_on_a_figure_of_the_certificate(settings: dict[str, o
 def test_only_what_changes_data_is_fingerprinted() -> None:
     changed: dict[str, object] = {"name": "x", "captions_required": False, "observe": "all", "method": "linear"}
     changed |= {"size": (32, 32), "store_latents": False, "text": {"kind": "other"}, "codec": {"kind": "other"}}
-    changed |= {"gates": {"psnr_codec": 20.0}, "below_gate": "flag", "shots": {"min_frames": 4}}
+    changed |= {
+        "score_only": ["cuts"],
+        "split_at_cuts": True,
+        "gates": {"psnr_codec": 20.0},
+        "below_gate": "flag",
+        "shots": {"min_frames": 4},
+    }
     housekeeping = set()
     for field in dataclasses.fields(DataRecipe):
         value = getattr(demo(), field.name)
@@ -98,7 +104,7 @@ def test_only_what_changes_data_is_fingerprinted() -> None:
             housekeeping.add(field.name)
     assert housekeeping == {
         *("name", "preview_clips", "block_clips", "captions_required", "tolerate"),
-        *("max_pixels", "max_frames", "max_bytes", "timeout", "certify_frames", "gates", "below_gate"),
+        *("max_pixels", "max_frames", "max_bytes", "timeout", "certify_frames", "gates", "below_gate", "score_only"),
     }
 
 

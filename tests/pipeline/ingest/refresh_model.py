@@ -27,6 +27,7 @@ from pipeline.ingest.block import DecodeStage
 from pipeline.items import ClipWork
 from pipeline.media.decode import Probe
 from pipeline.recipes import linear
+from storage.fingerprint import bytes_digest, short_id
 from storage.layout import Lake
 from storage.verify import verify
 from storage.version import load, read_manifest
@@ -228,9 +229,8 @@ def _faults(lake: Path, told: Model, recipe: str, numbers: dict[str, int]) -> li
     version = load(opened)
     clips = read_manifest(opened, version, "clips").to_pylist()
     films = read_manifest(opened, version, "films").to_pylist()
-    for row in films:  # a film's id is a hash of its file, which is its content's number
-        if row["film"] in told.source:
-            numbers[row["film_id"]] = told.source[row["film"]].content
+    for film in told.source.values():  # a film's id is a hash of its file, which is its content's number
+        numbers[short_id(bytes_digest(f"{film.content}\n".encode()))] = film.content
     found = [(numbers[row["film_id"]], row["caption"], row["clip_start"]) for row in clips]
     faults = []
     if len(set(found)) != len(found):

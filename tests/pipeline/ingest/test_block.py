@@ -41,7 +41,7 @@ def test_a_block_as_staged(scene: Film, tmp_path: Path) -> None:
     result = worker.process("b", clips)
     assert result.done == [clip.clip_id for clip in clips]
     assert len(clips) == 4
-    assert set(result.seconds) == {"decode", "invert", "project"}
+    assert set(result.seconds) == {"decode", "content", "stored", "invert", "project"}
     arrays, meta = read_block(lake, "b")
     assert {name: (array.shape, array.dtype.str) for name, array in arrays.items()} == {
         "latents": ((4, 16, 12, 4, 6), "<f2"),
