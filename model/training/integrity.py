@@ -63,7 +63,7 @@ def missing(folder: Path) -> str:
     try:
         files = json.loads((folder / "state.json").read_text()).get("files", FILES)
     except (OSError, ValueError, AttributeError):
-        files = FILES if (folder / FILES[0]).is_file() else ("state.json",)
+        files = ("state.json",) if any(folder.glob("shard-*")) else FILES
     names = [name for name in files if not (folder / name).is_file()]
     return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing" if names else ""
 
