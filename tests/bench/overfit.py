@@ -31,7 +31,8 @@ FRAME_GOAL, CEILING_GOAL = 40.0, 1.0
 """dB of the worst frame against the codec, and dB below the codec's ceiling against the film."""
 CHANGES = {
     "batch": 4, "times_per_clip": 8, "clip_start_dropout": 1.0, "caption_dropout": 0.0, "ema_decay": 0.995,
-    "learning_rate": 1e-3, "checkpoint_every": 500, "log_every": 50, "validate_every": 100_000, "learning_rate_decay": 0.6,
+    "learning_rate": 1e-3, "checkpoint_every": 500, "log_every": 50, "validate_every": 100_000,
+    "learning_rate_decay": 0.6,
 }  # fmt: skip
 """Of the demo's recipe: there is one clip, which its caption names."""
 FIGURES = ("recall_worst", "recall", "recall_lookup", "recall_first_frame", "recall_mean_frame", "film_sample",
