@@ -45,8 +45,6 @@ def test_a_lake_in_a_bucket_is_ingested_refreshed_verified_and_trained_on(
     assert main(["train", *words, "--recipe", "demo", *TINY, "--set", "loader_workers=1"]) == 0
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
-    assert main(["evaluate", *words, "--out", str(tmp_path / "report")]) == 0
-    assert json.loads((tmp_path / "report" / "metrics.json").read_text())["train"]["clips"] == 3
     everything = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".mp4"]
     assert not any(b"test-secret-7Q" in data for data in everything), "no file has the secret"
     assert "test-secret-7Q" not in "".join(capsys.readouterr())
