@@ -126,7 +126,7 @@ class Flowception(SequenceMethod):
         if (shortest := int(figures["shortest"])) < options.start_frames:
             raise ValueError(
                 f"start_frames is {options.start_frames}, but a clip has {shortest} frames, fewer than a sample begins "
-                f"with; choose --set start_frames={shortest}, or ingest with a larger --set min_frames=..."
+                f"with; choose --set start_frames={shortest}, or ingest with a larger --set shots.min_frames=..."
             )
         return cls(options, figures["latent_scale"], int(figures["longest"]))
 

@@ -376,7 +376,7 @@ def test_figures_are_measured_and_short_clips_named() -> None:
     figures = Flowception.prepare(clips, {})
     assert figures["latent_scale"] == pytest.approx(3, rel=0.2)
     assert (figures["shortest"], figures["longest"]) == (2.0, 6.0)
-    with pytest.raises(ValueError, match=r"a clip has 2 frames, fewer.*--set start_frames=2.*min_frames"):
+    with pytest.raises(ValueError, match=r"a clip has 2 frames, fewer.*--set start_frames=2.*shots.min_frames"):
         Flowception.build(FlowceptionOptions(), figures, {})
     assert Flowception.build(FlowceptionOptions(start_frames=2), figures, {}).longest == 6
 
