@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from model.training.ema import MovingAverage
-from model.training.sharding import sharded_like
+from model.training.sharding import is_sharded, sharded_like
 
 WINDOW = 100
 """Steps over which the mean of the gradient norms runs; it says nothing before there were as many."""
@@ -85,7 +85,9 @@ class TrainingState:
         for optimizer, of_one in zip(self.optimizers, values["optimizers"], strict=True):
             held = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
             slots = {
-                index: {name: sharded_like(value, held.get(index)) for name, value in slot.items()}
+                index: {
+                    name: _laid_out_like(sharded_like(value, held[index]), held[index]) for name, value in slot.items()
+                }
                 for index, slot in of_one["state"].items()
             }
             groups = [
@@ -97,3 +99,14 @@ class TrainingState:
         if norms := values.get("norms"):  # checkpoints of older programs have none
             kept = (torch.tensor(norms[name], dtype=torch.float64) for name in ("log_mean", "steps"))
             self.norms = GradientNorms(*kept)
+
+
+def _laid_out_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A slot of an optimiser with its numbers in memory as the parameter's are, such as channels last.
+
+    Files hold tensors in rows. torch's fused AdamW on a CPU goes through the memory of parameter and slots alike, and
+    computes nonsense where their layouts differ (torch 2.13).
+    """
+    if is_sharded(value) or value.shape != parameter.shape or value.stride() == parameter.stride():
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from model.stop import Stopped, StopSignal
-from model.training.checkpoint import Run, tensors_by_file
+from model.training.checkpoint import Run, restore, save, tensors_by_file
 from model.training.ema import MovingAverage
 from model.training.grams import Grams
 from model.training.log import read_log
@@ -132,3 +132,25 @@ def test_what_an_older_program_saved_of_its_optimisers_goes_on_with_ours(tmp_pat
     network(torch.ones(3)).sum().backward()
     list_of_steps.apply(2, torch.tensor(torch.nan))
     assert float(now[0].state[network.bias]["step"]) == 1
+
+
+def test_a_restored_state_lies_in_memory_as_its_parameter_does(tmp_path: Path) -> None:
+    """Fused AdamW on a CPU mixes the values up where it does not: weights of convolutions may be channels last."""
+
+    def fresh() -> TrainingState:
+        torch.manual_seed(0)
+        network = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        return TrainingState(network, MovingAverage(network, 0.9), [adamw(network.parameters(), 1e-2, 0.0, 0.9)])
+
+    def step(state: TrainingState) -> None:
+        state.network(torch.linspace(-1, 1, 75).view(1, 3, 5, 5)).square().sum().backward()
+        state.optimizers[0].step()
+        state.optimizers[0].zero_grad()
+
+    one, other = fresh(), fresh()
+    step(one)
+    save(Run(tmp_path), one, 1)
+    restore(Run(tmp_path).folder(0), other)
+    for state in (one, other):
+        step(state)
+    assert torch.equal(one.network.weight, other.network.weight)
