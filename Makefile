@@ -1,11 +1,11 @@
-# Everything a person types: make setup, make demo, make test, make bench, make bench-gpu, make multihost.
+# Everything a person types: make setup, make demo, make test, make bench, make bench-gpu, make multihost, make chaos.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCE ?=
 CAPTIONS ?=
 WORKERS ?= 2
 
-.PHONY: setup demo test test-perturbed bench bench-gpu multihost lint clean
+.PHONY: setup demo test test-perturbed bench bench-gpu chaos multihost lint clean
 
 setup: .venv/installed
 
@@ -45,6 +45,10 @@ bench-gpu: setup
 # A training on two hosts, which are network namespaces here; one is killed and comes back. Needs root.
 multihost: setup
 	@$(BIN)/python -m tests.bench.multihost
+
+# Two hundred crashes at random steps of what changes a lake, and the tally of what the next runs made of them.
+chaos: setup
+	@$(BIN)/python -m tests.bench.chaos --trials 200
 
 clean:
 	rm -rf .venv demo build *.egg-info

@@ -166,8 +166,11 @@ def plan_erasure(lake: Lake, film: str, dry_run: bool = False) -> Change:
     caption_ids = {row["caption_id"] for row in gone["clips"] if row["caption"] not in kept_captions} - {
         row["caption_id"] for row in kept_rows if "caption_id" in row
     }
+    pictures = {row["frames_id"] for row in [*gone["clips"], *gone["rejected"]]} - {
+        row.get("frames_id", "") for row in kept_rows
+    }
     needles = Needles(
-        frozenset(identities | clip_ids | caption_ids),
+        frozenset((identities | clip_ids | caption_ids | pictures) - {""}),
         frozenset((names | captions | paths) - kept_texts - {""}),
         frozenset(kept_texts),
     )

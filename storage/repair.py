@@ -271,7 +271,10 @@ def _from_arrays(
     if arrays is None:
         return
     names = list(template["clip.json"]) if template and "clip.json" in template else None
-    names = names or [name for name in CLIP_SCHEMA.names if name not in _PLACEMENT]
+    # Without a sample to show it: programs of before had no ids of pictures.
+    names = names or [
+        name for name in CLIP_SCHEMA.names if name not in _PLACEMENT and (name != "frames_id" or told[0].get(name))
+    ]
     for own in told:
         facts = {name: own[name] for name in names if name in own}
         yield {"__key__": clip, **arrays, **({"clip.json": facts} if "clip.json" in members else {})}

@@ -354,7 +354,7 @@ def test_a_plan_makes_nothing(vlfm: Say, films: Path, tmp_path: Path) -> None:
     assert "2 films" in out
     assert list(tmp_path.iterdir()) == []
     status, out, _ = vlfm("ingest", films, "--lake", "lake", "--plan", "--json", "--limit", "1")
-    assert json.loads(out) == {"films": 1, "clips": 1, "blocks": 1}
+    assert json.loads(out) == {"films": 1, "clips": 1, "blocks": 1, "cost": None}
     status, out, _ = vlfm("ingest", films, "--lake", "lake", "--plan", "--json", "--set", "duration=1")
     assert json.loads(out)["clips"] == 4
     assert list(tmp_path.iterdir()) == []

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from storage import arrays, failures, shards, staging, version
 from storage.fingerprint import fingerprint, short_id
 from storage.layout import Lake
-from storage.schema import CERTIFICATE
+from storage.schema import CERTIFICATE, CLIP_SCHEMA, FILM_SCHEMA, REJECTED_SCHEMA
+from tests.storage.sample_lake import whole
 
 FRAMES, ORDER, LATENT, WIDTH, TOKENS = 6, 8, (3, 4, 4), 5, 7
 RECIPE = {"name": "test", "duration": 2.0, "order": ORDER, "store_latents": True}
@@ -93,14 +95,19 @@ def _film_row(film: Film, status: str, clips: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _whole(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> list[dict[str, Any]]:
+    return [whole(row, schema) for row in rows]
+
+
 def publish(
     lake: Lake,
     films: Sequence[Film],
     recipe: dict[str, Any] = RECIPE,
     rejected: Sequence[Film] = (),
     failed: Sequence[Film] = (),
+    stage: Callable[..., Any] = staging.write_block,
 ) -> version.Version:
-    """The next version holds exactly these films' clips."""
+    """The next version holds exactly these films' clips; `stage` stages the block of new ones."""
     with lake.writing():
         parent = version.latest(lake)
         number = parent.number + 1 if parent else 1
@@ -128,7 +135,7 @@ def publish(
         snapshot = parent.snapshot if parent else None
         if new:
             block = short_id(fingerprint([clip["facts"]["clip_id"] for clip in new]))
-            staging.write_block(lake, block, {}, {"block": [clip["facts"]["clip_id"] for clip in new]})
+            stage(lake, block, {}, {"block": [clip["facts"]["clip_id"] for clip in new]})
             info = shards.write_shard(lake, f"{block}.tar", [_sample(clip, recipe["store_latents"]) for clip in new])
             infos.append(info)
             snapshot, first = _append(lake, group, new, number, snapshot)
@@ -162,7 +169,9 @@ def publish(
             codec={"id": "linear"}, text={"id": "builtin/clip", "dim": WIDTH, "length": TOKENS, "empty": empty},
             clip={"duration": 2.0, "order": ORDER, "frames_max": FRAMES, "latent_shape": list(LATENT)},
             snapshot=snapshot, group=group, shards=tuple(infos),
-            manifest=version.write_manifest(lake, number, rows, table, outside),
+            manifest=version.write_manifest(
+                lake, number, _whole(rows, CLIP_SCHEMA), _whole(table, FILM_SCHEMA), _whole(outside, REJECTED_SCHEMA)
+            ),
             merkle_root=version.shards_root(lake, infos), counts={"clips": {"done": len(rows)}},
             parent=parent.number if parent else None,
         )  # fmt: skip

@@ -6,10 +6,12 @@ import hashlib
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from storage import arrays, shards, staging, version
 from storage.fingerprint import fingerprint, short_id
 from storage.layout import Lake
+from storage.schema import CLIP_SCHEMA, completed
 
 RECIPE = {"name": "test", "duration": 2.0, "order": 8}
 GROUP = short_id(fingerprint(RECIPE))
@@ -96,8 +98,15 @@ def texts(captions: list[str]) -> arrays.Texts:
     )
 
 
+def whole(row: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:
+    """A row with every column of a table; what it lacks is unknown, as of an older program."""
+    # One row without a column to begin with, which `completed` fills in.
+    blank = completed(pa.table({"row": [0]}), schema).to_pylist()[0]
+    return {name: row.get(name, blank[name]) for name in schema.names}
+
+
 def clip_row(entry: dict[str, Any], shard: str, shard_row: int, array_row: int, text_row: int) -> dict[str, Any]:
-    return {
+    row = {
         "clip_id": entry["clip_id"], "film_id": identity("film"), "film": "folder/film.mp4",
         "caption": entry["caption"], "caption_id": entry["caption_id"], "clip_start": 0.5, "duration": 2.0,
         "split": "train", "frames": entry["frames"], "frames_observed": 3, "shard": shard, "shard_row": shard_row,
@@ -106,6 +115,7 @@ def clip_row(entry: dict[str, Any], shard: str, shard_row: int, array_row: int, 
         "end_ratio": 1.0, "preview": entry["preview"] is not None, "ssim_codec": 0.9, "psnr_vae": 41.0,
         "ssim_vae": 0.95, "residual": 1e-4, "latent_round_trip": 60.0, "frames_certified": entry["frames"], "flags": "",
     }  # fmt: skip
+    return whole(row, CLIP_SCHEMA)
 
 
 def film_row(clips: int) -> dict[str, Any]:
