@@ -170,8 +170,6 @@ def ingest(
             "allow_outside": allow_outside,
             "table_format": table_format,
         }
-        report = _ingest(sources, lake, captions, _recipe(recipe, settings), limit, ray_address, **how)
-        how = {"columns": columns, "prune": prune, "allow_outside": allow_outside}
         report = _ingest(sources, lake, captions, _recipe(recipe, settings), limit, ray_address, report_file, **how)
     except StepFailed as error:
         return Failed(message=str(error), data=IngestFailed(str(error), _nothing(str(error), lake)))

@@ -92,10 +92,17 @@ class _Faulty:
     """A WSGI application that answers some requests wrongly, and lets moto answer the others."""
 
     def __init__(self, application: Callable[..., Iterable[bytes]]) -> None:
-        self.application = application
+        self.moto = application
         self.faults: list[dict[str, Any]] = []
         self.asked: list[str] = []
-        self.lock = threading.Lock()
+        self.lock, self.puts = threading.Lock(), threading.Lock()
+
+    def application(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """moto's answer; one put at a time, since moto compares a condition and stores in two steps, and S3 in one."""
+        if environ["REQUEST_METHOD"] != "PUT":
+            return self.moto(environ, start_response)
+        with self.puts:
+            return list(self.moto(environ, start_response))
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         path = environ["PATH_INFO"]

@@ -43,8 +43,6 @@ class Schedule:
     """Steps between two checkpoints; the last step has one too."""
     checkpoints_kept: int
     """Newest checkpoints that stay on disk."""
-    checkpoints: str = "whole"
-    """How they are written: `whole` or `distributed` (model.training.saving)."""
     bad_steps_allowed: int = 10
     """Steps in a row that may be skipped because loss or gradient are not finite or a spike; one more ends the run."""
     validate_every: int = 1
@@ -55,6 +53,8 @@ class Schedule:
     """How many times its running mean a gradient norm may be; 0 allows any."""
     mean_losses: bool = False
     """Whether a line of the log has the mean of the losses since the line before, instead of its own step's."""
+    checkpoints: str = "whole"
+    """How checkpoints are written: `whole` or `distributed` (model.training.saving)."""
 
 
 class Batches(Protocol):

@@ -56,9 +56,9 @@ def older_rows(lake: Lake, base: Version | None, wanted: set[str]) -> dict[str, 
 
 
 def _is_whole(lake: Lake, row: Row) -> bool:
-    """Whether a clip's sample in an older shard can be copied; its checksum is compared."""
+    """Whether a clip's sample in an older shard can be copied; all its checksums are compared."""
     try:
-        ShardReader(lake, row["shard"]).read(row["shard_row"], [])
+        ShardReader(lake, row["shard"]).read(row["shard_row"])
     except DamagedShard:
         return False
     return True

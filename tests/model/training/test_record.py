@@ -110,6 +110,7 @@ def test_what_a_resumed_run_may_change(old: Path) -> None:
                 "sharding": "fsdp",
                 "accumulate": 3,
                 "checkpoints": "distributed",
+                "learning_rate_fall": "cosine",
             }
             other = known.get(field.name, other)
             changed = dataclasses.replace(record.recipe, **{field.name: other})

@@ -203,7 +203,16 @@ def test_the_stages_by_hand(films: Path, tmp_path: Path) -> None:
     results = [result for block in plan.blocks for result in run_blocks(plan, [block], InProcess())]
     report = commit(plan, texts, results)
     assert report.version == 1
-    assert set(report.to_json()["seconds"]) == {"plan", "embed", "decode", "stored", "invert", "project", "commit"}
+    assert set(report.to_json()["seconds"]) == {
+        "plan",
+        "embed",
+        "content",
+        "decode",
+        "stored",
+        "invert",
+        "project",
+        "commit",
+    }
 
 
 def test_the_sources_are_looked_at_once(films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
