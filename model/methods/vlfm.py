@@ -101,7 +101,7 @@ class VLFMOptions:
             "derivative_weight",
         )
         shares = ("anchor_dropout", "start_anywhere", "caption_dropout", "clip_start_dropout", "context_dropout")
-        rules = dict.fromkeys((*not_negative, "derivative_weight"), AT_LEAST_0) | dict.fromkeys(shares, SHARE)
+        rules = dict.fromkeys(not_negative, AT_LEAST_0) | dict.fromkeys(shares, SHARE)
         check_settings(self, {**rules, "times_per_clip": AT_LEAST_1, "warmup_share": SHARE_BELOW_1})
         if self.anchor not in ANCHORS:
             raise ValueError(f"anchor is {self.anchor!r}; it must be one of {', '.join(ANCHORS)}")
