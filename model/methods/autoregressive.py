@@ -6,9 +6,8 @@ are computed once (exactly; docs/method.md). The clip's length is given.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -57,13 +56,6 @@ class Autoregressive(SequenceMethod):
     Sampling: ClassVar[type[AutoregressiveSampling]] = AutoregressiveSampling
 
     options: AutoregressiveOptions
-
-    @classmethod
-    def build(
-        cls, options: AutoregressiveOptions, figures: Mapping[str, float], clip_format: Mapping[str, Any]
-    ) -> Autoregressive:
-        """The method on a version's clips."""
-        return cls(options, figures["latent_scale"], int(figures["longest"]))
 
     def loss(self, backbone: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """The mean squared error of the velocity of one frame of each clip, given the clean ones before it.

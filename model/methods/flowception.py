@@ -128,7 +128,7 @@ class Flowception(SequenceMethod):
                 f"start_frames is {options.start_frames}, but a clip has {shortest} frames, fewer than a sample begins "
                 f"with; choose --set start_frames={shortest}, or ingest with a larger --set shots.min_frames=..."
             )
-        return cls(options, figures["latent_scale"], int(figures["longest"]))
+        return super().build(options, figures, clip_format)
 
     def loss(self, backbone: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """The velocity loss of the active frames plus `insertion_weight` times the insertion loss.

@@ -6,9 +6,8 @@ of the attention and of the loss; where all have one length there is no mask.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,11 +45,6 @@ class Full(SequenceMethod):
     Sampling: ClassVar[type[SequenceSampling]] = SequenceSampling
 
     options: FullOptions
-
-    @classmethod
-    def build(cls, options: FullOptions, figures: Mapping[str, float], clip_format: Mapping[str, Any]) -> Full:
-        """The method on a version's clips."""
-        return cls(options, figures["latent_scale"], int(figures["longest"]))
 
     def loss(self, backbone: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """The mean squared error of the velocity X_1 - X_0 over all frames of the batch but given ones."""

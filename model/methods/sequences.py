@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import torch
@@ -145,6 +145,11 @@ class SequenceMethod:
             counts.append(len(latents))
         scale = math.sqrt(squares / values) if values else 1.0
         return {"latent_scale": max(scale, 1e-6), "shortest": float(min(counts)), "longest": float(max(counts))}
+
+    @classmethod
+    def build(cls, options: Any, figures: Mapping[str, float], clip_format: Mapping[str, Any]) -> Self:
+        """The method on a version's clips."""
+        return cls(options, figures["latent_scale"], int(figures["longest"]))
 
     def frames(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Scaled latents (B, N, C, h, w) of a batch, and which frames are no padding (B, N)."""
