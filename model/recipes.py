@@ -47,6 +47,7 @@ RULES = {
     "sharding": one_of("none", "fsdp"),
     "learning_rate_fall": one_of("linear", "cosine"),
     "checkpoints": one_of("whole", "distributed"),
+    "caption_padding": one_of("masked", "seen"),
 }
 """What the fields of a training recipe may be."""
 
@@ -73,6 +74,10 @@ class TrainRecipe:
     """Norm of each head's queries and keys: `none`, `rms` or `layer`."""
     architecture: str = "vlfm"
     """`vlfm`, or `dit`: norms and time embedding of the published DiT, which `--init-from` needs."""
+    caption_padding: str = "masked"
+    """What cross-attention makes of captions of different lengths: `masked` hides what shorter ones lack; `seen` fills
+    all up to the text encoder's length with rows of zeros that it sees, as Stable Diffusion's sees its padding. Then no
+    mask rules out a GPU's flash kernels, and all batches have one shape; with short captions a CPU has more to do."""
     stem: int = 0
     """Channels of convolutions before and after the transformer's blocks, a multiple of 8; 0 leaves them out."""
     stem_depth: int = 2
@@ -283,6 +288,7 @@ def flowception_base() -> TrainRecipe:
         learning_rate_decay=0.0,
         weight_decay=0.03,
         ema_decay=0.9999,
+        caption_padding="seen",
         precision="bfloat16",
         sharding="fsdp",
         activation_checkpointing=True,
@@ -359,6 +365,7 @@ def _of_size(name: str, size: str) -> TrainRecipe:
         learning_rate=1e-4,
         learning_rate_warmup=1000,
         learning_rate_decay=0.0,
+        caption_padding="seen",
         ema_decay=0.9999,
         precision="bfloat16",
         checkpoint_every=5000,

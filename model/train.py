@@ -222,6 +222,7 @@ def run_record(
         architecture=recipe.architecture,
         stem=recipe.stem,
         stem_depth=recipe.stem_depth,
+        caption_rows=version.text["length"] if recipe.caption_padding == "seen" else 0,
     )
     if before is None and init_from is not None:
         start_from(init_from).check(backbone)  # weights that do not fit are told before the run is described

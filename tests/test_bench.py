@@ -125,11 +125,12 @@ def test_a_tiny_training_gives_every_row_and_the_kernels(tmp_path: Path, capsys:
     found = json.loads(kept.read_text())
     rows = [gpu.Row(**row) for row in found["rows"]]
     assert [(row.goal_id, row.what) for row in rows] == [
-        ("H3", "tiny"), ("H3", "tiny, captions"), ("H5", "waiting for data, tiny"),
+        ("H3", "tiny"), ("H3", "tiny, captions seen"), ("H3", "tiny, captions masked"),
+        ("H5", "waiting for data, tiny"),
     ]  # fmt: skip
-    assert all(row.value and row.share and row.share < 1 for row in rows[:2])
-    assert rows[2].value is not None
-    assert 0 <= rows[2].value < 1
+    assert all(row.value and row.share and row.share < 1 for row in rows[:3])
+    assert rows[3].value is not None
+    assert 0 <= rows[3].value < 1
     assert found["kernels"]
     assert "### " in capsys.readouterr().out
 
@@ -137,7 +138,7 @@ def test_a_tiny_training_gives_every_row_and_the_kernels(tmp_path: Path, capsys:
 def test_the_work_of_a_training_step_is_that_of_performance_md() -> None:
     """Ours has the embedding of given frames and of the clip besides."""
     for pixels, expected in ((256, 0.712), (512, 3.147)):
-        found = gpu_training.tflop(published_config("XL/2", pixels), captions=False)
+        found = gpu_training.tflop(published_config("XL/2", pixels), captions="none")
         assert found == pytest.approx(expected, rel=0.01)
 
 

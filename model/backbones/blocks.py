@@ -37,11 +37,12 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width)
 
     def forward(
-        self, tokens: Tensor, condition: Tensor, text: Tensor, words: Tensor, attention: Attention, layer: int
+        self, tokens: Tensor, condition: Tensor, text: Tensor, words: Tensor | None, attention: Attention, layer: int
     ) -> Tensor:
         """Tokens (B, L, n, W), condition (B, L, W), text (B, M, W) and words (B, M) to tokens of the same shape.
 
-        layer: the block's number, by which a cache knows it.
+        words: true for rows of the text that are seen; None where all are.  layer: the block's number, by which a cache
+        knows it.
         """
         batch, frames, count, width = tokens.shape
         parts = self.modulation(condition)[:, :, None].chunk(6, dim=-1)  # six of (B, L, 1, W)
@@ -72,8 +73,8 @@ class CrossAttention(nn.Module):
         self.norm_q, self.norm_k = HeadNorm(width // heads, qk_norm), HeadNorm(width // heads, qk_norm)
         self.out = nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor, text: Tensor, words: Tensor) -> Tensor:
-        """Tokens (B, L, n, W), text (B/K, M, W), words (B/K, M), true for valid rows, to (B, L, n, W)."""
+    def forward(self, tokens: Tensor, text: Tensor, words: Tensor | None) -> Tensor:
+        """Tokens (B, L, n, W), text (B/K, M, W), words (B/K, M), true for rows that are seen, to (B, L, n, W)."""
         batch, frames, count, width = tokens.shape
         size, texts = width // self.heads, text.shape[0]
         # K states' tokens in one row: (B/K, heads, K*L*n, W/heads)
@@ -82,7 +83,9 @@ class CrossAttention(nn.Module):
             self.key_value(text).view(texts, -1, 2, self.heads, size).permute(2, 0, 3, 1, 4)
         )  # (B/K, heads, M, W/heads)
         q, k = self.norm_q(q), self.norm_k(k)
-        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=words[:, None, None])
+        # Any mask, even one that hides nothing, rules out a GPU's flash kernels.
+        mask = None if words is None else words[:, None, None]
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(mixed.transpose(1, 2).reshape(batch, frames, count, width))
 
 

@@ -74,11 +74,15 @@ class BackboneConfig:
     """Channels of the convolutions before and after the blocks, a multiple of 8; 0 leaves them out."""
     stem_depth: int = 2
     """Residual blocks of convolutions before the transformer, and as many after it."""
+    caption_rows: int = 0
+    """Rows that every caption is filled up to with zeros; cross-attention sees them all and needs no mask. 0: a caption
+    has the rows that it has, and a mask hides those that others of the batch have more."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, int) and not isinstance(value, bool) and value < (name != "stem"):
-                raise ValueError(f"{name} is {value}; it must be at least {int(name != 'stem')}")
+            least = int(name not in ("stem", "caption_rows"))
+            if isinstance(value, int) and not isinstance(value, bool) and value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
         if self.stem % GROUPS:
             raise ValueError(f"stem is {self.stem}; it must be a multiple of {GROUPS}, or 0 for none")
         if not self.outputs:
@@ -254,8 +258,8 @@ class Backbone(nn.Module):
         if self.rate_token is not None:
             tokens = torch.cat([tokens, self.rate_token.to(tokens.dtype).expand(batch, frames, 1, -1)], 2)
 
-        text = self.text(given.text)  # (B or B/K, M, W)
-        words = torch.arange(text.shape[1], device=text.device) < given.text_length[:, None]  # (B or B/K, M)
+        caption, words = given.captions(self.config.caption_rows)
+        text = self.text(caption)  # (B or B/K, M, W)
         attention: Attention
         size = self.config.sequence
         if cache is None:

@@ -6,9 +6,9 @@
 What is timed is the trainer's own step: a method's loss (VLFM, four flow times a clip) under bfloat16 autocast,
 backward, and model.training.updates with fused AdamW and the average; weights and optimiser in float32. A state of a
 clip is what others call an image. Rows with and without cross-attention stand apart: the published DiT has none, and
-the goals are its. Beside each the limit: forward and backward FLOP, counted on the meta device, over the bfloat16
-matrix product measured here; the share of it is the MFU. Sizes that do not fit are rows. At the end the kernels that
-take longest.
+the goals are its. With it there is a row for each `caption_padding`: the mask of `masked` rules out flash kernels.
+Beside each the limit: forward and backward FLOP, counted on the meta device, over the bfloat16 matrix product measured
+here; the share of it is the MFU. Sizes that do not fit are rows. At the end the kernels that take longest.
 
 H5 reads a lake of clips of such latents (16 coefficients) through the trainer's loader beside
 such steps, where the storage's libraries are installed.
@@ -49,6 +49,8 @@ from tests.bench.sizes import published_config
 
 TIMES, WORDS, ORDER = 4, 77, 16
 """Flow times of a clip, rows of a caption, coefficients of a clip."""
+CAPTIONS = ("none", "seen", "masked")
+"""No cross-attention, or cross-attention with one `caption_padding` or the other."""
 WAIT = 0.01
 """Share of a step that the trainer may wait for data."""
 FORWARD_AND_BACKWARD = 3
@@ -86,7 +88,7 @@ def tiny_plan() -> Plan:
 class WithoutCaption(nn.Module):
     """Stands in for the cross-attention that the published DiT does not have."""
 
-    def forward(self, tokens: Tensor, text: Tensor, words: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, text: Tensor, words: Tensor | None) -> Tensor:
         """Nothing to add to the tokens."""
         return tokens.new_zeros(())
 
@@ -109,19 +111,24 @@ class TrainingBench(gpu.Bench):
             "peak_tflops": matrix_peak(plan.side, self.device, kind),
             "copy_gbytes": copy_bandwidth(plan.copied, self.device),
             "tflop": {
-                f"{what}{with_}": tflop(config, bool(with_))
+                named(what, captions): tflop(config, captions)
                 for _, what, _, config in plan.configs
-                for with_ in ("", ", captions")
+                for captions in CAPTIONS
             },
         }
         print(gpu.header(self.about), flush=True)
 
 
-def network(config: BackboneConfig, captions: bool, device: torch.device | str) -> Backbone:
-    """A new backbone; without `captions` it has no cross-attention."""
+def named(what: str, captions: str) -> str:
+    """What a row is called."""
+    return what if captions == "none" else f"{what}, captions {captions}"
+
+
+def network(config: BackboneConfig, captions: str, device: torch.device | str) -> Backbone:
+    """A new backbone, with what CAPTIONS has."""
     with torch.device(device):
-        backbone = Backbone(config)
-    if not captions:
+        backbone = Backbone(gpu.replace(config, caption_rows=WORDS if captions == "seen" else 0))
+    if captions == "none":
         for block in backbone.blocks:
             block.cross = WithoutCaption()
     return backbone
@@ -147,7 +154,7 @@ def method_of(config: BackboneConfig) -> VLFM:
     return VLFM.build(VLFMOptions(times_per_clip=TIMES), {"mean_scale": 1.0, "derivative_scale": 1.0}, form)
 
 
-def tflop(config: BackboneConfig, captions: bool) -> float:
+def tflop(config: BackboneConfig, captions: str) -> float:
     """TFLOP of a training step of one state, forward and backward; a clip's states share the work on its caption."""
     backbone, counter = network(config, captions, "meta"), FlopCounterMode(display=False)
     latents = torch.zeros(TIMES, 1, config.channels, config.height, config.width_latent, device="meta")
@@ -167,7 +174,7 @@ def tflop(config: BackboneConfig, captions: bool) -> float:
 
 
 def stepper(
-    config: BackboneConfig, captions: bool, device: torch.device, compiled: bool, backend: str
+    config: BackboneConfig, captions: str, device: torch.device, compiled: bool, backend: str
 ) -> Callable[[Batch], None]:
     """The trainer's step on a backbone of its own."""
     backbone = network(config, captions, device)
@@ -193,18 +200,18 @@ def stepper(
 
 
 def run(bench: TrainingBench, backend: str, compiled: Sequence[bool]) -> None:
-    """All rows: the goals' networks without captions, then with them, eager and compiled."""
+    """All rows: the goals' networks without captions, then with them in either way, eager and compiled."""
     for goal_id, what, wanted, config in bench.chosen.configs:
-        for captions in (False, True):
+        for captions in CAPTIONS:
             for compile_ in compiled:
-                name = what + (", captions" if captions else "")
+                name = named(what, captions)
                 step = stepper(config, captions, bench.device, compile_, backend)
                 limit = bench.about["peak_tflops"] / bench.about["tflop"][name]
                 for count in bench.chosen.clips:
                     batch = clips(config, count, bench.device)
                     base = Row(
                         goal_id, name, "compiled" if compile_ else "eager", count * TIMES, None, "images/s",
-                        limit=limit, goal=wanted or None if not captions else None,
+                        limit=limit, goal=wanted or None if captions == "none" else None,
                     )  # fmt: skip
                     bench.measure(
                         base,
@@ -221,7 +228,7 @@ def kernels(bench: TrainingBench, most: int = 10) -> list[str]:
     from torch.profiler import ProfilerActivity, profile
 
     config = bench.chosen.configs[0][3]
-    step, batch = stepper(config, False, bench.device, False, ""), clips(config, bench.chosen.clips[0], bench.device)
+    step, batch = stepper(config, "none", bench.device, False, ""), clips(config, bench.chosen.clips[0], bench.device)
     step(batch)
     kind = ProfilerActivity.CUDA if bench.on_gpu else ProfilerActivity.CPU
     with profile(activities=[kind]) as profiled:
@@ -254,7 +261,7 @@ def data_wait(bench: TrainingBench, steps: int = 12) -> None:
     except ImportError as error:
         bench.add(gpu.replace(base, note=f"not run: {error.name} is not installed"))
         return
-    step = stepper(config, True, bench.device, False, "")
+    step = stepper(config, "seen", bench.device, False, "")
     with tempfile.TemporaryDirectory() as folder:
         lake = noise_lake(
             Path(folder) / "lake", 2 * count, ORDER, (config.channels, config.height, config.width_latent)

@@ -93,6 +93,7 @@ def test_override_refuses(settings: dict[str, str], message: str) -> None:
         ("checkpoints_kept=0", "at least 1"), ("validate_every=0", "at least 1"), ("batch=0", "at least 1"),
         ("width=0", "at least 1"), ("depth=0", "at least 1"), ("heads=0", "at least 1"), ("patch=0", "at least 1"),
         ("architecture=unet", "vlfm or dit"), ("optimizer=sgd", "adamw or grams"),
+        ("caption_padding=zero", "masked or seen"),
         ("learning_rate=-1", "a number above 0"), ("learning_rate=NaN", "a number above 0"),
         ("learning_rate=Infinity", "a number above 0"), ("gradient_clip=0", "a number above 0"),
         ("matrix_learning_rate=-1", "0 or more"), ("weight_decay=NaN", "0 or more"),

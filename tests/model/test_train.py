@@ -68,7 +68,10 @@ def test_the_loss_falls(lake: Lake, tmp_path: Path) -> None:
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
-GRAMS = {"optimizer": "grams", "weight_decay": 0.1, "qk_norm": "layer", "activation_checkpointing": True}
+GRAMS = {
+    "optimizer": "grams", "weight_decay": 0.1, "qk_norm": "layer", "activation_checkpointing": True,
+    "caption_padding": "seen",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", [{}, {"matrix_learning_rate": 1e-3}, GRAMS], ids=["adamw", "muon", "grams"])
@@ -273,7 +276,7 @@ def test_every_field_of_the_recipe_changes_something(lake: Lake, tmp_path: Path)
         "gradient_clip": 1e-3, "ema_decay": 0.0, "precision": "bfloat16", "seed": 1, "checkpoint_every": 1,
         "checkpoints_kept": 1, "log_every": 2, "validate_every": 2, "loader_workers": None, "bad_steps_allowed": None,
         "spike_factor": None, "accumulate": None, "sharding": None, "sample_every": None,
-        "learning_rate_fall": "cosine", "compile": None, "checkpoints": None,
+        "learning_rate_fall": "cosine", "compile": None, "checkpoints": None, "caption_padding": "seen",
     }  # fmt: skip
     base = override(TINY, {"steps": 3, "checkpoint_every": 1, "weight_decay": 0.01, "validate_every": 3})
     fields = [*dataclasses.fields(TrainRecipe), *dataclasses.fields(VLFMOptions)]

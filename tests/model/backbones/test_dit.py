@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from model.backbones.conditioning import Conditioning
 from model.backbones.dit import Backbone, BackboneConfig, Block, position_embedding
@@ -82,6 +84,74 @@ def test_more_padding_changes_nothing(awake: Backbone) -> None:
     x, r = latents()
     padded = torch.nn.functional.pad(given().text, (0, 0, 0, 4), value=7.0)
     assert differs(awake(x, r, given()), awake(x, r, given(text=padded)), 0) < 1e-5
+
+
+class Masks(TorchFunctionMode):
+    """The masks of all attention inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.scaled_dot_product_attention:
+            assert len(args) == 3
+            self.seen.append((kwargs or {}).get("attn_mask"))
+        return func(*args, **(kwargs or {}))
+
+
+def filled(awake: Backbone, rows: int) -> Backbone:
+    """A backbone of the same weights that fills captions up to so many rows."""
+    backbone = Backbone(dataclasses.replace(CONFIG, caption_rows=rows)).eval()
+    backbone.load_state_dict(awake.state_dict())
+    return backbone
+
+
+def test_captions_that_are_filled_up_need_no_mask(awake: Backbone) -> None:
+    x, r = latents()
+    for backbone, masks in ((awake, CONFIG.depth), (filled(awake, 9), 0)):
+        with Masks() as called:
+            loss = backbone(x, r, given())["mean"].square().mean()
+        assert len(called.seen) == 2 * CONFIG.depth, "a block attends to its tokens and to the caption"
+        assert sum(mask is not None for mask in called.seen) == masks
+        loss.backward()
+    with pytest.raises(ValueError, match="captions have 5 rows; the backbone takes at most 4"):
+        filled(awake, 4)(x, r, given())
+
+
+def test_a_caption_that_is_filled_up_does_not_depend_on_its_batch(awake: Backbone) -> None:
+    x, r = latents()
+    backbone = filled(awake, 9)
+    before = backbone(x, r, given())
+    assert differs(before, awake(x, r, given()), 0) > 1e-4, "its rows of zeros are seen"
+    wider = functional.pad(given().text, (0, 0, 0, 3), value=7.0)
+    wider[1, 3:] = 1e3
+    assert differs(before, backbone(x, r, given(text=wider)), 0) == 0
+    assert differs(before, backbone(x, r, given(text=wider)), 1) == 0
+
+
+def test_cross_attention_over_filled_up_captions_against_a_slow_reference(awake: Backbone) -> None:
+    """float64, a head and a query at a time: a row of zeros is a key like others, with its weight in the softmax."""
+    cross = filled(awake, 9).double().blocks[0].cross
+    draw = torch.Generator().manual_seed(3)
+    tokens = torch.randn(BATCH, 1, 6, 32, generator=draw, dtype=torch.float64)
+    told = given(text=given().text.double())
+    text, words = told.captions(9)
+    assert words is None
+    assert text.shape == (BATCH, 9, 10)
+    assert not text[0, 5:].any()
+    assert not text[1, 3:].any()
+    text = text @ torch.randn(10, 32, generator=draw, dtype=torch.float64)  # zeros stay zeros
+    with torch.no_grad():
+        found = cross(tokens, text, None)
+        q, (k, v) = cross.query(tokens), cross.key_value(text).chunk(2, -1)
+        for clip in range(BATCH):
+            for place in range(6):
+                mixed = []
+                for head in (slice(0, 16), slice(16, 32)):
+                    scores = (k[clip, :, head] @ q[clip, 0, place, head] / 4).exp()
+                    mixed.append((scores[:, None] * v[clip, :, head]).sum(0) / scores.sum())
+                torch.testing.assert_close(found[clip, 0, place], cross.out(torch.cat(mixed)), rtol=1e-12, atol=1e-12)
 
 
 def test_clip_start_counts_only_where_it_is_given(awake: Backbone) -> None:

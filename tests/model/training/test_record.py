@@ -111,6 +111,7 @@ def test_what_a_resumed_run_may_change(old: Path) -> None:
                 "accumulate": 3,
                 "checkpoints": "distributed",
                 "learning_rate_fall": "cosine",
+                "caption_padding": "seen",
             }
             other = known.get(field.name, other)
             changed = dataclasses.replace(record.recipe, **{field.name: other})
