@@ -218,6 +218,7 @@ def run_record(
         outputs=method.heads,
         temporal=method.temporal,
         rates=method.rates,
+        frame_count=method.frame_count,
         qk_norm=recipe.qk_norm,
         architecture=recipe.architecture,
         stem=recipe.stem,

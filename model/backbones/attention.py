@@ -74,6 +74,8 @@ class Cached(Attention):
     """(B, Q): where in the cache the tokens' keys and values belong."""
     held: Tensor
     """(B, frames + 1) bool: what the cache holds after the call."""
+    count: Tensor
+    """(B,) frames of each clip, of the call or held before it."""
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """As `Attention.mix`."""
@@ -149,7 +151,8 @@ class FrameCache:
         inside = torch.arange(tokens, device=place.device)
         after = self.held.scatter(1, column, keep & valid)
         after[:, 0] = False
-        return Cached(wide, self, (column[:, :, None] * tokens + inside).flatten(1), after)
+        count = (self.held | here)[:, 1:].sum(1)
+        return Cached(wide, self, (column[:, :, None] * tokens + inside).flatten(1), after, count)
 
 
 def attention_mask(frames: int, tokens: int, valid: Tensor | None, causal: bool, device: torch.device) -> Tensor | None:

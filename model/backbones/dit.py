@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from model.backbones.attention import Attention, FrameCache, PairCount, attention_of
+from model.backbones.attention import Attention, Cached, FrameCache, PairCount, attention_of
 from model.backbones.blocks import QK_NORMS, Block, RateHead
 from model.backbones.conditioning import Conditioning
 from model.backbones.embeddings import SinusoidalEmbedding, StepEmbedding
@@ -70,6 +70,8 @@ class BackboneConfig:
     """`vlfm`, or `dit`: norms and time embedding as published, which official checkpoints need."""
     rates: bool = False
     """Whether each frame has a token of its own that predicts the rate of insertions to its right (`log_rate`)."""
+    frame_count: bool = False
+    """Whether those tokens are told how many frames there are, which attention, a mean, is slow to learn to count."""
     stem: int = 0
     """Channels of the convolutions before and after the blocks, a multiple of 8; 0 leaves them out."""
     stem_depth: int = 2
@@ -168,6 +170,8 @@ class Backbone(nn.Module):
         self.frame_time = SinusoidalEmbedding(width, longest=64.0, shortest=1 / 16) if config.temporal else None
         self.rate_token = nn.Parameter(torch.empty(width)) if config.rates else None
         self.rate_head = RateHead(width) if config.rates else None
+        counted = config.rates and config.frame_count
+        self.frame_count = SinusoidalEmbedding(width, longest=2048.0, shortest=2.0) if counted else None
         self.initialise()
 
     def initialise(self) -> None:
@@ -255,8 +259,6 @@ class Backbone(nn.Module):
         else:
             features = self.stem.enter(latents, given.context, shown, condition)  # (B, L, S, h, w)
             tokens = self.embed_latents(self.patchify(features)) + self.position  # (B, L, n, W)
-        if self.rate_token is not None:
-            tokens = torch.cat([tokens, self.rate_token.to(tokens.dtype).expand(batch, frames, 1, -1)], 2)
 
         caption, words = given.captions(self.config.caption_rows)
         text = self.text(caption)  # (B or B/K, M, W)
@@ -268,6 +270,15 @@ class Backbone(nn.Module):
             raise ValueError("a cache wants place and keep, and no finished: its frames are left out of the call")
         else:
             attention = cache.attention(place, keep, valid, causal, size)
+        if self.rate_token is not None:
+            rate_tokens = self.rate_token.to(tokens.dtype).expand(batch, 1, 1, -1)  # (B, 1, 1, W)
+            if self.frame_count is not None:
+                if isinstance(attention, Cached):
+                    count = attention.count
+                else:
+                    count = torch.full_like(flow_time[:, 0], frames) if valid is None else valid.sum(1)
+                rate_tokens = rate_tokens + self.frame_count(count)[:, None, None]
+            tokens = torch.cat([tokens, rate_tokens.expand(-1, frames, -1, -1)], 2)  # (B, L, n + 1, W)
         if self.pair_count is not None:
             queries = None if valid is None else valid.repeat_interleave(size, 1)
             self.pair_count.parts.append(attention.pairs(batch, frames * size, queries))

@@ -221,6 +221,11 @@ class Method(Protocol):
         ...
 
     @property
+    def frame_count(self) -> bool:
+        """Whether its backbone is told how many frames it sees of a clip (`BackboneConfig.frame_count`)."""
+        ...
+
+    @property
     def clip_start_dropout(self) -> float:
         """Rate at which a clip's start in its film was hidden in training: 0, it must be given; 1, it is unknown."""
         ...

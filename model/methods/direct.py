@@ -52,6 +52,7 @@ class Direct:
     temporal: ClassVar[bool] = False
     takes_first_frame: ClassVar[bool] = False
     rates: ClassVar[bool] = False
+    frame_count: ClassVar[bool] = False
     sequences: ClassVar[bool] = False
     Sampling: ClassVar[type[SampleSettings]] = SampleSettings
     Options: ClassVar[type[DirectOptions]] = DirectOptions

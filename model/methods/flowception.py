@@ -77,6 +77,10 @@ class FlowceptionOptions(ContextOptions):
     short ones and under-inserts."""
     finished: str = "attend"
     """What clean frames do in the network: `attend` as all others, or are `keys`, which others see."""
+    frame_count: bool = True
+    """Whether rate tokens are told how many frames are visible: what is still to come is the length less that."""
+    BEFORE: ClassVar[Mapping[str, Any]] = {"frame_count": False}
+    """Fields that older runs lack, as they were then."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a field that cannot be, with its name, its value and what it must be."""
@@ -109,6 +113,11 @@ class Flowception(SequenceMethod):
     Sampling: ClassVar[type[GrowthSampling]] = GrowthSampling
 
     options: FlowceptionOptions
+
+    @property
+    def frame_count(self) -> bool:
+        """As the options say."""
+        return self.options.frame_count
 
     @property
     def scheduler(self) -> Scheduler:

@@ -131,6 +131,11 @@ class SequenceMethod:
         return True
 
     @property
+    def frame_count(self) -> bool:
+        """Nobody counts the frames."""
+        return False
+
+    @property
     def clip_start_dropout(self) -> float:
         """A clip's start in its film is never told."""
         return 1.0

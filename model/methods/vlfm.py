@@ -127,6 +127,7 @@ class VLFM:
     heads: ClassVar[tuple[str, ...]] = ("mean", "derivative")
     takes_first_frame: ClassVar[bool] = True
     rates: ClassVar[bool] = False
+    frame_count: ClassVar[bool] = False
     sequences: ClassVar[bool] = False
     Sampling: ClassVar[type[SampleSettings]] = SampleSettings
     Options: ClassVar[type[VLFMOptions]] = VLFMOptions

@@ -135,7 +135,7 @@ def test_what_a_run_lacks_starts_without_effect(lake: Lake, tmp_path: Path) -> N
     """Fine-tuning under a method with other heads, frame times and rates."""
     assert run_it(lake, tmp_path / "run", learning_rate=1e-2, steps=2, **VLFM) == 0
     config = RunRecord.read(Run(tmp_path / "run")).backbone
-    new = Backbone(dataclasses.replace(config, outputs=("velocity",), temporal=True, rates=True))
+    new = Backbone(dataclasses.replace(config, outputs=("velocity",), temporal=True, rates=True, frame_count=True))
     FromRun(tmp_path / "run").load(new)
     averaged = load_file(Run(tmp_path / "run").checkpoint() / "average.safetensors")
     state = new.state_dict()
@@ -146,6 +146,7 @@ def test_what_a_run_lacks_starts_without_effect(lake: Lake, tmp_path: Path) -> N
     assert not state["rate_head.last.weight"].any()
     assert not state["frame_time.second.weight"].any()
     assert not state["frame_time.second.bias"].any()
+    assert not state["frame_count.second.weight"].any()
     assert new.frame_time is not None
     assert new.frame_time.second.weight.requires_grad
 

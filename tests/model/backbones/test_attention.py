@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ PLAIN = BackboneConfig(
     temporal=True,
 )  # fmt: skip
 RATES = dataclasses.replace(PLAIN, rates=True)
+COUNTED = dataclasses.replace(RATES, frame_count=True)
 BATCH, FRAMES = 2, 5
 
 
@@ -99,6 +101,41 @@ def test_a_rate_reads_its_frame_and_its_neighbours_and_every_parameter_learns() 
     assert [name for name, value in rates.named_parameters() if value.grad is None or not value.grad.any()] == []
 
 
+def test_rate_tokens_may_be_told_how_many_frames_there_are() -> None:
+    """Frames without any content of their own are told apart from fewer of them by the count alone."""
+    counted = backbone(COUNTED)
+    assert {name.split(".")[0] for name in counted.state_dict().keys() - backbone(RATES).state_dict().keys()} == {
+        "frame_count"
+    }
+    with torch.no_grad():
+        counted.embed_latents.weight.zero_()
+        counted.embed_context.weight.zero_()
+        alike = {**inputs(), "flow_time": torch.zeros(BATCH, FRAMES), "frame_time": torch.zeros(BATCH, FRAMES)}
+        alike["given"] = dataclasses.replace(alike["given"], context_given=torch.zeros(BATCH, FRAMES, dtype=torch.bool))
+        rates = [
+            counted(**alike, valid=torch.arange(FRAMES).expand(BATCH, -1) < n)["log_rate"][:, 0] for n in (3, 4, 5)
+        ]
+        torch.testing.assert_close(counted(**alike)["log_rate"][:, 0], rates[2])
+        assert all(float((one - other).abs().min()) > 1e-4 for one, other in itertools.pairwise(rates))
+        assert counted.frame_count is not None
+        counted.frame_count.second.weight.zero_()
+        same = [counted(**alike, valid=torch.arange(FRAMES).expand(BATCH, -1) < n)["log_rate"][:, 0] for n in (3, 5)]
+        torch.testing.assert_close(*same)
+
+
+@torch.no_grad()
+def test_the_count_of_frames_includes_those_that_a_cache_holds() -> None:
+    network = backbone(dataclasses.replace(COUNTED, depth=1))  # one block: its keys do not depend on who attends
+    values, cache = inputs(), FrameCache(FRAMES)
+    every = torch.arange(FRAMES).expand(BATCH, -1)
+    whole = network(**values, cache=cache, place=every, keep=every < 2)
+    torch.testing.assert_close(whole, network(**values))
+    rest = torch.tensor([[2, 3, 4]]).expand(BATCH, -1)
+    found = network(**chosen(values, rest), cache=cache, place=rest, keep=torch.zeros_like(rest, dtype=torch.bool))
+    for name, value in found.items():
+        torch.testing.assert_close(value, whole[name][:, 2:])
+
+
 def test_a_rate_is_clamped_and_stays_not_finite() -> None:
     rates = backbone(RATES)
     assert rates.rate_head is not None
@@ -120,7 +157,7 @@ FINISHED = torch.tensor([[True, False, True, False, False], [False, False, False
 VALID = torch.tensor([[True] * 5, [True] * 4 + [False]])
 
 
-@pytest.mark.parametrize("config", [PLAIN, RATES], ids=["plain", "rates"])
+@pytest.mark.parametrize("config", [PLAIN, RATES, COUNTED], ids=["plain", "rates", "counted"])
 @pytest.mark.parametrize("valid", [None, VALID], ids=["whole", "padded"])
 def test_finished_frames_are_keys_and_see_themselves_alone(config: BackboneConfig, valid: Tensor | None) -> None:
     """Training, by a mask, and sampling, which compares no query of them with others, agree."""

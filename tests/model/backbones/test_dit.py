@@ -238,7 +238,7 @@ def test_shapes_that_cannot_be_are_refused(changes: dict[str, Any], message: str
 def test_a_config_survives_json() -> None:
     for config in (CONFIG, dataclasses.replace(CONFIG, outputs=("rate",), temporal=True)):
         assert BackboneConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
-    new = ("outputs", "temporal", "qk_norm", "architecture", "rates")
+    new = ("outputs", "temporal", "qk_norm", "architecture", "rates", "frame_count")
     old = {name: value for name, value in CONFIG.to_json().items() if name not in new}
     assert BackboneConfig.from_json(old) == CONFIG, "a run.json of before named none of them"
 

@@ -137,6 +137,7 @@ class Hold:
     temporal = False
     takes_first_frame = False
     rates = False
+    frame_count = False
     sequences = False
     Sampling = SampleSettings
     Options = HoldOptions
