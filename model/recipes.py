@@ -233,7 +233,7 @@ def flowception_toy() -> TrainRecipe:
         patch=3,
         options=FlowceptionOptions(time_law="beta"),
         batch=16,
-        steps=6000,
+        steps=10000,
         learning_rate=3e-3,
         learning_rate_warmup=50,
         ema_decay=0.998,
