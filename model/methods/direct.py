@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from model.backbones.conditioning import Conditioning
-from model.methods.base import Batch, Clip, Request, SampleSettings
+from model.methods.base import Batch, Request
 from model.methods.curves import curve
 from model.methods.draws import Draws
+from model.methods.single_frames import FRAMES_AT_ONCE, SingleFrames
 from model.methods.vlfm import VLFM, VLFMOptions
 from model.settings import AT_LEAST_1, SHARE, check_settings
-
-FRAMES_AT_ONCE = 256
-"""Frames of all clips together that are predicted in one batch."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class DirectOptions:
 
 
 @dataclass(frozen=True)
-class Direct:
+class Direct(SingleFrames):
     """The backbone as a function of noise, caption and place r that returns the frame m(r), in one call.
 
     It minimises the squared error to m(r) in units of the data's mean square. The noise tells nothing of the clip, so
@@ -47,37 +45,14 @@ class Direct:
     """
 
     name: ClassVar[str] = "direct"
-    members: ClassVar[tuple[str, ...]] = VLFM.members
     heads: ClassVar[tuple[str, ...]] = ("mean",)
-    temporal: ClassVar[bool] = False
-    takes_first_frame: ClassVar[bool] = False
-    rates: ClassVar[bool] = False
-    frame_count: ClassVar[bool] = False
-    sequences: ClassVar[bool] = False
-    Sampling: ClassVar[type[SampleSettings]] = SampleSettings
     Options: ClassVar[type[DirectOptions]] = DirectOptions
 
     options: DirectOptions
-    """What the recipe chose."""
     mean_scale: float
     """Root mean square of m over the data and over r in [0, 1]."""
     conditioned: VLFM
     """What tells the network of caption and clip: VLFM without an anchor."""
-
-    @property
-    def states_per_clip(self) -> int:
-        """Frames drawn of each clip."""
-        return self.options.times_per_clip
-
-    @property
-    def clip_start_dropout(self) -> float:
-        """Rate at which clip_start was hidden in training."""
-        return self.options.clip_start_dropout
-
-    @classmethod
-    def prepare(cls, clips: Sequence[Clip], clip_format: Mapping[str, Any]) -> dict[str, float]:
-        """As VLFM's."""
-        return VLFM.prepare(clips, clip_format)
 
     @classmethod
     def build(cls, options: DirectOptions, figures: Mapping[str, float], clip_format: Mapping[str, Any]) -> Direct:
@@ -99,10 +74,7 @@ class Direct:
     def sample(self, backbone: nn.Module, request: Request) -> DirectSample:
         """Clips whose frames are made when they are read. Raises ValueError where a frame is given, or with guidance
         but without the empty caption."""
-        if request.frames is not None:
-            raise ValueError("the direct method makes every frame on its own and takes no given frame")
-        if request.settings.guidance != 1.0 and request.unconditional is None:
-            raise ValueError(f"guidance is {request.settings.guidance}, so the empty caption must be given")
+        self.check(request)
         return DirectSample(self, backbone, request)
 
     def ask(self, backbone: nn.Module, noise: Tensor, place: Tensor, given: Conditioning) -> Tensor:

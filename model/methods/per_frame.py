@@ -12,17 +12,16 @@ from torch import Tensor, nn
 
 from model.flow.path import WarmupPath
 from model.flow.solver import solve
-from model.methods.base import Batch, Clip, Request, SampleSettings
+from model.methods.base import Batch, Request
 from model.methods.curves import curve
 from model.methods.draws import Draws
+from model.methods.single_frames import FRAMES_AT_ONCE, SingleFrames
 from model.methods.vlfm import VLFM, VLFMOptions
 from model.settings import AT_LEAST_0, AT_LEAST_1, SHARE, check_settings
 
 PLACE_WAVES = 8.0
 """What a frame's place r in its clip is multiplied with on its way into the embedding of the duration (PerFrame): its
 wavelengths, from 16 to 0.5, are then 2 to 1/16 clips, as fine as those that tell VLFM its flow time."""
-FRAMES_AT_ONCE = 256
-"""Frames of all clips together that are integrated in one batch."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class PerFrameOptions:
 
 
 @dataclass(frozen=True)
-class PerFrame:
+class PerFrame(SingleFrames):
     """Flow matching of single frames: noise to the frame at a time that the network is told, by VLFM's warm-up alone.
 
     A frame is a clip that stands still. The network, the caption, the clip's start and the target m(r) are VLFM's; r
@@ -62,35 +61,12 @@ class PerFrame:
     """
 
     name: ClassVar[str] = "per_frame"
-    members: ClassVar[tuple[str, ...]] = VLFM.members
     heads: ClassVar[tuple[str, ...]] = VLFM.heads
-    temporal: ClassVar[bool] = False
-    takes_first_frame: ClassVar[bool] = False
-    rates: ClassVar[bool] = False
-    frame_count: ClassVar[bool] = False
-    sequences: ClassVar[bool] = False
-    Sampling: ClassVar[type[SampleSettings]] = SampleSettings
     Options: ClassVar[type[PerFrameOptions]] = PerFrameOptions
 
     options: PerFrameOptions
-    """What the recipe chose."""
     stills: VLFM
     """The loss of clips that stand still."""
-
-    @property
-    def states_per_clip(self) -> int:
-        """Frames drawn of each clip."""
-        return self.options.times_per_clip
-
-    @property
-    def clip_start_dropout(self) -> float:
-        """Rate at which clip_start was hidden in training."""
-        return self.options.clip_start_dropout
-
-    @classmethod
-    def prepare(cls, clips: Sequence[Clip], clip_format: Mapping[str, Any]) -> dict[str, float]:
-        """As VLFM's."""
-        return VLFM.prepare(clips, clip_format)
 
     @classmethod
     def build(cls, options: PerFrameOptions, figures: Mapping[str, float], clip_format: Mapping[str, Any]) -> PerFrame:
@@ -125,10 +101,7 @@ class PerFrame:
     def sample(self, backbone: nn.Module, request: Request) -> FrameSample:
         """Clips whose frames are made when they are read. Raises ValueError where a frame is given, or with guidance
         but without the empty caption."""
-        if request.frames is not None:
-            raise ValueError("the per_frame method makes every frame on its own and takes no given frame")
-        if request.settings.guidance != 1.0 and request.unconditional is None:
-            raise ValueError(f"guidance is {request.settings.guidance}, so the empty caption must be given")
+        self.check(request)
         return FrameSample(self, backbone, request)
 
 
