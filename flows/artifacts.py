@@ -10,6 +10,8 @@ import base64
 import html
 import io
 import json
+import os
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,6 +23,8 @@ import numpy as np
 from pipeline.gates import BELOW_GATE
 from pipeline.ingest.report import IngestReport
 from pipeline.recipes import DataRecipe
+from storage.address import is_bucket, last_name
+from storage.fingerprint import fingerprint
 from storage.layout import Lake
 from storage.version import Version, read_manifest
 
@@ -43,8 +47,15 @@ def accounts_table(report: IngestReport) -> list[dict[str, Any]]:
     return rows
 
 
+def artifact_key(flow: str, place: str, what: str) -> str:
+    """A key as Prefect takes it (lower case, digits, dashes) for one lake or run: two of one name have two keys."""
+    name = re.sub(r"[^a-z0-9]+", "-", last_name(place).lower()).strip("-")
+    where = place if is_bucket(place) else os.path.abspath(place)
+    return f"{flow}-{name or 'lake'}-{fingerprint(where)[:6]}-{what}"
+
+
 def summary(report: IngestReport, recipe: DataRecipe, sources: str) -> str:
-    """The run in Markdown: outcome, the two accounts, recipe, quality, seconds by stage, and what failed."""
+    """The run in Markdown, what a person wants first: what is new, what failed, the certificate; the recipe last."""
     if report.published:
         outcome = f"**Version {report.version}** was published ({report.bytes / 1e6:.1f} MB of shards)."
     elif report.version is not None and report.clips.unchanged:
@@ -53,26 +64,12 @@ def summary(report: IngestReport, recipe: DataRecipe, sources: str) -> str:
         outcome = "**Nothing was published**: no film gave a clip."
     if report.exit_status == 3:
         outcome += f" More films failed than the recipe tolerates ({report.tolerate:.0%})."
-    recipe_rows = [{"field": name, "value": json.dumps(value)} for name, value in recipe.to_json().items()]
-    quality = [
-        {"measure": name, **{kind: f"{value:.4g}" for kind, value in spread.items()}}
-        for name, spread in report.certificate.items()
-    ]
-    seconds = [{"stage": stage, "seconds": f"{value:.1f}"} for stage, value in report.seconds.items()]
-    parts = [
-        f"# Ingest of {sources} into {report.lake}",
-        outcome,
-        "## Accounts",
-        f"- {report.films.line()}\n- {report.clips.line()}\n- clips that left with changed films: {report.superseded}",
-        f"## Recipe {recipe.name}",
-        markdown_table(recipe_rows, ("field", "value")),
-    ]
-    if quality:
-        parts += [
-            "## Certificate of the clips",
-            markdown_table(quality, ("measure", "clips", "worst", "median", "best")),
-        ]
-    parts += ["## Seconds by stage, summed over the workers", markdown_table(seconds, ("stage", "seconds"))]
+    new = (
+        f"**{report.clips.done} new clips** of {report.films.done} films; {report.clips.unchanged} were there already."
+    )
+    if report.superseded:
+        new += f" {report.superseded} clips of changed films left."
+    parts = [f"# Ingest of {sources} into {report.lake}", outcome, new]
     if report.failures:
         parts += [
             "## What could not be used",
@@ -82,6 +79,25 @@ def summary(report: IngestReport, recipe: DataRecipe, sources: str) -> str:
             ),
             f"All {len(report.failures)} are in `{report.lake}/failures/{report.run_id}.parquet`.",
         ]
+    quality = [
+        {"measure": name, **{kind: f"{value:.4g}" for kind, value in spread.items()}}
+        for name, spread in report.certificate.items()
+    ]
+    if quality:
+        parts += [
+            "## Certificate of the clips",
+            markdown_table(quality, ("measure", "clips", "worst", "median", "best")),
+        ]
+    recipe_rows = [{"field": name, "value": json.dumps(value)} for name, value in recipe.to_json().items()]
+    seconds = [{"stage": stage, "seconds": f"{value:.1f}"} for stage, value in report.seconds.items()]
+    parts += [
+        "## Accounts",
+        f"- {report.films.line()}\n- {report.clips.line()}",
+        "## Seconds by stage, summed over the workers",
+        markdown_table(seconds, ("stage", "seconds")),
+        f"## Recipe {recipe.name}",
+        markdown_table(recipe_rows, ("field", "value")),
+    ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""The flow `ingest`: films and captions to the next version of a lake, visible step by step in Prefect's UI.
+"""The flows `ingest` and `refresh`: films and captions to the next version of a lake, step by step in Prefect's UI.
 
 Each step is one Prefect task with a name people understand; the clips themselves are Ray's business (pipeline.runner),
 never Prefect tasks. What is known to go wrong (a missing folder, a full disk, a lake in use) is one line, not a
@@ -15,18 +15,20 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, get_run_logger
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
-from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
-from prefect.states import Failed
+from prefect.states import Completed, Failed
 
-from flows.artifacts import accounts_table, contact_sheet, data_address, lost_sheet, page, summary
+from flows.artifacts import accounts_table, artifact_key, contact_sheet, data_address, lost_sheet, page, summary
+from flows.forms import AtLeast1, DataRecipeName, DataSettings
 from flows.server import ServerError, start_server
+from flows.steps import StepFailed, known_failures, step, without_traces
 from model.progress import Progress
 from model.settings import override
 from pipeline.ingest import IngestReport
@@ -34,11 +36,9 @@ from pipeline.ingest import ingest as pipeline_ingest
 from pipeline.recipes import DataRecipe, recipe_named
 from pipeline.sources.folders import Discovery
 from storage.address import last_name
-from storage.errors import VlfmError, is_expected
-from storage.layout import Lake
+from storage.layout import Lake, LakeBusy
 from storage.version import load
 
-Result = TypeVar("Result")
 Report = dict[str, Any]
 """JSON, as run_ingest says."""
 Settings = dict[str, Any]
@@ -47,12 +47,11 @@ RunLogger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 Listener = Callable[[str, int, int], None]
 """Called with what is counted, how many are done, and how many there are."""
 
+LONGEST = 7 * 24 * 3600.0
+"""Seconds after which a run is given up: no run of a schedule may stay for ever, and no dataset takes a week."""
+
 _caller: ContextVar[tuple[Listener | None, Discovery | None]] = ContextVar("caller", default=(None, None))
 """What the caller of run_ingest gave beside the flow's parameters."""
-
-
-class StepFailed(Exception):
-    """A step could not do its work, for a known reason; the message is one line that says the remedy."""
 
 
 class IngestFailed(Exception):
@@ -119,28 +118,29 @@ def _nothing(message: str, lake: str) -> Report:
 
 
 def _run_name() -> str:
-    """`ingest-<source>-to-<lake>`, by the last parts of their paths."""
+    """`ingest-<source>-to-<lake>` (or refresh), by the last parts of their paths."""
     parameters = flow_run.parameters
     source = parameters["source"]
     sources = [source] if isinstance(source, str) else list(source)
     names = [Path(name).name or "folder" for name in sources[:1]] + [f"{len(sources) - 1}-more"] * (len(sources) > 1)
-    return f"ingest-{'-and-'.join(names) or 'nothing'}-to-{last_name(parameters['lake']) or 'lake'}"
+    return f"{flow_run.flow_name}-{'-and-'.join(names) or 'nothing'}-to-{last_name(parameters['lake']) or 'lake'}"
 
 
-@flow(name="ingest", flow_run_name=_run_name, validate_parameters=True, log_prints=False)
+@flow(name="ingest", flow_run_name=_run_name, validate_parameters=True, log_prints=False, timeout_seconds=LONGEST)
 def ingest(
     source: list[str] | str,
     lake: str,
     captions: str | None = None,
-    recipe: str = "demo",
-    settings: Settings | None = None,
-    limit: int | None = None,
+    recipe: DataRecipeName = "demo",
+    settings: DataSettings | None = None,
+    limit: AtLeast1 | None = None,
     ray_address: str | None = None,
     columns: dict[str, str] | None = None,
     prune: bool = False,
     allow_outside: bool = False,
     table_format: str | None = None,
     report_file: str | None = None,
+    wait: bool = False,
 ) -> Any:
     """Films and captions to the next version of a lake.
 
@@ -151,7 +151,7 @@ def ingest(
         source: Folders of films, read recursively, or tables (CSV, JSONL, Parquet) with the columns file and caption.
         lake: Folder of the dataset; made when it is not there.
         captions: Table of captions with the columns file and caption, for films in folders.
-        recipe: Name of the data recipe (pipeline/recipes.py).
+        recipe: The data recipe (pipeline/recipes.py).
         settings: Single fields of the recipe to replace, such as {"rate": 8}.
         limit: Only this many films, the first by name.
         ray_address: Address of a Ray cluster; without one, Ray is started on this machine for the run.
@@ -160,19 +160,74 @@ def ingest(
         allow_outside: Reads films that links or '..' reach outside their source.
         table_format: Name of the dataset whose published annotation file the table is, such as kinetics.
         report_file: An HTML file to write the report to, with frames of what is in the dataset and of what is not.
+        wait: While another run writes to this lake, wait for its turn, in order of arrival; else fail at once.
     """
+    how: dict[str, Any] = {
+        "columns": columns,
+        "prune": prune,
+        "allow_outside": allow_outside,
+        "table_format": table_format,
+        "report_file": report_file,
+        "wait": wait,
+    }
+    found = _attempt(source, lake, captions, recipe, settings, limit, ray_address, **how)
+    return found if isinstance(found, dict) else Failed(message=str(found), data=found)
+
+
+@flow(name="refresh", flow_run_name=_run_name, validate_parameters=True, log_prints=False, timeout_seconds=LONGEST)
+def refresh(
+    source: list[str] | str,
+    lake: str,
+    captions: str | None = None,
+    recipe: DataRecipeName = "demo",
+    settings: DataSettings | None = None,
+    ray_address: str | None = None,
+    columns: dict[str, str] | None = None,
+    prune: bool = False,
+    allow_outside: bool = False,
+) -> Any:
+    """Bring a lake up to date on a schedule: a version is published only when something changed.
+
+    While another run writes to the lake nothing is done: the state is Completed, by the name of Skipped. Else as
+    `ingest`.
+
+    Args:
+        source: Folders of films, read recursively, or tables (CSV, JSONL, Parquet) with the columns file and caption.
+        lake: Folder of the dataset; made when it is not there.
+        captions: Table of captions with the columns file and caption, for films in folders.
+        recipe: The data recipe (pipeline/recipes.py).
+        settings: Single fields of the recipe to replace, such as {"rate": 8}.
+        ray_address: Address of a Ray cluster; without one, Ray is started on this machine for the run.
+        columns: The tables' own names for file, caption, start and end, where they differ.
+        prune: Takes films out of the dataset that the sources had and have no longer.
+        allow_outside: Reads films that links or '..' reach outside their source.
+    """
+    how = {"columns": columns, "prune": prune, "allow_outside": allow_outside}
+    found = _attempt(source, lake, captions, recipe, settings, None, ray_address, **how)
+    if isinstance(found, IngestFailed) and isinstance(found.__cause__, LakeBusy):
+        return Completed(message=f"nothing was done: {found}", name="Skipped")
+    return found if isinstance(found, dict) else Failed(message=str(found), data=found)
+
+
+def _attempt(
+    source: list[str] | str,
+    lake: str,
+    captions: str | None,
+    recipe: str,
+    settings: DataSettings | None,
+    limit: int | None,
+    ray_address: str | None,
+    **how: Any,
+) -> Report | IngestFailed:
+    """The report of an ingest, or how it failed, with what caused it; `how` is for pipeline.ingest.ingest."""
     sources = [source] if isinstance(source, str) else list(source)
-    logging.getLogger("prefect.task_runs").addFilter(_without_trace)
+    without_traces()
     try:
-        how: dict[str, Any] = {
-            "columns": columns,
-            "prune": prune,
-            "allow_outside": allow_outside,
-            "table_format": table_format,
-        }
-        report = _ingest(sources, lake, captions, _recipe(recipe, settings), limit, ray_address, report_file, **how)
+        report = _ingest(sources, lake, captions, _recipe(recipe, settings), limit, ray_address, **how)
     except StepFailed as error:
-        return Failed(message=str(error), data=IngestFailed(str(error), _nothing(str(error), lake)))
+        failed = IngestFailed(str(error), _nothing(str(error), lake))
+        failed.__cause__ = error.__cause__
+        return failed
     for line in report.lines():
         get_run_logger().info(line)
     result = {**report.to_json(), "lines": report.lines(), "exit_status": report.exit_status}
@@ -183,7 +238,7 @@ def ingest(
         message += f" ({report.tolerate:.0%}); version {report.version} holds the others"
     else:
         message = report.lines()[-1]
-    return Failed(message=message, data=IngestFailed(message, result))
+    return IngestFailed(message, result)
 
 
 def _ingest(
@@ -193,12 +248,12 @@ def _ingest(
     recipe: DataRecipe,
     limit: int | None,
     ray_address: str | None,
-    report_file: str | None,
+    report_file: str | None = None,
     **how: Any,
 ) -> IngestReport:
     """The steps of pipeline.ingest, one task each, and the artifacts."""
     logger, (listener, found) = get_run_logger(), _caller.get()
-    with _known(), _warnings_to(logger, aloud=listener is not None):
+    with known_failures(), _warnings_to(logger, aloud=listener is not None):
         report = pipeline_ingest(
             sources,
             lake,
@@ -207,56 +262,21 @@ def _ingest(
             limit,
             on_progress=_told(logger, listener),
             say=logger.info,
-            step=_step,
+            step=step,
             ray_address=ray_address,
             found=found,
             **how,
         )
     names = ", ".join(Path(source).name or source for source in sources)
-    _step("leave artifacts", "artifacts", lambda: _leave_artifacts(report, recipe, names, Lake.open(lake), report_file))
+    if report.published or report.exit_status != 0 or report_file is not None:
+        leave = partial(_leave_artifacts, report, recipe, names, Lake.open(lake), report_file)
+        step("leave artifacts", "artifacts", leave)
     return report
 
 
-def _step(title: str, name: str, work: Callable[[], Result]) -> Result:
-    """Does `work` as one Prefect task called `title`. A known failure fails the task in one line: StepFailed."""
-
-    def run() -> Any:
-        try:
-            with _known():
-                return work()
-        except StepFailed as error:
-            return Failed(message=str(error), data=error)
-
-    # Nothing is passed in or persisted: plans are large, and a run that is started again takes up staged blocks anyway.
-    step = task(name=name, task_run_name=lambda: title, cache_policy=NO_CACHE, persist_result=False)(run)
-    state: State[Any] = step(return_state=True)
-    result = state.result(raise_on_failure=False)
-    if isinstance(result, BaseException):
-        raise result
-    return cast(Result, result)
-
-
-def _without_trace(record: logging.LogRecord) -> bool:
-    """Takes the empty trace off the line that Prefect logs for a task that returns Failed."""
-    if record.exc_info and record.exc_info[1] is None:
-        record.exc_info = None
-    return True
-
-
-@contextmanager
-def _known() -> Iterator[None]:
-    """Turns what can go wrong without any fault of the program into StepFailed."""
+def _recipe(name: str, settings: DataSettings | None) -> DataRecipe:
     try:
-        yield
-    except (VlfmError, OSError) as error:
-        if not is_expected(error):
-            raise
-        raise StepFailed(" ".join(str(error).split())) from error
-
-
-def _recipe(name: str, settings: Settings | None) -> DataRecipe:
-    try:
-        return override(recipe_named(name), settings or {})
+        return override(recipe_named(name), settings.chosen() if settings else {})
     except ValueError as error:
         raise StepFailed(str(error)) from error
 
@@ -312,17 +332,27 @@ class _LogLines(io.StringIO):
 def _leave_artifacts(
     report: IngestReport, recipe: DataRecipe, names: str, lake: Lake, report_file: str | None = None
 ) -> None:
-    title = f"{names} into {last_name(lake.address)}"
-    create_table_artifact(accounts_table(report), key="ingest-accounts", description=f"What became of {title}")
-    create_markdown_artifact(summary(report, recipe, names), key="ingest-summary", description=f"Ingest of {title}")
+    """Summary, table and sheets, under keys of the lake's own: a lake's history is one page in Prefect's UI.
+
+    A run without news and without failures leaves none. `report_file` is written in any case.
+    """
+    title = f"{names} into {last_name(report.lake)}"
     sheet = contact_sheet(lake, load(lake, report.version)) if report.version is not None else None
-    if sheet is not None:
-        words = f"Frames of version {report.version} of {last_name(lake.address)}, as the model is to see them"
-        create_image_artifact(data_address(sheet), key="ingest-contact-sheet", description=words)
     lost = lost_sheet(report, recipe)
-    if lost is not None:
-        words = f"Frames of clips of {names} that were filtered or failed, and why"
-        create_image_artifact(data_address(lost), key="ingest-lost-clips", description=words)
     if report_file is not None:
         pictures = {"Clips of the dataset": sheet, "Clips that were filtered or failed": lost}
         Path(report_file).write_text(page(report, report.lines(), pictures), encoding="utf-8")
+    if not report.published and report.exit_status == 0:
+        return
+
+    def key(what: str) -> str:
+        return artifact_key("ingest", report.lake, what)
+
+    create_markdown_artifact(summary(report, recipe, names), key=key("summary"), description=f"Ingest of {title}")
+    create_table_artifact(accounts_table(report), key=key("accounts"), description=f"What became of {title}")
+    if sheet is not None:
+        words = f"Frames of version {report.version} of {last_name(report.lake)}, as the model is to see them"
+        create_image_artifact(data_address(sheet), key=key("contact-sheet"), description=words)
+    if lost is not None:
+        words = f"Frames of clips of {names} that were filtered or failed, and why"
+        create_image_artifact(data_address(lost), key=key("lost-clips"), description=words)

@@ -116,13 +116,13 @@ class Lake:
         """Where the lake is, for people and for other programs: a path or a URL."""
         return self.store.address()
 
-    def writing(self) -> AbstractContextManager[None]:
+    def writing(self, wait: bool = False) -> AbstractContextManager[None]:
         """Hold the lake for one run that writes: from its plan until its version is published.
 
         Raises:
-            LakeBusy: another run holds it.
+            LakeBusy: another run holds it, and `wait` is False. With `wait`, it is waited for.
         """
-        return self.store.lease("writing")
+        return self.store.lease("writing", wait)
 
 
 def version_naming(lake: Lake, key: str) -> int | None:

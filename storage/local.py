@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from storage.store import DiskFull, LakeBusy, LakeError, check_key, check_lease, check_prefix
+from storage.turns import turn
 
 TEMPORARY_SUFFIX = ".tmp"
 _ICECHUNK = re.compile(r"#[0-9]+$")
@@ -145,13 +146,17 @@ class LocalStore:
 
     @contextlib.contextmanager
     def lease(self, name: str, wait: bool = False) -> Iterator[None]:
-        """As the protocol has it. The system releases the lock with the process that holds it, whatever ends it."""
+        """As the protocol has it. The system releases the lock with the process that holds it, whatever ends it.
+
+        Those that wait have their turns in order of arrival.
+        """
         path = self.root / f".{check_lease(name)}.lock"
         with naming_full_disk(path):
             file = open(path, "a+", encoding="ascii")  # noqa: SIM115 (closed below; a full disk is named for it only)
         with file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                with turn(self.root, name) if wait else contextlib.nullcontext():
+                    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError as error:
                 file.seek(0)
                 holder = _holder(file.read())

@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from pipeline.health.finding import ERROR, OK, SKIPPED, WARNING, Finding
+from storage.address import store_at
 from storage.layout import Lake
 from storage.local import LocalStore, free_bytes
 from storage.store import Store
@@ -73,6 +74,8 @@ def check_store(lake: str | None) -> Finding:
     """The store's operations tried in a lake, or in the folder where one is going to be made; nothing stays there."""
     if lake is None:
         return Finding("store", SKIPPED, "no lake was given", "`--lake DIR` tries one")
+    if "://" in lake:
+        return try_store(store_at(lake))
     if _is_lake(lake):
         return try_store(Lake.open(lake).store)
     place = Path(lake).absolute()
@@ -86,7 +89,7 @@ def check_store(lake: str | None) -> Finding:
 
 
 def _is_lake(lake: str) -> bool:
-    return "://" in lake or (Path(lake) / "versions").is_dir()
+    return bool(store_at(lake).list_keys("versions/")) if "://" in lake else (Path(lake) / "versions").is_dir()
 
 
 def try_store(store: Store) -> Finding:

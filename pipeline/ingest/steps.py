@@ -183,6 +183,7 @@ def ingest(
     prune: bool = False,
     allow_outside: bool = False,
     table_format: str | None = None,
+    wait: bool = False,
 ) -> IngestReport:
     """Films and captions to the next version of `lake`, which is made once there is something to put into it.
 
@@ -195,10 +196,11 @@ def ingest(
         say: gets the plan's lines.
         found: what `discover` found, where that has been called already.
         prune: as in `plan_ingest`.
+        wait: whether to wait for other runs that write to the lake, in order of arrival.
 
     Raises:
         SourceError: there is nothing to ingest, or nothing left of what is to be pruned.
-        LakeBusy: another run is writing to the lake.
+        LakeBusy: another run is writing to the lake, and `wait` is False.
         and what the steps raise.
     """
     recipe = recipe or demo()
@@ -210,7 +212,11 @@ def ingest(
         return films, lake if isinstance(lake, Lake) else Lake.create(lake)
 
     films, place = step(f"look for films in {names}", "discover", look)
-    with place.writing():
+    with ExitStack() as held:
+        if wait:
+            step(f"wait for {place.store.address()}", "wait", lambda: held.enter_context(place.writing(wait=True)))
+        else:
+            held.enter_context(place.writing())
         place.store.clean(delete=True)
         finish(place)
         plan = step(

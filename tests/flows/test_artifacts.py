@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from flows.artifacts import accounts_table, data_address, markdown_table, summary
+import re
+
+from flows.artifacts import accounts_table, artifact_key, data_address, markdown_table, summary
 from pipeline.ingest.report import Account, IngestReport
 from pipeline.items import Failure
 from pipeline.recipes import linear
@@ -63,6 +65,20 @@ def test_the_summary_of_a_run_without_news_or_without_anything() -> None:
     assert "could not be used" not in text
     nothing = report(published=False, version=None, clips=Account("clips", 0, 0, 0, {}, {}))
     assert "**Nothing was published**" in summary(nothing, linear(), "holiday")
+
+
+def test_the_summary_leads_with_what_a_person_wants() -> None:
+    text = summary(report(superseded=3), linear(), "holiday")
+    order = ["**Version 4**", "**5 new clips** of 2 films", "could not be used", "Certificate", "Accounts", "Recipe"]
+    places = [text.index(words) for words in order]
+    assert places == sorted(places)
+    assert "3 clips of changed films left" in text
+
+
+def test_each_lake_has_its_own_keys() -> None:
+    keys = [artifact_key("ingest", lake, "summary") for lake in ("a/Lake 1", "b/Lake 1", "s3://bucket/Ünder_line/")]
+    assert len(set(keys)) == 3
+    assert all(re.fullmatch(r"ingest-[a-z0-9-]+-[0-9a-f]{6}-summary", key) for key in keys)
 
 
 def test_long_failure_lists_are_cut_and_say_where_the_rest_is() -> None:

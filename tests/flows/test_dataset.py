@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flows.artifacts import artifact_key
 from pipeline.corpus import make_corpus
 from storage.layout import Lake
 from storage.verify import verify
@@ -48,6 +49,7 @@ class Ran:
         mine = {"flow_runs": {"id": {"any_": [self.flow_run["id"]]}}}
         self.tasks = {task["name"]: task["state_type"] for task in read("task_runs", mine)}
         self.artifacts = {artifact["key"]: artifact for artifact in read("artifacts", mine)}
+        self.key = artifact_key("ingest", str(lake), "")
 
 
 def read(what: str, query: dict[str, Any]) -> list[dict[str, Any]]:
@@ -105,12 +107,12 @@ def test_progress_is_told_to_the_end(ran: Ran) -> None:
 def test_artifacts_hold_table_summary_and_frames(ran: Ran) -> None:
     from PIL import Image
 
-    assert set(ran.artifacts) == {"ingest-accounts", "ingest-summary", "ingest-contact-sheet"}
-    assert '"reason": "not_a_video", "number": 1' in ran.artifacts["ingest-accounts"]["data"]
-    summary = ran.artifacts["ingest-summary"]["data"]
+    assert set(ran.artifacts) == {f"{ran.key}{what}" for what in ("accounts", "summary", "contact-sheet")}
+    assert '"reason": "not_a_video", "number": 1' in ran.artifacts[f"{ran.key}accounts"]["data"]
+    summary = ran.artifacts[f"{ran.key}summary"]["data"]
     assert "**Version 1** was published" in summary
     assert "| notes.mp4 | source | failed | not_a_video |" in summary or "| notes.mp4 | plan | failed |" in summary
-    address = ran.artifacts["ingest-contact-sheet"]["data"]
+    address = ran.artifacts[f"{ran.key}contact-sheet"]["data"]
     kind, _, picture = address.partition(",")
     assert kind == "data:image/png;base64"
     sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")).astype(int)
@@ -126,6 +128,21 @@ def test_a_second_run_finds_nothing_new_and_starts_no_workers(ran: Ran, films: P
     assert again.report["clips"]["unchanged"] == 2
     assert list_versions(Lake.open(ran.lake)) == [1]
     assert not any(name.startswith(("embed", "decode")) for name in again.tasks)
+    assert ("leave artifacts" in again.tasks) == (again.report["exit_status"] != 0)
+
+
+def test_a_refresh_is_skipped_while_the_lake_is_in_use(ran: Ran, films: Path) -> None:
+    from flows.dataset import refresh
+
+    before = len(read("artifacts", {}))
+    with Lake.open(ran.lake).writing():
+        state = refresh(str(films), str(ran.lake), return_state=True)
+    assert (state.type.value, state.name) == ("COMPLETED", "Skipped")
+    assert "is in use by process" in state.message
+    settings = {"tolerate": 0.5}  # of the three films one is none
+    report = refresh(str(films), str(ran.lake), settings=settings)
+    assert (report["published"], list_versions(Lake.open(ran.lake))) == (False, [1])
+    assert len(read("artifacts", {})) == before, "nothing is new, so nothing is left to look at"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The README's deployment, done for real: server, work pool, deploy, worker, `prefect deployment run ingest/ingest`."""
+"""The README's deployment, done for real: server, work pool, deploy, worker, `prefect deployment run ingest`."""
 
 from __future__ import annotations
 
@@ -114,22 +114,26 @@ def test_deployment_runs_as_the_readme_says(tmp_path: Path) -> None:
         prefect("work-pool", "create", "local", "--type", "process")
         prefect("deploy", "--all")
 
-        (deployment,) = prefect.read("deployments")
-        assert (deployment["name"], deployment["entrypoint"]) == ("ingest", "flows/dataset.py:ingest")
-        assert deployment["pull_steps"] == [
-            {"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}
-        ]
-        (schedule,) = deployment["schedules"]
+        deployments = {deployment["name"]: deployment for deployment in prefect.read("deployments")}
+        assert set(deployments) == {"ingest", "refresh", "train", "evaluate", "lake-to-model"}
+        for deployment in deployments.values():
+            assert deployment["pull_steps"] == [
+                {"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}
+            ]
+            described = deployment["parameter_openapi_schema"]["properties"]
+            assert all(shown.get("description") for shown in described.values())
+        (schedule,) = deployments["refresh"]["schedules"]
         assert schedule["active"] is False
         assert schedule["schedule"]["cron"] == "30 3 * * *"
-        described = deployment["parameter_openapi_schema"]["properties"]
-        assert all(described[name].get("description") for name in ("source", "lake", "captions", "recipe", "settings"))
+        (automation,) = prefect.read("automations")
+        assert (automation["enabled"], automation["trigger"]["posture"]) == (True, "Proactive")
+        assert automation["actions"][0]["state"] == "CRASHED"
 
         # The worker goes before its server: afterwards it does not listen to signals.
         with prefect.running("worker", "worker", "start", "--pool", "local", "--limit", "1"):
             arguments = ["--param", f"source={films}", "--param", f"lake={lake}"]
             watch = ["--watch", "--watch-interval", "1", "--watch-timeout", "300"]
-            output = prefect("deployment", "run", "ingest/ingest", *arguments, *watch, timeout=330)
+            output = prefect("deployment", "run", "ingest", *arguments, *watch, timeout=330)
 
             (run,) = prefect.read("flow_runs")
             assert run["state_type"] == "COMPLETED", f"{run['state']}\n{output}\n{prefect.logs()}"
@@ -137,9 +141,5 @@ def test_deployment_runs_as_the_readme_says(tmp_path: Path) -> None:
             assert list_versions(Lake.open(lake)) == [1]
             tasks = {task["name"] for task in prefect.read("task_runs")}
             assert {"plan the clips of films", "decode, invert, project block 1 of 1"} <= tasks
-            kept = {artifact["key"]: artifact["type"] for artifact in prefect.read("artifacts")}
-            assert kept == {
-                "ingest-accounts": "table",
-                "ingest-summary": "markdown",
-                "ingest-contact-sheet": "image",
-            }
+            kept = {artifact["key"].split("-", 3)[3]: artifact["type"] for artifact in prefect.read("artifacts")}
+            assert kept == {"accounts": "table", "summary": "markdown", "contact-sheet": "image"}
