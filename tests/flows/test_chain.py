@@ -26,7 +26,7 @@ TINY = {"width": 32, "depth": 1, "heads": 2, "batch": 2, "steps": 4, "checkpoint
 def server() -> Iterator[None]:
     from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness(server_startup_timeout=60):
+    with prefect_test_harness(server_startup_timeout=180):
         yield
 
 
