@@ -20,7 +20,7 @@ from pathlib import Path
 def turn(folder: Path, name: str) -> Iterator[None]:
     """The block begins when nobody is before this process in the line `name` of `folder`, and is quickly left again."""
     ticket = folder / f".{name}.{time.time_ns():020d}-{secrets.token_hex(4)}.turn"
-    made = ticket.with_suffix(".tmp")
+    made = ticket.with_suffix(".making")
     with open(made, "xb") as own:
         try:
             fcntl.flock(own, fcntl.LOCK_EX)

@@ -40,5 +40,5 @@ def test_who_came_first_goes_first_and_the_dead_hold_nobody_up(tmp_path: Path) -
         assert not (tmp_path / "order").exists()
     assert [process.wait(timeout=60) for process in waiting] == [-9, 0, -9, 0, 0]
     assert (tmp_path / "order").read_text() == "bde"
-    assert [path.name for path in tmp_path.iterdir() if path.suffix in (".turn", ".tmp")] == []
+    assert [path.name for path in tmp_path.iterdir() if path.suffix in (".turn", ".making")] == []
     assert LocalStore(tmp_path).list_keys() == ["order"], "tickets are no keys"
