@@ -5,7 +5,7 @@ SOURCE ?=
 CAPTIONS ?=
 WORKERS ?= 2
 
-.PHONY: setup demo test test-perturbed bench bench-gpu chaos multihost lint clean
+.PHONY: setup demo test test-perturbed bench bench-gpu chaos multihost images k8s lint clean
 
 setup: .venv/installed
 
@@ -45,6 +45,13 @@ bench-gpu: setup
 # A training on two hosts, which are network namespaces here; one is killed and comes back. Needs root.
 multihost: setup
 	@$(BIN)/python -m tests.bench.multihost
+# The four images of docker/Dockerfile, with docker, podman or buildah (docker/README.md has the settings).
+images:
+	@docker/build.sh
+
+# The manifests of docker/k8s built by kustomize and validated strictly.
+k8s: setup
+	@$(BIN)/python -m pytest tests/test_kubernetes.py
 
 # Two hundred crashes at random steps of what changes a lake, and the tally of what the next runs made of them.
 chaos: setup
