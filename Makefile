@@ -45,6 +45,7 @@ bench-gpu: setup
 # A training on two hosts, which are network namespaces here; one is killed and comes back. Needs root.
 multihost: setup
 	@$(BIN)/python -m tests.bench.multihost
+
 # The four images of docker/Dockerfile, with docker, podman or buildah (docker/README.md has the settings).
 images:
 	@docker/build.sh

@@ -36,6 +36,7 @@ from pipeline.ingest import ingest as pipeline_ingest
 from pipeline.recipes import DataRecipe, recipe_named
 from pipeline.sources.folders import Discovery
 from storage.address import last_name
+from storage.garbage import collect
 from storage.layout import Lake, LakeBusy
 from storage.version import load
 
@@ -185,6 +186,7 @@ def refresh(
     columns: dict[str, str] | None = None,
     prune: bool = False,
     allow_outside: bool = False,
+    keep_versions: AtLeast1 | None = None,
 ) -> Any:
     """Bring a lake up to date on a schedule: a version is published only when something changed.
 
@@ -201,12 +203,27 @@ def refresh(
         columns: The tables' own names for file, caption, start and end, where they differ.
         prune: Takes films out of the dataset that the sources had and have no longer.
         allow_outside: Reads films that links or '..' reach outside their source.
+        keep_versions: After a new version, only so many of the newest stay; empty keeps all.
     """
     how = {"columns": columns, "prune": prune, "allow_outside": allow_outside}
     found = _attempt(source, lake, captions, recipe, settings, None, ray_address, **how)
     if isinstance(found, IngestFailed) and isinstance(found.__cause__, LakeBusy):
         return Completed(message=f"nothing was done: {found}", name="Skipped")
+    report = found if isinstance(found, dict) else found.report
+    if keep_versions is not None and report["published"]:
+        try:
+            step(f"keep the newest {keep_versions} versions", "expire", lambda: _expire(lake, keep_versions))
+        except StepFailed as error:
+            return Failed(message=f"{report['lines'][-1]}, but old versions stay: {error}")
     return found if isinstance(found, dict) else Failed(message=str(found), data=found)
+
+
+def _expire(lake: str, keep: int) -> None:
+    """Removes the versions before the newest `keep`, and what they alone needed. What is kept stays byte for byte."""
+    opened = Lake.open(lake)
+    with opened.writing(wait=True):
+        garbage, freed = collect(opened, keep)
+    get_run_logger().info("versions %s are gone, %.1f MB are free", list(garbage.expired), freed / 1e6)
 
 
 def _attempt(
