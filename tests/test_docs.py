@@ -260,7 +260,8 @@ def test_links_lead_somewhere() -> None:
 
 MACHINE_PATH = re.compile(r"(?<![\w.})-])/(?:{})(?![\w-])".replace("{}", "|".join(("root", "work", "tmp"))))
 KNOWN_HOSTS = {"127.0.0.1", "localhost", "server", "prefect-server", "bucket", "BUCKET", "arxiv.org", "www.apache.org"}
-"""`server` is a service of docker/compose.yaml, `prefect-server` one of docker/k8s, `bucket` an example, `BUCKET` what people write their own for."""
+"""`server` is a service of docker/compose.yaml, `prefect-server` one of docker/k8s, `bucket` an example, `BUCKET` what
+people write their own for."""
 
 
 def project_files() -> dict[str, str]:
