@@ -186,6 +186,7 @@ def refresh(
     columns: dict[str, str] | None = None,
     prune: bool = False,
     allow_outside: bool = False,
+    table_format: str | None = None,
     keep_versions: AtLeast1 | None = None,
 ) -> Any:
     """Bring a lake up to date on a schedule: a version is published only when something changed.
@@ -203,9 +204,10 @@ def refresh(
         columns: The tables' own names for file, caption, start and end, where they differ.
         prune: Takes films out of the dataset that the sources had and have no longer.
         allow_outside: Reads films that links or '..' reach outside their source.
+        table_format: Name of the dataset whose published annotation file the table is, such as kinetics.
         keep_versions: After a new version, only so many of the newest stay; empty keeps all.
     """
-    how = {"columns": columns, "prune": prune, "allow_outside": allow_outside}
+    how = {"columns": columns, "prune": prune, "allow_outside": allow_outside, "table_format": table_format}
     found = _attempt(source, lake, captions, recipe, settings, None, ray_address, **how)
     if isinstance(found, IngestFailed) and isinstance(found.__cause__, LakeBusy):
         return Completed(message=f"nothing was done: {found}", name="Skipped")
