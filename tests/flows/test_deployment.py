@@ -45,7 +45,7 @@ class Prefect:
             "PATH": f"{PREFECT.parent}{os.pathsep}{os.environ['PATH']}",
         }
 
-    def __call__(self, *arguments: str, timeout: float = 180) -> str:
+    def __call__(self, *arguments: str, timeout: float = 400) -> str:
         """Runs a command to its end; its output."""
         run = subprocess.run(
             [PREFECT, "--no-prompt", *arguments],
