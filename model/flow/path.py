@@ -97,9 +97,15 @@ class WarmupPath:
         most, even = 1 / self.sigma_end, place.double()
         ratio = least * torch.expm1(even * math.log1p(most / least))
         rise = (ratio / (1 + (1 - self.sigma_end) * ratio)).clamp(0, 1)
+        return torch.where(even >= 1, 0.0, self.time_of(rise)).to(place.dtype)
+
+    def time_of(self, rise: Tensor) -> Tensor:
+        """Flow times in [start, 0] at which the mean is `rise` (in [0, 1], float64) times the first frame.
+
+        The rise is the place on the straight line from noise to the frame, the time of rectified flows.
+        """
         fraction = 0.5 - torch.sin(torch.asin(1 - 2 * rise) / 3)  # the inverse of _smoothstep
-        times = torch.where(even >= 1, 0.0, (self.warmup * (fraction - 1)).clamp(self.start, 0))
-        return times.to(place.dtype)
+        return (self.warmup * (fraction - 1)).clamp(self.start, 0)
 
 
 @dataclass(frozen=True)

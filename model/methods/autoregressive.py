@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model.backbones.attention import FrameCache
 from model.backbones.conditioning import Conditioning
+from model.flow.times import time_at
 from model.methods.base import Batch, Request
 from model.methods.draws import Draws
 from model.methods.insertion import shifted
@@ -26,7 +27,6 @@ from model.methods.sequences import (
     needs_empty_caption,
     reduced,
     sampling_of,
-    time_at,
     without_context,
 )
 

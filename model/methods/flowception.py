@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from model.backbones.dit import LOG_RATE
+from model.flow.times import time_at
 from model.methods.base import Batch, Request
 from model.methods.blocks import Blocks
 from model.methods.chunks import Chunks
@@ -43,7 +44,6 @@ from model.methods.sequences import (
     SequenceMethod,
     reduced,
     sampling_of,
-    time_at,
 )
 from model.settings import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE_BELOW_1, check_settings, one_of
 

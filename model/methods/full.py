@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from model.flow.times import time_at
 from model.methods.base import Batch, Request
 from model.methods.context import ContextOptions, draw_context
 from model.methods.draws import Draws
@@ -24,7 +25,6 @@ from model.methods.sequences import (
     SequenceSampling,
     reduced,
     sampling_of,
-    time_at,
 )
 
 

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from model.flow.path import WarmupPath
 from model.flow.solver import solve
+from model.flow.times import TIME_LAWS
 from model.methods.base import Batch, Request
 from model.methods.curves import curve
 from model.methods.draws import Draws
 from model.methods.single_frames import FRAMES_AT_ONCE, SingleFrames
 from model.methods.vlfm import VLFM, VLFMOptions
-from model.settings import AT_LEAST_0, AT_LEAST_1, SHARE, check_settings
+from model.settings import AT_LEAST_0, AT_LEAST_1, SHARE, check_settings, one_of
 
 PLACE_WAVES = 8.0
 """What a frame's place r in its clip is multiplied with on its way into the embedding of the duration (PerFrame): its
@@ -34,10 +35,15 @@ class PerFrameOptions:
     """Standard deviation of the path at the frame."""
     times_per_clip: int = 4
     """Frames drawn of each clip of a step."""
+    warmup_law: str = "signal"
+    """How the flow times are drawn: `signal`, evenly over the logarithm of signal to noise, or a law of
+    model/flow/times.py."""
     warmup_focus: float = 0.0
-    """How the flow times are drawn: 0 spreads them evenly over the logarithm of signal to noise."""
+    """Above 0 the power that draws even flow times towards the noise instead."""
     error_focus: float = 0.0
     """Exponent that weighs a state by its error relative to the others'; 0 weighs all alike."""
+    signal_weight: float = 0.0
+    """How much more a state may count for its ratio of signal to noise; 0 counts all alike."""
     caption_dropout: float = 0.1
     """Rate of the empty caption."""
     clip_start_dropout: float = 0.9
@@ -48,7 +54,8 @@ class PerFrameOptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a field that cannot be, with its name, its value and what it must be."""
-        rules = {"times_per_clip": AT_LEAST_1, "warmup_focus": AT_LEAST_0, "error_focus": AT_LEAST_0}
+        rules = dict.fromkeys(("warmup_focus", "error_focus", "signal_weight"), AT_LEAST_0)
+        rules |= {"times_per_clip": AT_LEAST_1, "warmup_law": one_of("signal", *TIME_LAWS)}
         check_settings(self, {**rules, "caption_dropout": SHARE, "clip_start_dropout": SHARE})
 
 

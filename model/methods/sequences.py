@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from model.backbones.attention import FrameCache
 from model.backbones.conditioning import Conditioning
 from model.backbones.dit import LOG_RATE
+from model.flow.times import TIME_LAWS
 from model.methods.base import Batch, Clip, Request, drop_captions
 from model.methods.curves import RUN
 from model.methods.draws import Draws
@@ -35,7 +36,6 @@ PLACE = 1 / 32
 two frames."""
 MEASURED = 1024
 """Clips that are read before training, at most."""
-TIME_LAWS = ("uniform", "logit_normal", "beta")
 Sampling = TypeVar("Sampling")
 FINITE = Rule(math.isfinite, "a number")
 
@@ -45,8 +45,8 @@ class SequenceOptions:
     """What a training recipe chooses of every method of this kind."""
 
     time_law: str = "uniform"
-    """How times are drawn, as shares of their range: `uniform`; `logit_normal`, the sigmoid of a standard normal; or
-    `beta`, Beta(1.42, 2.64) with a twentieth of uniform ones."""
+    """How times are drawn, as shares of their range: a law of model/flow/times.py: `uniform`, `logit_normal`, `mode` or
+    `beta`."""
     snr_shift: float = 1.0
     """Divides the signal-to-noise ratio at every local time, in training and sampling; 3 for latents of many values."""
     caption_dropout: float = 0.1
@@ -260,22 +260,6 @@ def reduced(values: Tensor, counted: Tensor, reduction: str, draws: Draws) -> Te
         return (values * counted).sum(1).mean() / draws.mean(counted.sum(1)).clamp(min=1e-12)
     some = (counted.sum(1) > 0).to(values.dtype)
     return clip_wise(values, counted).mean() / draws.mean(some).clamp(min=1e-12)
-
-
-def time_at(law: str, share: Tensor) -> Tensor:
-    """Quantiles in [0, 1] of a law of TIME_LAWS: evenly drawn shares make times of that law."""
-    if law == "uniform":
-        return share
-    if law == "logit_normal":
-        return torch.special.ndtri(share.double()).sigmoid().to(share.dtype)
-    grid = torch.linspace(0, 1, 4097, dtype=torch.float64, device=share.device)
-    # x^0.42 is steep at 0: the quantile is read off exact values of the distribution function's trapezoids.
-    density = grid**0.42 * (1 - grid) ** 1.64
-    beta = torch.cumulative_trapezoid(density, grid)
-    total = torch.cat([beta.new_zeros(1), 0.95 * beta / beta[-1]]) + 0.05 * grid
-    right = torch.searchsorted(total, share.double().contiguous()).clamp(1, len(grid) - 1)
-    low, high = total[right - 1], total[right]
-    return (grid[right - 1] + (share.double() - low) / (high - low) * (grid[right] - grid[right - 1])).to(share.dtype)
 
 
 class Chance:

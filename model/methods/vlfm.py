@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from model.backbones.conditioning import Conditioning
 from model.flow.path import PaperPath, WarmupPath
 from model.flow.solver import Trajectory, solve
+from model.flow.times import TIME_LAWS, time_at
 from model.methods.base import Batch, Clip, Request, SampleSettings, drop_captions
 from model.methods.curves import curve, curve_scales
 from model.methods.draws import Draws
-from model.settings import AT_LEAST_0, AT_LEAST_1, SHARE, SHARE_BELOW_1, check_settings
+from model.settings import AT_LEAST_0, AT_LEAST_1, SHARE, SHARE_BELOW_1, check_settings, one_of
 
 END_SHARE, END_FROM = 0.06, 0.9
 """Share of the clip's training times that fall on its end, from END_FROM on, beside the even spread: the end has
@@ -64,9 +65,12 @@ class VLFMOptions:
     """Flow times drawn for each clip of a step: one read of the clip serves them all."""
     warmup_share: float = 0.3
     """Share of the training times that fall on the warm-up, in (0, 1)."""
+    warmup_law: str = "signal"
+    """How the warm-up's times are drawn: `signal`, evenly over the logarithm of signal to noise, as the sampler's steps
+    are; or by a law of model/flow/times.py on the straight line from noise to the frame: `uniform`, `logit_normal`,
+    `mode`, `beta`."""
     warmup_focus: float = 0.0
-    """How the warm-up's times are drawn: 0 spreads them evenly over the logarithm of signal to noise, as the sampler's
-    steps are; a number above 0 is the power that draws even times towards the noise."""
+    """Above 0 the power that draws even flow times of the warm-up towards the noise instead (`warmup_law=signal`)."""
     state_jitter: float = 0.3
     """How far along the clip (standard deviation, in flow time) a state may be from its time in training. Without it
     the network reads the time off the state, and a sample that once lags stays behind (docs/experiments.md)."""
@@ -107,6 +111,10 @@ class VLFMOptions:
             raise ValueError(f"anchor is {self.anchor!r}; it must be one of {', '.join(ANCHORS)}")
         if self.path == "paper" and self.anchor != "none":
             raise ValueError("the printed path has no warm-up that could generate an anchor: --set anchor=none")
+        check_settings(self, {"warmup_law": one_of("signal", *TIME_LAWS)})
+        if self.warmup_law != "signal" and (self.warmup_focus > 0 or self.path == "paper"):
+            other = "warmup_focus=0" if self.warmup_focus > 0 else "path=warmup"
+            raise ValueError(f"warmup_law is {self.warmup_law!r}, which draws the warm-up's times: --set {other}")
 
 
 @dataclass(frozen=True)
@@ -264,16 +272,20 @@ class VLFM:
 
     def early(self, place: Tensor) -> Tensor:
         """Flow times of the warm-up, of the shape of `place` in [0, 1], from pure noise (0) to r = 0 (1)."""
-        focus = self.options.warmup_focus
+        focus, law = self.options.warmup_focus, self.options.warmup_law
+        if law != "signal" and isinstance(self.path, WarmupPath):
+            return self.path.time_of(time_at(law, place.double())).to(place.dtype)
         if focus or not isinstance(self.path, WarmupPath):
             return self.path.start * (1 - place**focus)
         return self.path.warmup_times(place, self.least_signal)
 
     def warmup_grid(self, steps: int) -> Tensor:
-        """(steps + 1,) float64 flow times from pure noise to r = 0, spread as in training."""
+        """(steps + 1,) float64 flow times from pure noise to r = 0, even over the logarithm of signal to noise."""
         place = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
         # Runs of before spread them evenly over flow time, whatever the training's focus was.
-        return self.path.start * (1 - place) if self.options.warmup_focus else self.early(place)
+        if self.options.warmup_focus or not isinstance(self.path, WarmupPath):
+            return self.path.start * (1 - place)
+        return self.path.warmup_times(place, self.least_signal)
 
     def conditioning(self, batch: Batch, flow_time: Tensor, draws: Draws) -> Conditioning:
         """What the network is told of each state (B * K) in training, with captions and anchors dropped.

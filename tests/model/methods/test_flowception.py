@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.backbones.attention import count_pairs
+from model.flow.times import TIME_LAWS
 from model.methods.base import Batch
 from model.methods.context import ContextOptions, draw_context
 from model.methods.draws import Draws
 from model.methods.flowception import Flowception, FlowceptionOptions, State
 from model.methods.insertion import hazard
-from model.methods.sequences import TIME_LAWS
 from tests.model.methods.growth import NO_CONTEXT, SHAPE, backbone, batch, flowception
 from tests.reference import insertion as slow
 

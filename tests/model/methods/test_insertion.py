@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,7 +25,6 @@ from model.methods.insertion import (
     step_probability,
     strip,
 )
-from model.methods.sequences import time_at
 from tests.reference import insertion as slow
 
 SCHEDULERS = [Linear(), Power(2.0), Power(0.5), Delayed(0.3)]
@@ -156,13 +154,3 @@ def test_the_shift_divides_the_signal_to_noise_ratio() -> None:
 def test_a_scheduler_that_cannot_be_is_refused(kind: type, value: float) -> None:
     with pytest.raises(ValueError, match="it must be"):
         kind(value)
-
-
-def test_times_of_each_law_have_its_quantiles() -> None:
-    share = numbers(2001)[1:-1]
-    normal = time_at("logit_normal", share).numpy()
-    np.testing.assert_allclose(stats.norm.cdf(np.log(normal / (1 - normal))), share.numpy(), atol=1e-12)
-    beta = time_at("beta", share).numpy()
-    mixed = 0.95 * stats.beta.cdf(beta, 1.42, 2.64) + 0.05 * beta
-    np.testing.assert_allclose(mixed, share.numpy(), atol=2e-5)
-    assert torch.equal(time_at("uniform", share), share)

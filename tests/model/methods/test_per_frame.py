@@ -96,6 +96,7 @@ def test_every_option_changes_the_loss_or_the_path(lake: Lake) -> None:
     batch = Collate(torch.ones(1, 64).half().numpy(), PerFrame.members)([clips[0], clips[1]]).to("cpu")
     changes = {
         "warmup": 0.5, "sigma_end": 0.3, "times_per_clip": 2, "warmup_focus": 1.0, "error_focus": 1.0,
+        "warmup_law": "mode", "signal_weight": 5.0,
         "caption_dropout": 1.0, "clip_start_dropout": 0.0,
     }  # fmt: skip
     assert set(changes) == {field.name for field in dataclasses.fields(PerFrameOptions)}

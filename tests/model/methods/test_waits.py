@@ -31,7 +31,7 @@ FRAMES = {"latent_scale": 2.0, "shortest": 5.0, "longest": 5.0}
 FIGURES, FORMAT = {"mean_scale": 1.0, "derivative_scale": 2.0}, {"latent_shape": (3, 4, 4)}
 METHODS: dict[str, Method] = {
     "first": VLFM.build(VLFMOptions(error_focus=1.0, start_anywhere=0.5), FIGURES, FORMAT),
-    "ends": VLFM.build(VLFMOptions(anchor="ends"), FIGURES, FORMAT),
+    "ends": VLFM.build(VLFMOptions(anchor="ends", warmup_law="logit_normal"), FIGURES, FORMAT),
     "none": VLFM.build(VLFMOptions(anchor="none", warmup_focus=1.0), FIGURES, FORMAT),
     "per_frame": PerFrame.build(PerFrameOptions(error_focus=1.0), FIGURES, FORMAT),
     "flowception": Flowception.build(FlowceptionOptions(weighting="elbo", snr_shift=3.0), FRAMES, FORMAT),
