@@ -100,8 +100,7 @@ def repair(lake: Lake, give_up: Sequence[int] = ()) -> Repair:
         try:
             versions[number] = load(lake, number)
         except LakeError as error:
-            where = f"vlfm repair --lake {lake.store.address()} --give-up {number}"
-            done.problems.append(f"{error}; or let version {number} go: {where}")
+            done.problems.append(str(error))
     clips = _tables(lake, versions)
     _repair_shards(lake, versions, clips, done)
     _repair_arrays(lake, versions, clips, done)
@@ -257,27 +256,28 @@ def _from_arrays(
 ) -> Iterator[Row]:
     """Samples as the arrays have them; their JSON may be what any version says of the clip, the oldest first."""
     clip, told = row["clip_id"], []
-    arrays: Row | None = None
+    stored: dict[int, Row] = {}  # by row: a clip that was made again has several
     for number in sorted(clips):
         own = next((other for other in clips[number] if other["clip_id"] == clip), None)
         if own is None:
             continue
         told.append(own)
-        if arrays is None:
-            try:
-                arrays = _row_of(lake, versions[number], own, members)
-            except (VlfmError, IndexError):
-                continue
-    if arrays is None:
+        if own["array_row"] not in stored:
+            with contextlib.suppress(VlfmError, IndexError):
+                stored[own["array_row"]] = _row_of(lake, versions[number], own, members)
+    if not stored:
         return
     names = list(template["clip.json"]) if template and "clip.json" in template else None
     # Without a sample to show it: programs of before had no ids of pictures.
     names = names or [
         name for name in CLIP_SCHEMA.names if name not in _PLACEMENT and (name != "frames_id" or told[0].get(name))
     ]
-    for own in told:
-        facts = {name: own[name] for name in names if name in own}
-        yield {"__key__": clip, **arrays, **({"clip.json": facts} if "clip.json" in members else {})}
+    for arrays in stored.values():
+        for own in told:
+            facts = {name: own[name] for name in names if name in own}
+            # A shard is written before the version knows which clips are like others.
+            for known in (facts, {**facts, "duplicates": None} if "duplicates" in facts else facts):
+                yield {"__key__": clip, **arrays, **({"clip.json": known} if "clip.json" in members else {})}
 
 
 def _row_of(lake: Lake, version: Version, row: Row, members: Sequence[str]) -> Row:
@@ -321,13 +321,12 @@ def _repair_arrays(lake: Lake, versions: Mapping[int, Version], clips: Mapping[i
     known = {number: version for number, version in versions.items() if number in clips}
     if not known or not _damaged(lake, known, clips):
         return
-    groups: dict[str, dict[str, tuple[Version, Row]]] = {}
+    # By row: where a clip was made again, an older version has other last bits of it in a row of its own.
+    groups: dict[str, dict[int, tuple[Version, Row]]] = {}
     for number, version in known.items():
-        own = groups.setdefault(version.group, {})
-        for row in clips[number]:
-            own[row["clip_id"]] = (version, row)
+        groups.setdefault(version.group, {}).update({row["array_row"]: (version, row) for row in clips[number]})
     started, lost = time.time(), set[str]()
-    places: dict[str, tuple[dict[str, int], dict[str, int]]] = {}
+    places: dict[str, tuple[dict[int, int], dict[str, int]]] = {}
     try:
         with committing(lake), storage_errors(lake):
             aside, session = fresh_session(lake)
@@ -343,7 +342,7 @@ def _repair_arrays(lake: Lake, versions: Mapping[int, Version], clips: Mapping[i
     for number, version in known.items():
         at, text_at = places[version.group]
         rows = [
-            {**row, "array_row": at[row["clip_id"]], "text_row": text_at[row["caption_id"]]} for row in clips[number]
+            {**row, "array_row": at[row["array_row"]], "text_row": text_at[row["caption_id"]]} for row in clips[number]
         ]
         entry = write_table_again(lake, number, "clips", rows, version.manifest["clips"])
         manifest = {**version.manifest, "clips": entry}
@@ -379,22 +378,22 @@ def _damaged(lake: Lake, versions: Mapping[int, Version], clips: Mapping[int, li
 
 
 def _rebuild_group(
-    lake: Lake, group: Any, wanted: Mapping[str, tuple[Version, Row]], lost: set[str]
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Write the clips of a group, a Zarr shard at a time: where each clip is now, and where each caption is.
+    lake: Lake, group: Any, wanted: Mapping[int, tuple[Version, Row]], lost: set[str]
+) -> tuple[dict[int, int], dict[str, int]]:
+    """Write the clips of a group, a Zarr shard at a time: where each row is now, and where each caption is.
 
     Raises LakeError for a clip that neither a shard nor the arrays have.
     """
-    at: dict[str, int] = {}
+    at: dict[int, int] = {}
     captions: dict[str, Array] = {}
-    ordered = sorted(wanted.values(), key=lambda pair: pair[1]["array_row"])
+    ordered = [wanted[row] for row in sorted(wanted)]
     for first in range(0, len(ordered), CLIPS_PER_SHARD):
         part = ordered[first : first + CLIPS_PER_SHARD]
         found = [_best(lake, version, row) for version, row in part]
         lost |= {row["clip_id"] for (_, row), values in zip(part, found, strict=True) if "latents" not in values}
         clips, texts = _columns(lake, part, found, captions)
-        start = append_rows(group, clips, texts)
-        at |= {row["clip_id"]: start + number for number, (_, row) in enumerate(part)}
+        start = append_rows(group, clips, texts, made_again=True)
+        at |= {row["array_row"]: start + number for number, (_, row) in enumerate(part)}
     return at, {identity: row for row, identity in enumerate(captions)}
 
 

@@ -53,11 +53,14 @@ def open_repository(lake: Lake, create: bool = False) -> icechunk.Repository:
                 raise LakeError(f"{folder} is missing; {REMEDY}")
             folder.mkdir()
         storage = icechunk.local_filesystem_storage(str(folder))
-    if icechunk.Repository.exists(storage):
-        return icechunk.Repository.open(storage)
-    if not create:
-        raise LakeError(f"{address(lake)} is no Icechunk repository; {REMEDY}")
-    return icechunk.Repository.create(storage)
+    if not icechunk.Repository.exists(storage):
+        if not create:
+            raise LakeError(f"{address(lake)} is no Icechunk repository; {REMEDY}")
+        icechunk.Repository.create(storage)
+    # Icechunk reads manifests ahead in the background; those that `expire_history` deletes meanwhile it calls errors.
+    nothing = icechunk.ManifestPreloadConfig(max_total_refs=0, preload_if=icechunk.ManifestPreloadCondition.false())
+    config = icechunk.RepositoryConfig(manifest=icechunk.ManifestConfig(preload=nothing))
+    return icechunk.Repository.open(storage, config)
 
 
 def address(lake: Lake) -> str:

@@ -147,7 +147,10 @@ def load(lake: Lake, number: int | None = None) -> Version:
         named["shards"] = tuple(ShardInfo(**item) for item in named["shards"])
         return Version(**named, extra=extra)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LakeError(f"{path} is damaged ({error}); restore it from a copy") from error
+        go = f"vlfm repair --lake {where} --give-up {number}"
+        raise LakeError(
+            f"{path} is damaged ({error}); restore it from a copy, or let version {number} go: {go}"
+        ) from error
 
 
 def readable_versions(lake: Lake) -> tuple[list[Version], list[str]]:

@@ -105,15 +105,17 @@ class StoredStage:
         """Nothing is needed."""
 
     def process(self, works: Iterable[ClipWork]) -> Iterator[ClipWork]:
-        """Fills in `latents` where they are stored, by the same weights, and can be read."""
+        """Fills in `latents` where they are stored, by the same weights, can be read, and were not lost in a repair."""
         for work in works:
             stored = work.plan.stored
             if work.failure is None and stored is not None and stored.codec.id == self.codec.load().id:
                 with contextlib.suppress(LakeError):  # damaged: they are made again
                     rows = read_clips(self.lake, stored.snapshot, stored.group, [stored.row], ["latents"])
-                    work.latents = rows["latents"][0, : len(work.plan.window.ticks)]
-                    known = dataclasses.asdict(stored.certificate)
-                    work.certify(**{name: known[name] for name in _OF_CODEC})
+                    latents = rows["latents"][0, : len(work.plan.window.ticks)]
+                    if np.isfinite(latents).all():
+                        work.latents = latents
+                        known = dataclasses.asdict(stored.certificate)
+                        work.certify(**{name: known[name] for name in _OF_CODEC})
             yield work
 
     def teardown(self) -> None:

@@ -116,12 +116,15 @@ def _with_best(lake: Lake, clip: ClipPlan, found: Iterable[tuple[Version, Row, b
         same_frames = np.array_equal(arrays["frame_time"][0, :frames], np.asarray(clip.window.frame_time))
         if arrays["clip_id"][0] != row["clip_id"] or not same_frames:
             continue
+        whole = whole and np.array_equal(arrays["observed"][0, :frames], np.asarray(clip.observed))
+        if whole and not _has_latents(lake, version, row):
+            continue
         facts = {**version.codec, "latent_shape": version.clip["latent_shape"]}
         stored = StoredClip(
             snapshot=version.snapshot,
             group=version.group,
             row=row["array_row"],
-            whole=whole and np.array_equal(arrays["observed"][0, :frames], np.asarray(clip.observed)),
+            whole=whole,
             preview=row["preview"],
             certificate=Certificate.from_row(row),
             codec=CodecFacts.from_json(facts),
@@ -131,3 +134,12 @@ def _with_best(lake: Lake, clip: ClipPlan, found: Iterable[tuple[Version, Row, b
             return replace(clip, stored=stored)
         best = best if best.stored is not None else replace(clip, stored=stored)
     return best
+
+
+def _has_latents(lake: Lake, version: Version, row: Row) -> bool:
+    """Whether a clip can be copied: a repair leaves NaN where no shard held latents. (A worker looks for itself.)"""
+    try:
+        stored = read_clips(lake, version.snapshot, version.group, [row["array_row"]], ["latents"])["latents"]
+    except LakeError:
+        return False
+    return bool(np.isfinite(stored).all())

@@ -27,10 +27,11 @@ from pipeline.ingest.block import DecodeStage
 from pipeline.items import ClipWork
 from pipeline.media.decode import Probe
 from pipeline.recipes import linear
+from storage.erase import erase
 from storage.fingerprint import bytes_digest, short_id
 from storage.layout import Lake
 from storage.verify import verify
-from storage.version import load, read_manifest
+from storage.version import list_versions, load, read_manifest
 from tests.pipeline.ingest.in_process import InProcess
 
 RATE = 4
@@ -65,6 +66,8 @@ class Model:
     """Films of the dataset by name, those that left the source among them."""
     held: dict[str, set[tuple[int, str, float]]] = field(default_factory=dict)
     """Clips of the newest version of each recipe."""
+    named: dict[str, set[int]] = field(default_factory=dict)
+    """Contents that each name has had in some version."""
 
     def ingest(self, recipe: str, prune: bool) -> None:
         """As the documents say it: what moved, what changed in place, what is gone."""
@@ -96,6 +99,14 @@ class Model:
                 kept[name] = film
                 owned |= film.clips & base
         self.films = {**kept, **source}
+        for name, film in self.films.items():
+            self.named.setdefault(name, set()).add(film.content)
+
+    def erase(self, contents: set[int]) -> None:
+        """They leave every version, with all films that have or had them; those that the source has come back."""
+        self.films = {name: film for name, film in self.films.items() if film.content not in contents}
+        self.held = {recipe: {clip for clip in clips if clip[0] not in contents} for recipe, clips in self.held.items()}
+        self.named = {name: own - contents for name, own in self.named.items()}
 
 
 class Disk:
@@ -159,7 +170,7 @@ def run_history(seed: int, folder: Path, steps: int = 5) -> list[str]:
     """One random history: the differences between dataset and model, and other faults, a line each."""
     draw = random.Random(f"refresh/{seed}")
     disk, told, lake = Disk(folder / "films"), Model(), folder / "lake"
-    recipe, done, contents = "a", [], 1
+    recipe, done, newest = "a", [], 1
     numbers: dict[str, int] = {}
     for _ in range(steps):
         for _ in range(draw.randint(1, 3)):
@@ -169,8 +180,8 @@ def run_history(seed: int, folder: Path, steps: int = 5) -> list[str]:
                 name = draw.choice(free)
                 twin = told.source[draw.choice(there)] if kind == "twin" and there else None
                 # Contents come back: a film that left may be put there again.
-                content = twin.content if twin else draw.randint(max(0, contents - 4), contents)
-                contents = max(contents, content + 1)
+                content = twin.content if twin else draw.randint(max(0, newest - 4), newest)
+                newest = max(newest, content + 1)
                 caption = twin.caption if twin and draw.random() < 0.5 else draw.choice(CAPTIONS)
                 told.source[name] = Shown(content, caption)
                 disk.put(name, told.source[name])
@@ -186,8 +197,8 @@ def run_history(seed: int, folder: Path, steps: int = 5) -> list[str]:
             elif kind in ("change", "caption") and there:
                 name = draw.choice(there)
                 film = told.source[name]
-                changed = draw.randint(max(0, contents - 4), contents)
-                contents = max(contents, changed + 1) if kind == "change" else contents
+                changed = draw.randint(max(0, newest - 4), newest)
+                newest = max(newest, changed + 1) if kind == "change" else newest
                 told.source[name] = (
                     dataclasses.replace(film, content=changed)
                     if kind == "change"
@@ -217,6 +228,14 @@ def run_history(seed: int, folder: Path, steps: int = 5) -> list[str]:
                 faults.append("a second run was not without work")
         if report.exit_status:
             faults.append(f"exit status {report.exit_status}")
+        if not faults and draw.random() < 0.25:
+            film = told.films[name := draw.choice(sorted(told.films))]
+            # By its name all that ever had it, else what it is now; which of two twins has left is nobody's business.
+            by_name = name in told.source and draw.random() < 0.5
+            asked, contents = (name, told.named[name]) if by_name else (_id_of(film.content), {film.content})
+            done.append(f"erase {asked}")
+            told.erase(set(contents))
+            faults += _erased(lake, asked, contents) + _faults(lake, told, recipe, numbers)
         if faults:
             return [f"seed {seed}: {', '.join(done)}: {fault}" for fault in faults]
     opened = Lake.open(lake) if done and lake.exists() else None
@@ -224,13 +243,32 @@ def run_history(seed: int, folder: Path, steps: int = 5) -> list[str]:
     return [f"seed {seed}: {problem}" for problem in problems]
 
 
+def _id_of(content: int) -> str:
+    """A film's id is a hash of its file, which is its content's number."""
+    return short_id(bytes_digest(f"{content}\n".encode()))
+
+
+def _erased(lake: Path, asked: str, contents: set[int]) -> list[str]:
+    """Erase a film: what is left of its contents in any version, or found by the erasure's own search."""
+    opened = Lake.open(lake)
+    with opened.writing():
+        report = erase(opened, asked)
+    faults = [f"the erasure found {key}" for key in report.searched.found]
+    ids = {_id_of(content) for content in contents}
+    for number in list_versions(opened):
+        for table in ("clips", "films"):
+            rows = read_manifest(opened, load(opened, number), table).to_pylist()
+            faults += [f"version {number} has {row['film']}" for row in rows if row["film_id"] in ids]
+    return faults
+
+
 def _faults(lake: Path, told: Model, recipe: str, numbers: dict[str, int]) -> list[str]:
     opened = Lake.open(lake)
     version = load(opened)
     clips = read_manifest(opened, version, "clips").to_pylist()
     films = read_manifest(opened, version, "films").to_pylist()
-    for film in told.source.values():  # a film's id is a hash of its file, which is its content's number
-        numbers[short_id(bytes_digest(f"{film.content}\n".encode()))] = film.content
+    for film in told.source.values():
+        numbers[_id_of(film.content)] = film.content
     found = [(numbers[row["film_id"]], row["caption"], row["clip_start"]) for row in clips]
     faults = []
     if len(set(found)) != len(found):
@@ -241,7 +279,7 @@ def _faults(lake: Path, told: Model, recipe: str, numbers: dict[str, int]) -> li
     # Which of two twins left, where one moved, is nobody's business.
     listed = sorted((row["film"] in told.source, numbers[row["film_id"]], row["caption"]) for row in films)
     wanted = sorted((name in told.source, film.content, film.caption) for name, film in told.films.items())
-    if listed != wanted or not {row["film"] for row in films} >= set(told.source):
+    if listed != wanted or not {row["film"] for row in films} >= told.source.keys() & told.films.keys():
         faults.append(f"films {listed}, not {wanted}")
     counted = {row["film"]: row["clips"] for row in films if row["clips"]}
     owned: dict[str, int] = {}

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flows.cli import main
 from model.codecs.base import Encoded
 from model.codecs.linear import LinearCodec
 from pipeline.ingest import IngestReport, ingest
+from storage.arrays import read_clips
 from storage.layout import Lake
+from storage.repair import repair
 from storage.staging import staged_blocks
 from storage.verify import verify, verify_all
 from storage.version import load
@@ -117,6 +121,31 @@ def test_a_damaged_older_shard_that_another_machine_makes_again(
     opened = Lake.open(lake)
     assert verify(opened, load(opened)) == []
     assert any(shard.name in problem for problem in verify(opened, load(opened, 1)))
+    # The clip is in the arrays twice, with other last bits: each version gets its own back.
+    for damage in (lambda: None, lambda: snapshot_of(lake, 3).unlink()):
+        damage()
+        with opened.writing():
+            assert repair(opened).problems == []
+        assert set(map(len, verify_all(opened).values())) == {0}
+
+
+def test_latents_that_a_repair_could_not_bring_back_are_made_again(films: Path, tmp_path: Path) -> None:
+    lake = tmp_path / "lake"
+    spare = dataclasses.replace(RECIPE, store_latents=False)
+    ingest(films, lake, recipe=spare, runner=InProcess())
+    shutil.rmtree(lake / "arrays")
+    opened = Lake.open(lake)
+    with opened.writing():
+        assert all("its latents are lost" in line for line in repair(opened).problems)
+    for recipe, caption in ((dataclasses.replace(spare, order=6), "a walk"), (spare, "a run")):
+        (films / "a.txt").write_text(caption)
+        runner = InProcess()
+        report = ingest(films, lake, recipe=recipe, runner=runner)
+        assert (report.exit_status, report.clips.done, runner.clips) == (0, 2, 2)
+        version = load(opened)
+        stored = read_clips(opened, version.snapshot, version.group, names=["latents"])["latents"]
+        assert np.isfinite(stored[[row["array_row"] for row in rows(lake)]]).all()
+    assert verify(opened, load(opened)) == []
 
 
 def test_temporary_files_of_a_killed_run_are_removed_by_the_next(films: Path, lake: Path) -> None:

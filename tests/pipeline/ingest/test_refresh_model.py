@@ -9,10 +9,10 @@ import pytest
 from tests.pipeline.ingest.refresh_model import Model, Shown, run_history, without_ffmpeg
 
 
-@pytest.mark.parametrize("first", [0, 6])
+@pytest.mark.parametrize("first", [0, 10])
 def test_histories_are_as_the_model(tmp_path: Path, first: int) -> None:
     with without_ffmpeg():
-        faults = [fault for seed in range(first, first + 6) for fault in run_history(seed, tmp_path / str(seed))]
+        faults = [fault for seed in range(first, first + 10) for fault in run_history(seed, tmp_path / str(seed))]
     assert faults == []
 
 
