@@ -144,7 +144,7 @@ def run_ingest(options: argparse.Namespace) -> int:
     # Slips of the pen are told at once; the servers take a while to start.
     recipe = override(recipe_named(options.recipe), settings)
     columns = parse_columns(options.column)
-    how = (recipe.captions_required, columns, options.allow_outside, options.table_format)
+    how = (recipe.captions_required, columns, options.allow_outside, options.table_format, options.latents)
     found = discover(options.source, options.captions, *how)
     from flows.progress import Stages, stdout_kept_clean
 
@@ -164,6 +164,7 @@ def run_ingest(options: argparse.Namespace) -> int:
             allow_outside=options.allow_outside,
             table_format=options.table_format,
             report_file=options.report,
+            latents=options.latents,
             on_progress=Stages(),
             found=found,
         )
@@ -187,7 +188,7 @@ def show_plan(options: argparse.Namespace, settings: dict[str, Any]) -> int:
 
     recipe = override(recipe_named(options.recipe), settings)
     columns = parse_columns(options.column)
-    how = (recipe.captions_required, columns, options.allow_outside, options.table_format)
+    how = (recipe.captions_required, columns, options.allow_outside, options.table_format, options.latents)
     found = discover(options.source, options.captions, *how)
     with tempfile.TemporaryDirectory() as empty:
         lake = Lake.open(options.lake) if Lake.exists(options.lake) else Lake.create(empty)
@@ -361,6 +362,12 @@ def add_source_options(sub: argparse.ArgumentParser) -> None:
         "--allow-outside",
         action="store_true",
         help="read films that links or '..' reach outside their source; without it they fail",
+    )
+    sub.add_argument(
+        "--latents",
+        action="store_true",
+        help="the sources hold latents that you have already (.safetensors) in the place of films; they are "
+        "checked and projected, and nothing is decoded or encoded",
     )
 
 

@@ -76,6 +76,7 @@ def run_ingest(
     allow_outside: bool = False,
     table_format: str | None = None,
     report_file: str | None = None,
+    latents: bool = False,
     on_progress: Listener | None = None,
     found: Discovery | None = None,
 ) -> Report:
@@ -86,7 +87,7 @@ def run_ingest(
 
     Args:
         source, lake, captions, recipe, settings, limit, ray_address, columns, prune, allow_outside,
-            table_format, report_file: the flow's.
+            table_format, report_file, latents: the flow's.
         on_progress: told of films read and clips done; warnings are printed where it is given.
         found: what pipeline.sources.folders.discover found for these sources, where that was called already.
 
@@ -99,7 +100,7 @@ def run_ingest(
         sources = [source] if isinstance(source, str) else list(source)
         given = (sources, lake, captions, recipe, settings, limit, ray_address)
         arguments = (*given, columns, prune, allow_outside, table_format, report_file)
-        state = cast(State[Any], ingest(*arguments, return_state=True))
+        state = cast(State[Any], ingest(*arguments, latents=latents, return_state=True))
     except ServerError as error:
         return _nothing(str(error), lake)
     finally:
@@ -142,6 +143,7 @@ def ingest(
     table_format: str | None = None,
     report_file: str | None = None,
     wait: bool = False,
+    latents: bool = False,
 ) -> Any:
     """Films and captions to the next version of a lake.
 
@@ -162,6 +164,7 @@ def ingest(
         table_format: Name of the dataset whose published annotation file the table is, such as kinetics.
         report_file: An HTML file to write the report to, with frames of what is in the dataset and of what is not.
         wait: While another run writes to this lake, wait for its turn, in order of arrival; else fail at once.
+        latents: The sources hold files of latents (safetensors) in the place of films; they are only projected.
     """
     how: dict[str, Any] = {
         "columns": columns,
@@ -170,6 +173,7 @@ def ingest(
         "table_format": table_format,
         "report_file": report_file,
         "wait": wait,
+        "latents": latents,
     }
     found = _attempt(source, lake, captions, recipe, settings, limit, ray_address, **how)
     return found if isinstance(found, dict) else Failed(message=str(found), data=found)
@@ -188,6 +192,7 @@ def refresh(
     allow_outside: bool = False,
     table_format: str | None = None,
     keep_versions: AtLeast1 | None = None,
+    latents: bool = False,
 ) -> Any:
     """Bring a lake up to date on a schedule: a version is published only when something changed.
 
@@ -206,8 +211,15 @@ def refresh(
         allow_outside: Reads films that links or '..' reach outside their source.
         table_format: Name of the dataset whose published annotation file the table is, such as kinetics.
         keep_versions: After a new version, only so many of the newest stay; empty keeps all.
+        latents: The sources hold files of latents (safetensors) in the place of films; they are only projected.
     """
-    how = {"columns": columns, "prune": prune, "allow_outside": allow_outside, "table_format": table_format}
+    how: dict[str, Any] = {
+        "columns": columns,
+        "prune": prune,
+        "allow_outside": allow_outside,
+        "table_format": table_format,
+        "latents": latents,
+    }
     found = _attempt(source, lake, captions, recipe, settings, None, ray_address, **how)
     if isinstance(found, IngestFailed) and isinstance(found.__cause__, LakeBusy):
         return Completed(message=f"nothing was done: {found}", name="Skipped")

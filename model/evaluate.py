@@ -173,7 +173,7 @@ def _of_curves(
     if not train:
         raise ValueError(
             f"no training clip of version {version.number} kept its frames and latents; "
-            "ingest with --set store_latents=true --set preview_clips=64"
+            "ingest films with --set store_latents=true --set preview_clips=64 (imported latents have no frames)"
         )
     chosen = [catalogue.read(number) for number in spread_evenly(train, most) + spread_evenly(unseen, most)]
     pictures = {clip.clip_id for clip in _spread(chosen, shown)}

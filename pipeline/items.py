@@ -73,6 +73,8 @@ class ClipPlan:
     """Length of the film."""
     stored: StoredClip | None = None
     """A clip that the lake has, whose latents (or all but the text) are this one's."""
+    latents: bool = False
+    """Whether its film is a file of latents, which are only projected."""
 
     @property
     def copied(self) -> bool:

@@ -38,7 +38,7 @@ FILM_SCHEMA = _schema(
         ("detail", pa.string(), "one line for people, says the remedy"),
         ("clips", pa.int32(), "clips made from this film"),
         ("seconds", pa.float64(), "length of its video, NaN where unknown"),
-        ("codec", pa.string(), "of its video, empty where unknown"),
+        ("codec", pa.string(), "of its video, `latents` of imported ones, empty where unknown"),
         ("width", pa.int32(), "pixels, 0 where unknown"),
         ("height", pa.int32(), "pixels, 0 where unknown"),
         ("frame_rate", pa.float64(), "frames per second, NaN where unknown"),

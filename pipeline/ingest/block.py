@@ -15,11 +15,12 @@ import numpy as np
 from pipeline.items import BlockResult, ClipPlan, ClipWork, CodecFacts, Failure, MadeClip, Resources
 from pipeline.media.decode import decode, ffmpeg_binary
 from pipeline.media.faults import DecodeError, MediaLimits
+from pipeline.media.latents import NOT_LATENTS, read_latents
 from pipeline.recipes import DataRecipe
 from pipeline.sources.fetch import FilmChanged, as_file, is_file
 from pipeline.stage import Stage, fail, one_line, run_stages
 from pipeline.stages.content import ContentStage
-from pipeline.stages.invert import GROUP_FRAMES, InvertStage, SharedCodec
+from pipeline.stages.invert import GROUP_FRAMES, InvertStage, SharedCodec, in_16_bits
 from pipeline.stages.project import ProjectStage
 from storage.arrays import read_clips
 from storage.fingerprint import fingerprint, short_id
@@ -81,15 +82,43 @@ class DecodeStage:
         except (DiskFull, BucketError):
             raise  # no clip's fault
         except Exception as error:  # a clip's fault must not stop its block
-            if isinstance(error, DecodeError):
-                reason, detail = error.reason, error.detail
-            else:
-                reason = "film_changed" if isinstance(error, FilmChanged) else "decode_failed"
-                detail = one_line(error)
-            yield fail(run[done], self.name, reason, detail)
+            yield fail(run[done], self.name, *_said(error, "decode_failed"))
             # The fault may lie in one window alone: the others get a process of their own.
             for work in run[done + 1 :]:
                 yield from self._decode([work])
+
+
+class ImportStage:
+    """Latents of clips whose film is a file of latents; no frame is seen, and no codec is needed."""
+
+    name = "import"
+
+    def __init__(self) -> None:
+        self.resources = Resources()
+
+    def setup(self) -> None:
+        """Nothing is needed."""
+
+    def process(self, works: Iterable[ClipWork]) -> Iterator[ClipWork]:
+        """Fills in `latents`; reasons: not_finite, film_changed, and what `read_latents` says."""
+        for work in works:
+            try:
+                work = self._import(work)
+            except (DiskFull, BucketError):
+                raise  # no clip's fault
+            except Exception as error:
+                work = fail(work, self.name, *_said(error, NOT_LATENTS))
+            yield work
+
+    def teardown(self) -> None:
+        """Nothing is held."""
+
+    def _import(self, work: ClipWork) -> ClipWork:
+        plan = work.plan
+        _check_unchanged(plan)
+        with as_file(plan.path, plan.bytes, plan.modified_ns) as file:
+            latents = read_latents(file, plan.window)
+        return in_16_bits(work, latents, self.name, "encode its film again")
 
 
 class StoredStage:
@@ -129,6 +158,13 @@ _OF_CODEC = (
 """Figures of the certificate that do not depend on the projection."""
 
 
+def _said(error: Exception, otherwise: str) -> tuple[str, str]:
+    """Reason and detail of what went wrong with a film; `otherwise` is the reason where nobody expected it."""
+    if isinstance(error, DecodeError):
+        return error.reason, error.detail
+    return "film_changed" if isinstance(error, FilmChanged) else otherwise, one_line(error)
+
+
 def _follows(earlier: ClipWork, later: ClipWork) -> bool:
     return earlier.plan.path == later.plan.path and earlier.plan.window.ticks[-1] < later.plan.window.ticks[0]
 
@@ -145,17 +181,29 @@ def _check_unchanged(plan: ClipPlan) -> None:
 
 
 class BlockWorker:
-    """Makes blocks of clips of one recipe and stages them; lives in a Ray actor, or in the caller's process."""
+    """Makes blocks of clips of one recipe and stages them; lives in a Ray actor, or in the caller's process.
 
-    def __init__(self, lake: Lake, recipe: DataRecipe, recipe_fingerprint: str) -> None:
+    imported: where the clips' latents are imported, the codec that made them; it is not loaded then.
+    """
+
+    def __init__(
+        self, lake: Lake, recipe: DataRecipe, recipe_fingerprint: str, imported: CodecFacts | None = None
+    ) -> None:
         self.lake, self.recipe, self.recipe_fingerprint = lake, recipe, recipe_fingerprint
+        self.imported = imported
         self.codec = SharedCodec(recipe.codec)
         # While the codec has a group of clips in hand, the next one is decoded.
         self.ahead = max(2, -(-GROUP_FRAMES // recipe.frames_max))
-        self.stages: list[Stage] = [
+        self.stages = self._stages()
+
+    def _stages(self) -> list[Stage]:
+        recipe = self.recipe
+        if self.imported is not None:
+            return [ImportStage(), ProjectStage(None, recipe.coefficients, recipe.method)]
+        return [
             DecodeStage(recipe.size, recipe.limits),
             ContentStage(recipe.rejecting_gates),
-            StoredStage(lake, self.codec),
+            StoredStage(self.lake, self.codec),
             InvertStage(self.codec, recipe.certify_frames),
             ProjectStage(self.codec, recipe.coefficients, recipe.method, recipe.certify_frames),
         ]
@@ -172,7 +220,8 @@ class BlockWorker:
         """Sets the stages up, once. Raises what they raise, and ValueError for frames that do not suit the codec."""
         for stage in self.stages:
             stage.setup()
-        self.codec.load().latent_shape(*self.recipe.size)  # before anything is decoded for nothing
+        if self.imported is None:
+            self.codec.load().latent_shape(*self.recipe.size)  # before anything is decoded for nothing
 
     def process(self, block_id: str, clips: Sequence[ClipPlan]) -> BlockResult:
         """Makes the clips and stages those that were made under `block_id`. Safe to retry.
@@ -182,23 +231,28 @@ class BlockWorker:
         """
         begin = time.perf_counter()
         works, clock = run_stages(self.stages, clips, self.ahead)
-        if self.codec.device == "cuda":
+        if self.imported is None and self.codec.device == "cuda":
             clock = {**clock, "gpu": time.perf_counter() - begin}  # it holds the GPU while it decodes, too
         made = tuple(MadeClip.of(work) for work in works if work.failure is None)
         failures = tuple(work.failure for work in works if work.failure is not None)
-        result = BlockResult(block_id, made, failures, clock, self._codec_facts())
+        result = BlockResult(
+            block_id, made, failures, clock, self.imported or codec_facts(self.codec, self.recipe.size)
+        )
         stage_block(self.lake, result, staged_arrays(works, self.recipe.frames_max), self.recipe_fingerprint)
         return result
-
-    def _codec_facts(self) -> CodecFacts:
-        codec = self.codec.load()
-        shape = tuple(codec.latent_shape(*self.recipe.size))
-        return CodecFacts(codec.id, codec.channels, codec.factor, codec.scale, codec.spec(), shape)
 
     def teardown(self) -> None:
         """Frees what the stages hold."""
         for stage in self.stages:
             stage.teardown()
+
+
+def codec_facts(shared: SharedCodec, size: tuple[int, int]) -> CodecFacts:
+    """What is said of a codec whose frames are of `size`; it is loaded. Raises what `SharedCodec.load` does, and
+    ValueError for a size that does not suit it."""
+    codec = shared.load()
+    shape = tuple(codec.latent_shape(*size))
+    return CodecFacts(codec.id, codec.channels, codec.factor, codec.scale, codec.spec(), shape)
 
 
 def staged_arrays(works: Sequence[ClipWork], frames_max: int) -> dict[str, np.ndarray]:

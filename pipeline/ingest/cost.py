@@ -30,7 +30,8 @@ class Cost:
     """An estimate."""
 
     clips: int
-    """Clips to be made; those that are staged already, or copied from what is stored, cost next to nothing."""
+    """Clips to be made; those that are staged already, copied from what is stored, or only projected, cost next to
+    nothing."""
     gpu_hours: float
     """0 where the runs that were measured had no GPU."""
     hours: float
@@ -61,8 +62,8 @@ class Cost:
 
 
 def measured(results: Sequence[BlockResult], commit_seconds: float) -> Row:
-    """What a version's file says that its run took; blocks that were only copied are left out."""
-    made = [result for result in results if "copy" not in result.seconds and result.made]
+    """What a version's file says that its run took; blocks that were only copied or imported are left out."""
+    made = [result for result in results if not {"copy", "import"} & result.seconds.keys() and result.made]
     seconds: dict[str, float] = {}
     for result in made:
         for stage, taken in result.seconds.items():
@@ -89,7 +90,7 @@ def estimate(plan: IngestPlan, workers: int | None = None) -> Cost | None:
         for block in plan.blocks
         if block.block_id not in plan.staged
         for clip in block.clips
-        if clip.stored is None
+        if clip.stored is None and not clip.latents
     ]
     gpu_seconds = per_clip.pop(GPU, 0.0)
     used = workers or (1 if gpu_seconds else len(os.sched_getaffinity(0)))

@@ -44,18 +44,19 @@ def cut_film(film: Probe, entry: FilmEntry, recipe: DataRecipe, file: Path) -> C
     """The parts of a film that the recipe makes clips of, in order, whatever number of frames they have.
 
     With `shots` a part that the table names is a clip as it is. A whole film is decoded once, small, to find its cuts,
-    unless `shots.detect` is false: then it is one clip. `file` is the film on this machine.
+    unless `shots.detect` is false: then it is one clip. A file of latents is one shot: nobody looks for cuts in it.
+    `file` is the film on this machine.
 
     Raises:
         DecodeError: the film cannot be decoded.
     """
-    if recipe.whole_shots is None and recipe.split_at_cuts:
+    if recipe.whole_shots is None and recipe.split_at_cuts and not entry.latents:
         return _split(film, file, entry, recipe)
     if recipe.whole_shots is None:
         starts = window_starts(film, recipe.duration, entry.start, entry.end)
         count = window_count(film, recipe.duration, entry.start, entry.end)
         return Cut(tuple(Span(start, recipe.duration) for start in starts), count - len(starts))
-    if entry.start > 0 or entry.end is not None or not recipe.whole_shots.detect:
+    if entry.latents or entry.start > 0 or entry.end is not None or not recipe.whole_shots.detect:
         end = film.seconds if entry.end is None else min(entry.end, film.seconds)
         spans = (Span(entry.start, end - entry.start),) if end > entry.start else ()
         return Cut(spans)

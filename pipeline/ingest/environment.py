@@ -12,6 +12,7 @@ from model.ffmpeg import NoFfmpeg, find_ffmpeg
 from pipeline.cluster import RunnerError
 from pipeline.gates import BELOW_GATE
 from pipeline.items import Outcome
+from pipeline.media.latents import BAD_FRAME_TIMES, CODEC_MISMATCH, NOT_LATENTS, WRONG_SHAPE
 
 LASTING = frozenset(
     [
@@ -25,12 +26,21 @@ LASTING = frozenset(
         "too_many_frames",
         "duplicate",
         BELOW_GATE,
+        NOT_LATENTS,
+        BAD_FRAME_TIMES,
+        CODEC_MISMATCH,
+        WRONG_SHAPE,
     ]
 )
 """Faults of the film itself: not looked at again before the file or the decoder changes, or the recipe's gates open.
 What fails for any other reason is tried again by the next run."""
 
-RECIPE_BOUND = frozenset(["shorter_than_window", "too_few_frames", "too_many_frames", "duplicate", BELOW_GATE])
+RECIPE_BOUND = frozenset(
+    [
+        *("shorter_than_window", "too_few_frames", "too_many_frames", "duplicate"),
+        *(BELOW_GATE, NOT_LATENTS, CODEC_MISMATCH, WRONG_SHAPE),
+    ]
+)
 """Those of them that another recipe may see otherwise."""
 
 CERTAIN = frozenset(["no_ffmpeg", "decoder_failed"])

@@ -16,7 +16,7 @@ from itertools import count
 
 from pipeline.items import Failure, Row
 from pipeline.rows import part_of, place, printable
-from pipeline.sources.entries import Discovery, FilmEntry
+from pipeline.sources.entries import Discovery, FilmEntry, is_film
 from pipeline.sources.fetch import INSIDE
 from pipeline.sources.tables import TABLE_SUFFIXES
 
@@ -42,6 +42,7 @@ class Identities:
         self._places = {item.place for item in run}
         self._named = self._places | {item.place for item in (sources.items if sources else ())}
         self._origins = list(sources.origins) if sources else []
+        self._latents = sources.latents if sources else False
         self._unread = [f"{folder}/" for folder in (sources.unread if sources else ())]
         self._files = {printable(item.path) for item in run}
         self._names: dict[str, str] = {}
@@ -178,6 +179,8 @@ class Identities:
         """The source of this run that a film would have to be in."""
         if any(row["path"].startswith(folder) for folder in self._unread):
             return None
+        if is_film(row["path"], not self._latents):
+            return None  # films are not looked for where latents are imported, nor the other way
         own = row["source"]
         if own.endswith(TABLE_SUFFIXES):
             return own if own in self._origins else None

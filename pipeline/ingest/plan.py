@@ -8,33 +8,37 @@ Blocks are cut from the sorted new clips before any work starts, so the order in
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pipeline.gates import decide, rejection
-from pipeline.ingest.block import cut_blocks
+from pipeline.ingest.block import codec_facts, cut_blocks
 from pipeline.ingest.cut import Cut, cut_film
 from pipeline.ingest.environment import LASTING, STOP_FILMS, check_environment, decoder_version
 from pipeline.ingest.history import dataset_clips, dataset_films, newest_of_recipe, older_rows
 from pipeline.ingest.identity import Identities, content
 from pipeline.ingest.reuse import with_stored
 from pipeline.ingest.state import PARTIAL, FilmState, IngestPlan, Progress
-from pipeline.items import ClipPlan, Failure, Row
+from pipeline.items import ClipPlan, CodecFacts, Failure, Row
 from pipeline.media.decode import Probe, ffmpeg_binary, probe, select_frames
 from pipeline.media.faults import DecodeError, digest_of
+from pipeline.media.latents import probe_latents
 from pipeline.recipes import DataRecipe, Shots
 from pipeline.rows import caption_id, film_row, observed_frames, place, printable, split_of
 from pipeline.sources.entries import Discovery, FilmEntry
 from pipeline.sources.fetch import FilmChanged, as_file
 from pipeline.sources.tables import SourceError
+from pipeline.stages.invert import SharedCodec
 from storage.fingerprint import fingerprint, short_id
 from storage.layout import DiskFull, Lake
-from storage.version import latest, read_manifest
+from storage.version import Version, latest, read_manifest
 
 
 def plan_ingest(
@@ -59,6 +63,8 @@ def plan_ingest(
 
     Raises:
         DecodeError: `no_ffmpeg`.
+        ValueError, CodecUnavailable: the recipe's codec, which says how imported latents must look, cannot be loaded;
+            it is only where no version has clips of this recipe.
         SourceError: a source of films to be pruned has none at all.
         RunnerError: all of the first films fail for one reason that lies outside them.
     """
@@ -188,7 +194,9 @@ def _plan_films(plan: IngestPlan, found: Discovery, on_progress: Progress) -> No
             state.known = clips_of.get(state.name, [])
             _keep_out(plan, state, [clip for clip in state.known if clip in plan.gate_decision.leaving])
         plan.films.append(state)
-    if to_read:
+    if any(entry.latents for entry in to_read):
+        plan.imported = _codec_of(plan.recipe, plan.base)
+    elif to_read:
         ffmpeg_binary()
     with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
         films: list[tuple[FilmState, FilmEntry, tuple[Probe, Cut] | None]] = []
@@ -247,7 +255,9 @@ def _as_before(row: Row, entry: FilmEntry) -> bool:
         return False
     if row["status"] in ("done", "unchanged"):
         return bool(row["reason"] != PARTIAL)
-    return row["reason"] in LASTING and (row["status"] != "failed" or decoder_version() in ("", row["decoder"]))
+    if row["status"] != "failed" or entry.latents:
+        return row["reason"] in LASTING
+    return row["reason"] in LASTING and decoder_version() in ("", row["decoder"])
 
 
 def _settled_rows(plan: IngestPlan, entries: Sequence[FilmEntry]) -> dict[str, Row]:
@@ -278,10 +288,10 @@ def _read_film(plan: IngestPlan, entry: FilmEntry) -> tuple[FilmState, tuple[Pro
     """Hashes (unless the digest is known), probes and cuts one film."""
     facts = (entry.film, entry.caption, entry.bytes, entry.modified_ns, printable(entry.path), entry.origin)
     state = FilmState(film_row(*facts))
-    state.row["decoder"] = decoder_version()
+    state.row["decoder"] = "" if entry.latents else decoder_version()
     try:
         with as_file(entry.path, entry.bytes, entry.modified_ns) as file:
-            film = probe(file, plan.recipe.limits)
+            film = _probe(plan, entry, file)
             state.row["sha256"] = plan.identities.digest(entry) or digest_of(file, plan.recipe.limits)
             cut = cut_film(film, entry, plan.recipe, file)
     except DiskFull:
@@ -304,6 +314,20 @@ def _read_film(plan: IngestPlan, entry: FilmEntry) -> tuple[FilmState, tuple[Pro
         "frame_rate": film.frame_rate,
     }
     return state, (film, cut)
+
+
+def _probe(plan: IngestPlan, entry: FilmEntry, file: Path) -> Probe:
+    if not entry.latents:
+        return probe(file, plan.recipe.limits)
+    assert plan.imported is not None
+    return probe_latents(file, plan.imported, plan.recipe.limits)
+
+
+def _codec_of(recipe: DataRecipe, base: Version | None) -> CodecFacts:
+    """The recipe's codec, which imported latents must be of; it is not loaded where a version says what it is."""
+    if base is None:
+        return codec_facts(SharedCodec(recipe.codec), recipe.size)
+    return CodecFacts.from_json({**base.codec, "latent_shape": base.clip["latent_shape"]})
 
 
 def _plan_clips(
@@ -376,8 +400,9 @@ def _plan_clips(
                     observed=tuple(bool(seen) for seen in observed),
                     split=split_of(state.row["film_id"], recipe.validation_fraction),
                     preview=False,
-                    short_side=float(min(film.width, film.height)),
+                    short_side=float(min(film.width, film.height)) or math.nan,
                     film_seconds=film.seconds,
+                    latents=entry.latents,
                 )
             )
     if shared and not (clips or state.known or outside):
@@ -419,11 +444,12 @@ def _with_previews(plan: IngestPlan, clips: Iterable[ClipPlan]) -> list[ClipPlan
     """The clips with `preview` set: all of the validation split, and of training clips a fixed number over all runs."""
     clips = list(clips)
     kept = sum(row["preview"] and row["split"] == "train" for row in [*plan.base_clips, *plan.restored])
-    training = sorted(clip.clip_id for clip in clips if clip.split == "train")
+    training = sorted(clip.clip_id for clip in clips if clip.split == "train" and not clip.latents)
     chosen = set(training[: max(0, plan.recipe.preview_clips - kept)])
     previews = [
         # A clip that is copied keeps what there is.
-        clip.split == "validation" or (clip.stored.preview if clip.copied and clip.stored else clip.clip_id in chosen)
+        (clip.split == "validation" and not clip.latents)
+        or (clip.stored.preview if clip.copied and clip.stored else clip.clip_id in chosen)
         for clip in clips
     ]
     return [replace(clip, preview=preview) for clip, preview in zip(clips, previews, strict=True)]

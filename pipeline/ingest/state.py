@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.gates import GateDecision
 from pipeline.ingest.block import Block
 from pipeline.ingest.identity import Identities
-from pipeline.items import BlockResult, ClipPlan, Failure, Outcome, Row
+from pipeline.items import BlockResult, ClipPlan, CodecFacts, Failure, Outcome, Row
 from pipeline.recipes import DataRecipe
 from pipeline.rows import printable
 from storage.layout import Lake
@@ -90,6 +90,8 @@ class IngestPlan:
     """Films of the dataset that the sources had and have no longer, each with its source."""
     prune: bool = False
     """Whether the missing films leave the dataset."""
+    imported: CodecFacts | None = None
+    """Where the new clips are of imported latents: the codec that made them."""
     tried: list[Outcome] = field(default_factory=list)
     """What became of the clips that this run has finished so far."""
 
@@ -124,9 +126,12 @@ class IngestPlan:
         copied, reused = (
             sum(clip.copied is kind and clip.stored is not None for clip in self.clips) for kind in (True, False)
         )
+        imported = sum(clip.latents and not clip.copied for clip in self.clips)
         if copied:
             lines.append(f"{copied} of them are stored under other captions: only their text is new")
-        if reused:
+        if imported:
+            lines.append(f"{imported} of them are imported latents: they are only projected")
+        elif reused:
             lines.append(f"{reused} of them take stored latents: they are not encoded again")
         if self.staged:
             lines.append(f"{len(self.staged)} blocks are finished from an interrupted run and are kept")

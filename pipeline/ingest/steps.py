@@ -132,7 +132,7 @@ def run_blocks(
             finish(copy_block(plan.lake, plan.recipe, plan.recipe_fingerprint, block))
             tell()
     work = [(block.block_id, block.clips) for block in blocks if block.block_id not in results]
-    chosen = worker or BlockWorker(plan.lake, plan.recipe, plan.recipe_fingerprint)
+    chosen = worker or BlockWorker(plan.lake, plan.recipe, plan.recipe_fingerprint, plan.imported)
     runner.run(chosen, work, lambda clip: clip.clip_id, done, given_up)
     return [results[block.block_id] for block in blocks]
 
@@ -184,11 +184,12 @@ def ingest(
     allow_outside: bool = False,
     table_format: str | None = None,
     wait: bool = False,
+    latents: bool = False,
 ) -> IngestReport:
     """Films and captions to the next version of `lake`, which is made once there is something to put into it.
 
     Args:
-        sources, captions, columns, allow_outside, table_format: as in pipeline.sources.folders.discover.
+        sources, captions, columns, allow_outside, table_format, latents: as in pipeline.sources.folders.discover.
         lake: a lake or its path.
         recipe: how; None for the demo's.
         limit: this many films only, the first by name.
@@ -208,7 +209,8 @@ def ingest(
     names = ", ".join(Path(source).name or str(source) for source in given)
 
     def look() -> tuple[Discovery, Lake]:
-        films = found or discover(given, captions, recipe.captions_required, columns, allow_outside, table_format)
+        how = (recipe.captions_required, columns, allow_outside, table_format, latents)
+        films = found or discover(given, captions, *how)
         return films, lake if isinstance(lake, Lake) else Lake.create(lake)
 
     films, place = step(f"look for films in {names}", "discover", look)

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.rows import printable
-from pipeline.sources.entries import CAPTION_BYTES, Discovery, Source, Stat, caption_text, is_film
+from pipeline.sources.entries import CAPTION_BYTES, Discovery, Source, Stat, caption_text
 from pipeline.sources.fetch import as_file, bucket_and_key, stamp_of
 from pipeline.sources.tables import TABLE_SUFFIXES
 from storage.s3 import S3Store
@@ -24,8 +24,8 @@ _AT_ONCE = 16  # captions beside their films that are read at the same time
 class Bucket(Source):
     """The films below a prefix of a bucket: `url` is `s3://bucket/prefix`, without a slash at its end."""
 
-    def __init__(self, url: str, captions_required: bool, origin: str | None = None) -> None:
-        super().__init__(PurePosixPath(url).name, printable(origin or url), captions_required)
+    def __init__(self, url: str, captions_required: bool, origin: str | None = None, latents: bool = False) -> None:
+        super().__init__(PurePosixPath(url).name, printable(origin or url), captions_required, latents)
         self.url = url
         store, prefix = bucket_and_key(url)
         self._store = S3Store(store.bucket, prefix, store.endpoint)
@@ -47,12 +47,12 @@ class Bucket(Source):
             if any(part.startswith(".") and part not in (".", "..") for part in name.split("/")):
                 continue
             suffix = PurePosixPath(name).suffix.lower()
-            if is_film(name):
+            if self.is_film(name):
                 films[name] = self.stat(name)
             elif suffix not in (*TABLE_SUFFIXES, ".txt", ".tar"):
                 others[suffix or "no suffix"] += 1
         if said := ", ".join(f"{printable(suffix)} {count}" for suffix, count in sorted(others.items())):
-            found.notes.append(f"left out of {printable(self.url)}, no films by their names: {said}")
+            found.notes.append(f"left out of {printable(self.url)}, no {self.kind} by their names: {said}")
         return films
 
     def look(self, file: str) -> Stat | None:
@@ -85,7 +85,7 @@ class Bucket(Source):
 
     @cached_property
     def _sidecars(self) -> dict[str, str]:
-        names = [beside for name in self.objects if is_film(name) and (beside := _beside(name)) in self.objects]
+        names = [beside for name in self.objects if self.is_film(name) and (beside := _beside(name)) in self.objects]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             return dict(zip(names, pool.map(self._caption, names), strict=True))
 

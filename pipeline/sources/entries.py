@@ -17,6 +17,8 @@ FILM_SUFFIXES = frozenset(
     | {".m2ts", ".mts", ".vob", ".flv", ".f4v", ".ogv", ".ogg", ".wmv", ".asf", ".3gp", ".3g2", ".gif"}
 )
 """A film by its name. Files of a folder with other names are counted in a line, never left out in silence."""
+LATENT_SUFFIXES = frozenset({".safetensors"})
+"""A file of latents by its name, which stands for a film where latents are imported (pipeline.media.latents)."""
 CAPTION_BYTES = 2**16
 """Most bytes of a caption beside its film that are read."""
 
@@ -44,6 +46,8 @@ class FilmEntry:
     """Name of the folder that is its source, or that holds the table."""
     origin: str = ""
     """Address of its source: the absolute path of the folder or the table, or its URL."""
+    latents: bool = False
+    """Whether it is a file of latents."""
 
     @property
     def place(self) -> str:
@@ -63,6 +67,8 @@ class Discovery:
     """Addresses of the sources: what a folder or table of these had and has no longer is gone."""
     unread: list[str] = field(default_factory=list)
     """Folders that could not be listed: nothing is known of what is in them."""
+    latents: bool = False
+    """Whether files of latents were looked for, and no films."""
 
     @property
     def items(self) -> list[FilmEntry | Failure]:
@@ -100,10 +106,20 @@ class Source:
         name: its last name.
         origin: its address, printable.
         captions_required: whether a film without a caption fails.
+        latents: whether its films are files of latents.
     """
 
-    def __init__(self, name: str, origin: str, captions_required: bool) -> None:
-        self.name, self.origin, self.captions_required = name, origin, captions_required
+    def __init__(self, name: str, origin: str, captions_required: bool, latents: bool = False) -> None:
+        self.name, self.origin, self.captions_required, self.latents = name, origin, captions_required, latents
+
+    @property
+    def kind(self) -> str:
+        """What it holds, in a word."""
+        return "latents" if self.latents else "films"
+
+    def is_film(self, name: str) -> bool:
+        """Whether a file is a film by its name."""
+        return is_film(name, self.latents)
 
     def films(self, found: Discovery) -> dict[str, Stat]:
         """The films by their names relative to the source, in order; what is left out is said in `found`."""
@@ -141,7 +157,8 @@ class Source:
             self.fail(found, row, *fault)
             return
         where = (self.name, self.origin)
-        entry = FilmEntry(row.film, self.address(row.file), row.caption, *stat, row.start, row.end, *where)
+        part = (row.start, row.end)
+        entry = FilmEntry(row.film, self.address(row.file), row.caption, *stat, *part, *where, latents=self.latents)
         found.entries.append(entry)
 
     def fail(self, found: Discovery, row: Row, reason: str, detail: str) -> None:
@@ -160,6 +177,6 @@ def caption_text(data: bytes) -> str:
     return " ".join(data[:CAPTION_BYTES].decode("utf-8-sig", errors="replace").split())
 
 
-def is_film(name: str) -> bool:
-    """Whether a file is a film by its name."""
-    return Path(name).suffix.lower() in FILM_SUFFIXES
+def is_film(name: str, latents: bool = False) -> bool:
+    """Whether a file is a film by its name, or one of latents."""
+    return Path(name).suffix.lower() in (LATENT_SUFFIXES if latents else FILM_SUFFIXES)

@@ -21,12 +21,14 @@ from pipeline.sources.buckets import Bucket
 from pipeline.sources.entries import (
     CAPTION_BYTES,
     FILM_SUFFIXES,
+    LATENT_SUFFIXES,
     Discovery,
     FilmEntry,
     Source,
     Stat,
     caption_text,
     failure,
+    is_film,
 )
 from pipeline.sources.formats import Annotations, TableFormat, folder_words, format_named, read_annotations
 from pipeline.sources.tables import (
@@ -59,8 +61,10 @@ _OUTSIDE = OUTSIDE, "a link or '..' leads out of its source; move the film there
 class _Folder(Source):
     """A folder, or the one that a table is in: `path` is absolute, without links."""
 
-    def __init__(self, path: Path, captions_required: bool, origin: str, allow_outside: bool, given: Path) -> None:
-        super().__init__(path.name, origin, captions_required)
+    def __init__(
+        self, path: Path, captions_required: bool, origin: str, allow_outside: bool, given: Path, latents: bool
+    ) -> None:
+        super().__init__(path.name, origin, captions_required, latents)
         self.path, self.allow_outside, self._given = path, allow_outside, given
         self.tars: list[str] = []
         """Tars in the folder, once its films were looked for."""
@@ -111,6 +115,7 @@ def discover(
     columns: Mapping[str, str] | None = None,
     allow_outside: bool = False,
     table_format: str | None = None,
+    latents: bool = False,
 ) -> Discovery:
     """Every film that the sources name, with its caption, or the reason why it has none.
 
@@ -124,6 +129,7 @@ def discover(
         allow_outside: whether links and `..` may lead out of a source; else such a film fails (`outside_source`), and
             a linked folder is left out with a line.
         table_format: the tables are a dataset's published annotation files, of this name in `pipeline.sources.formats`.
+        latents: whether the sources hold files of latents (pipeline.media.latents) in the place of films.
 
     Raises:
         SourceError: a source or the captions file is not there or cannot be read, or there is no film at all.
@@ -138,7 +144,7 @@ def discover(
     chosen = format_named(table_format)
     if chosen is not None and columns:
         raise SourceError("--table-format knows its columns; leave --column out")
-    found = Discovery()
+    found = Discovery(latents=latents)
     tables = _Tables(captions_required, columns, chosen)
     with contextlib.ExitStack() as stack:
         shared = None
@@ -147,7 +153,7 @@ def discover(
         used: set[str] = set()
         seen: dict[str, Source] = {}
         for given in sources:
-            source, table = _opened(given, captions_required, allow_outside, tables, stack)
+            source, table = _opened(given, captions_required, allow_outside, tables, stack, latents)
             if source.origin in seen:
                 continue
             seen[source.origin] = source
@@ -162,15 +168,17 @@ def discover(
             found.failures += _bad_rows(Path(str(captions)), shared.bad)
             found.notes += [shared.missing()] if shared.missing() else []
         elif shared is not None:
-            for row in shared.rows:
-                if row.file not in used:
-                    next(iter(seen.values())).missing(found, row, f"captions file {Path(str(captions)).name}")
+            first = next(iter(seen.values()))
+            lost = [row for row in shared.rows if row.file not in used]
+            for row in _of_kind(first, lost, Path(str(captions)).name, found):
+                first.missing(found, row, f"captions file {Path(str(captions)).name}")
             found.failures += _bad_rows(Path(str(captions)), shared.bad)
     if not found.entries and not found.failures:
-        kinds = ", ".join(sorted(FILM_SUFFIXES))
+        kind = "latents" if latents else "films"
+        kinds = ", ".join(sorted(LATENT_SUFFIXES if latents else FILM_SUFFIXES))
         lines = f" ({'; '.join(found.notes)})" if chosen is not None and found.notes else ""
         raise SourceError(
-            f"no films in {', '.join(map(str, sources))}{lines}; put films there ({kinds}) or name another source"
+            f"no {kind} in {', '.join(map(str, sources))}{lines}; put {kind} there ({kinds}) or name another source"
         )
     return _settled(found, captions_required)
 
@@ -194,7 +202,12 @@ class _Tables:
 
 
 def _opened(
-    given: str | Path, captions_required: bool, allow_outside: bool, tables: _Tables, stack: contextlib.ExitStack
+    given: str | Path,
+    captions_required: bool,
+    allow_outside: bool,
+    tables: _Tables,
+    stack: contextlib.ExitStack,
+    latents: bool,
 ) -> tuple[Source, Path | None]:
     """A source, and its table as a file where it is one."""
     text = str(given)
@@ -203,19 +216,19 @@ def _opened(
         suffix = Path(url).suffix.lower()
         if "@" in url.partition("//")[2].partition("/")[0]:
             raise SourceError("a source holds no credentials; give s3://BUCKET/PREFIX, and set AWS_ACCESS_KEY_ID")
-        if suffix in FILM_SUFFIXES:
+        if is_film(url, latents):
             raise SourceError(f"source {url} is a film by its name; name the prefix that it is in")
         if suffix in (*tables.suffixes, TAR_SUFFIX) and url.count("/") > 2:
-            parent = Bucket(url.rpartition("/")[0], captions_required, url)
+            parent = Bucket(url.rpartition("/")[0], captions_required, url, latents)
             name = url.rpartition("/")[2]
             if name not in parent.objects:
                 raise SourceError(f"source {url} does not exist; name a prefix with films, a table or a tar")
             file = stack.enter_context(parent.file(name))
             if suffix == TAR_SUFFIX:
                 stamp = parent.stat(name).modified_ns
-                return Tar(file, url, name, stamp, name, printable(url), captions_required), None
+                return Tar(file, url, name, stamp, name, printable(url), captions_required, latents), None
             return parent, file
-        return Bucket(url, captions_required), None
+        return Bucket(url, captions_required, latents=latents), None
     if text.startswith("file://"):
         text = str(store_at(text).local_path())
     elif "://" in text:
@@ -229,11 +242,11 @@ def _opened(
     itself = real if path.is_dir() else real / path.name
     if path.is_file() and path.suffix.lower() == TAR_SUFFIX:
         where = (str(itself), path.name, itself.stat().st_mtime_ns, path.name, printable(str(itself)))
-        return Tar(itself, *where, captions_required), None
+        return Tar(itself, *where, captions_required, latents), None
     if path.is_file() and path.suffix.lower() not in tables.suffixes:
         kinds = ", ".join(tables.suffixes)
         raise SourceError(f"source {path} is neither a folder nor a table {kinds}; name its folder")
-    folder = _Folder(real, captions_required, printable(str(itself)), allow_outside, path)
+    folder = _Folder(real, captions_required, printable(str(itself)), allow_outside, path, latents)
     return folder, None if path.is_dir() else path
 
 
@@ -251,7 +264,7 @@ def _table_file(captions: str | Path) -> Iterator[Path]:
 
 def _tars_of(source: Source, stack: contextlib.ExitStack) -> Iterator[Tar]:
     """The tars in a folder or bucket, one after the other."""
-    facts = (source.name, source.origin, source.captions_required)
+    facts = (source.name, source.origin, source.captions_required, source.latents)
     if isinstance(source, _Folder):
         for name in source.tars:
             path = source.path / name
@@ -294,11 +307,15 @@ def _discover_films(
         table = table.joined(films)
         found.failures += _bad_rows(Path(source.origin), table.bad)
     captioned = set()
+    lost = []
     for row in table.rows if table is not None else ():
         if row.file in films:
             captioned.add(row.file)
             source.add(found, row, films[row.file])
-        elif shared is None:
+        else:
+            lost.append(row)
+    if shared is None:
+        for row in _of_kind(source, lost, own_name, found):
             source.missing(found, row, own_name)
     used |= captioned
     for name, stat in films.items():
@@ -319,7 +336,7 @@ def _discover_table(source: Source, path: Path, table: Table | Annotations, foun
         table = joined
     else:
         films = {}
-    for row in table.rows:
+    for row in _of_kind(source, table.rows, path.name, found):
         if (fault := source.fault(row.file)) is not None:
             source.fail(found, row, *fault)
             continue
@@ -329,6 +346,15 @@ def _discover_table(source: Source, path: Path, table: Table | Annotations, foun
         else:
             source.add(found, row, stat)
     found.failures += _bad_rows(path, table.bad)
+
+
+def _of_kind(source: Source, rows: Sequence[Row], table: str, found: Discovery) -> list[Row]:
+    """The rows but those that name films where latents are read, or the other way; these are counted in a line."""
+    chosen = [row for row in rows if not is_film(row.file, not source.latents)]
+    if len(chosen) < len(rows):
+        others = len(rows) - len(chosen)
+        found.notes.append(f"{others} rows of {table} do not name {source.kind}, by their suffixes; they are left out")
+    return chosen
 
 
 def _bad_rows(table: Path, rows: Sequence[BadRow]) -> list[Failure]:
@@ -408,7 +434,7 @@ def _scan(folder: _Folder, found: Discovery) -> Iterator[tuple[str, os.stat_resu
         if suffix == TAR_SUFFIX and folder.holds(Path(path)):
             folder.tars.append(name)
             continue
-        if suffix not in FILM_SUFFIXES:
+        if not folder.is_film(name):
             others[suffix or "no suffix"] += suffix not in (*TABLE_SUFFIXES, ".txt")
             continue
         try:
@@ -417,4 +443,4 @@ def _scan(folder: _Folder, found: Discovery) -> Iterator[tuple[str, os.stat_resu
             row = Row(name, "")
             folder.fail(found, row, "film_missing", f"it is a link to nothing ({error.strerror}); correct or remove it")
     if said := ", ".join(f"{printable(suffix)} {count}" for suffix, count in sorted(others.items()) if count):
-        found.notes.append(f"left out of {printable(str(folder.path))}, no films by their names: {said}")
+        found.notes.append(f"left out of {printable(str(folder.path))}, no {folder.kind} by their names: {said}")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path, PurePosixPath
 
 from pipeline.rows import printable
-from pipeline.sources.entries import CAPTION_BYTES, Discovery, Source, Stat, caption_text, is_film
+from pipeline.sources.entries import CAPTION_BYTES, Discovery, Source, Stat, caption_text
 from pipeline.sources.fetch import INSIDE, tar_members
 
 TAR_SUFFIX = ".tar"
@@ -22,13 +22,21 @@ class Tar(Source):
         address: where it is: its path or URL.
         shown: its name relative to its own source, with which its films' names begin.
         stamp: its time of change, or that of its ETag.
-        name, origin, captions_required: as Source.
+        name, origin, captions_required, latents: as Source.
     """
 
     def __init__(
-        self, file: Path, address: str, shown: str, stamp: int, name: str, origin: str, captions_required: bool
+        self,
+        file: Path,
+        address: str,
+        shown: str,
+        stamp: int,
+        name: str,
+        origin: str,
+        captions_required: bool,
+        latents: bool = False,
     ) -> None:
-        super().__init__(name, origin, captions_required)
+        super().__init__(name, origin, captions_required, latents)
         self._file, self._address, self._shown, self._stamp = file, address, shown, stamp
         stat = file.stat()
         self._members = tar_members(str(file), stat.st_size, stat.st_mtime_ns)
@@ -39,10 +47,10 @@ class Tar(Source):
                 self._captions[key] = member
 
     def films(self, found: Discovery) -> dict[str, Stat]:
-        chosen = {f"{self._shown}/{name}": size for name, (_, size) in self._members.items() if is_film(name)}
-        others = sum(not is_film(name) and _key(name)[1] not in (".txt", ".json") for name in self._members)
+        chosen = {f"{self._shown}/{name}": size for name, (_, size) in self._members.items() if self.is_film(name)}
+        others = sum(not self.is_film(name) and _key(name)[1] not in (".txt", ".json") for name in self._members)
         if others:
-            found.notes.append(f"left out of {printable(self._shown)}, no films by their names: {others} members")
+            found.notes.append(f"left out of {printable(self._shown)}, no {self.kind} by their names: {others} members")
         return {name: Stat(size, self._stamp) for name, size in sorted(chosen.items())}
 
     def address(self, file: str) -> str:

@@ -141,15 +141,7 @@ class InvertStage:
 
     def _stored(self, work: ClipWork, latents: np.ndarray) -> ClipWork:
         """The clip with its latents in 16 bits, or its failure where they are not finite."""
-        with np.errstate(over="ignore"):
-            stored = latents.astype(np.float16)
-        if not np.isfinite(stored).all():
-            where = int(np.flatnonzero(~np.isfinite(stored).reshape(len(stored), -1).all(axis=1))[0])
-            what = "are not finite" if not np.isfinite(latents[where]).all() else "do not fit 16 bits"
-            detail = f"latents of frame {where} {what}; use fewer inversion steps or another codec scale"
-            return fail(work, self.name, "not_finite", detail)
-        work.latents = stored
-        return work
+        return in_16_bits(work, latents, self.name, "use fewer inversion steps or another codec scale")
 
     def _certify(self, works: Sequence[ClipWork], frames: Sequence[torch.Tensor]) -> None:
         """PSNR and SSIM of the round trip, as stored and without inversion, of all clips together."""
@@ -173,6 +165,18 @@ class InvertStage:
             alone = full if plain is None else quality(split(plain, counts)[row], own)
             work.certify(psnr_codec=full[0], ssim_codec=full[1], frames_certified=len(own))
             work.certify(psnr_vae=alone[0], ssim_vae=alone[1])
+
+
+def in_16_bits(work: ClipWork, latents: np.ndarray, stage: str, remedy: str) -> ClipWork:
+    """The clip with its latents in float16, as they are stored; or its failure, where they are not finite there."""
+    with np.errstate(over="ignore"):
+        stored = latents.astype(np.float16)
+    if not np.isfinite(stored).all():
+        where = int(np.flatnonzero(~np.isfinite(stored).reshape(len(stored), -1).all(axis=1))[0])
+        what = "are not finite" if not np.isfinite(latents[where]).all() else "do not fit 16 bits"
+        return fail(work, stage, "not_finite", f"latents of frame {where} {what}; {remedy}")
+    work.latents = stored
+    return work
 
 
 def groups(works: Iterable[ClipWork], most: int = GROUP_FRAMES) -> Iterator[list[ClipWork]]:

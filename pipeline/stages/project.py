@@ -16,18 +16,20 @@ from pipeline.stages.invert import SharedCodec, evenly, to_signed
 class ProjectStage:
     """Coefficients (order, C, h, w) in 16 bits, zero-padded, measured as they are stored.
 
+    codec: None where the clips have no frames, whose readout would be compared with them.
     certify_frames: how many of a clip's observed frames are decoded for the PSNR; 0 for all of them.
     """
 
     name = "project"
 
-    def __init__(self, codec: SharedCodec, order: int, method: str, certify_frames: int = 0) -> None:
+    def __init__(self, codec: SharedCodec | None, order: int, method: str, certify_frames: int = 0) -> None:
         self.codec, self.order, self.method, self.certify_frames = codec, order, method, certify_frames
         self.resources = Resources()
 
     def setup(self) -> None:
         """Loads the codec, which decodes the readout for the certificate."""
-        self.codec.load()
+        if self.codec is not None:
+            self.codec.load()
 
     def process(self, works: Iterable[ClipWork]) -> Iterator[ClipWork]:
         """Fills in `coefficients` and the certificate; reasons: not_finite, project_failed."""
@@ -35,16 +37,15 @@ class ProjectStage:
 
     def teardown(self) -> None:
         """Frees the codec and the matrices."""
-        self.codec.free()
+        if self.codec is not None:
+            self.codec.free()
         _matrix.cache_clear()
 
     def _project(self, work: ClipWork) -> ClipWork:
         from model.legs import derivative, evaluate, project
         from model.legs.select import clip_method
-        from model.metrics.pictures import pooled_psnr
 
         assert work.latents is not None
-        assert work.frames is not None
         plan = work.plan
         times = np.asarray(plan.window.frame_time, dtype=np.float64)
         observed = np.asarray(plan.observed, dtype=bool)
@@ -61,20 +62,28 @@ class ProjectStage:
         readout = np.asarray(evaluate(used, times, plan.duration), dtype=np.float32)
         start_slope = np.asarray(derivative(used, times[:1], plan.duration), dtype=np.float32)[0]
         steps = np.diff(latents[observed], axis=0)
-        chosen = np.flatnonzero(observed)[evenly(int(observed.sum()), self.certify_frames)]
-        shown = self.codec.decode(readout[chosen].astype(np.float16), plan.caption)
         work.coefficients = np.zeros((self.order, *coefficients.shape[1:]), dtype=np.float16)
         work.coefficients[:order] = coefficients
         work.certify(
             order_used=order,
             method_used=method,
-            psnr_projection=pooled_psnr(shown, to_signed(work.frames[chosen], self.codec.device)),
+            psnr_projection=self._psnr(work, readout, observed),
             projection_error=_ratio(readout[observed] - latents[observed], latents[observed]),
             heldout_error=_ratio(readout[~observed] - latents[~observed], latents[~observed]),
             smoothness=_ratio(np.diff(latents, axis=0), latents, squared=True),
             end_ratio=_ratio(start_slope * float(np.diff(times[observed]).mean()), steps) * math.sqrt(len(steps)),
         )
         return work
+
+    def _psnr(self, work: ClipWork, readout: np.ndarray, observed: np.ndarray) -> float:
+        """PSNR (dB) of the decoded readout at observed times; NaN where there are no frames to compare it with."""
+        from model.metrics.pictures import pooled_psnr
+
+        if work.frames is None or self.codec is None:
+            return math.nan
+        chosen = np.flatnonzero(observed)[evenly(int(observed.sum()), self.certify_frames)]
+        shown = self.codec.decode(readout[chosen].astype(np.float16), work.plan.caption)
+        return pooled_psnr(shown, to_signed(work.frames[chosen], self.codec.device))
 
 
 @functools.lru_cache(maxsize=256)
