@@ -1,11 +1,12 @@
-# Everything a person types: make setup, make demo, make test, make bench, make bench-gpu, make multihost, make chaos.
+# Everything a person types: make setup, make demo, make test, make bench, make bench-gpu, make multihost, make chaos,
+# make fuzz.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCE ?=
 CAPTIONS ?=
 WORKERS ?= 2
 
-.PHONY: setup demo test test-perturbed bench bench-gpu chaos multihost images k8s lint clean
+.PHONY: setup demo test test-perturbed bench bench-gpu chaos fuzz multihost images k8s lint clean
 
 setup: .venv/installed
 
@@ -57,6 +58,10 @@ k8s: setup
 # Two hundred crashes at random steps of what changes a lake, and the tally of what the next runs made of them.
 chaos: setup
 	@$(BIN)/python -m tests.bench.chaos --trials 200
+
+# A thousand hostile films through one ingest under strace, and what crashed, hung or was reached outside.
+fuzz: setup
+	@$(BIN)/python -m tests.bench.fuzz --films 1000
 
 clean:
 	rm -rf .venv demo build *.egg-info

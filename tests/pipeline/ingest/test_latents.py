@@ -5,8 +5,10 @@ What is imported here came out of a lake of ours, written as the documents tell 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
+import random
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +25,10 @@ from model.codecs.linear import LinearCodec
 from pipeline.ingest import plan_ingest
 from pipeline.ingest.block import BlockWorker
 from pipeline.ingest.cost import estimate
+from pipeline.items import CodecFacts
 from pipeline.media import latents as files
+from pipeline.media.decode import select_frames
+from pipeline.media.faults import DecodeError
 from pipeline.sources.folders import SourceError, discover
 from storage.failures import read_failures
 from storage.layout import Lake
@@ -262,6 +267,24 @@ def test_bad_files_cost_themselves_only(codec: str, tmp_path: Path) -> None:
         write(folder / f"{name}.safetensors", np.full((8, 12, 4, 4), len(name), np.float16), None, codec=codec, rate=8)
     report = make(folder, lake, free, latents=True)
     assert (report.films.failed, report.exit_status) == ({}, 0)
+
+
+def test_mutated_files_raise_nothing_else(films_lake: Path, codec: str, tmp_path: Path) -> None:
+    """Whatever bytes change: the file is read, or its fault is told as a film's is."""
+    base = load(Lake.open(films_lake))
+    facts = CodecFacts.from_json({**base.codec, "latent_shape": base.clip["latent_shape"]})
+    path = write(tmp_path / "a.safetensors", np.zeros((16, 12, 4, 4), np.float16), np.arange(16) / 8, codec=codec)
+    whole, rng, read = path.read_bytes(), random.Random(0), 0
+    for _ in range(1000):
+        data = bytearray(whole)
+        for _ in range(rng.choice((1, 2, 8))):
+            data[rng.randrange(rng.choice((8, 300)))] = rng.choice((*b'0129-+eE.[]{}":,', rng.randrange(256)))
+        path.write_bytes(data[: rng.choice((len(data), rng.randrange(len(data))))])
+        with contextlib.suppress(DecodeError):
+            found = files.probe_latents(path, facts)
+            window = select_frames(found, 0.0, 1.0, 8.0)
+            read += bool(window.ticks and files.read_latents(path, window).shape[1:] == (12, 4, 4))
+    assert 0 < read < 900, "some changes are harmless"
 
 
 def test_values_that_are_not_finite_cost_their_clip(codec: str, tmp_path: Path) -> None:
