@@ -134,13 +134,8 @@ def arm(root: Path, fault: str, step: int, note: Path) -> None:
 
     def watch(event: str, details: tuple[Any, ...]) -> None:
         nonlocal seen, torn
-        if event == "open":
-            changes = isinstance(details[2], int) and bool(details[2] & (os.O_WRONLY | os.O_RDWR))
-        else:
-            changes = event in ("os.rename", "os.link", "os.remove", "os.mkdir", "os.truncate")
-        ends = details[:1] if event == "open" else details[:2]
-        paths = [os.fspath(item) for item in ends if isinstance(item, (str, os.PathLike))]
-        if not changes or not any(str(path).startswith(str(root)) for path in paths):
+        paths = _changed(event, details, root)
+        if not paths:
             return
         seen += 1
         if seen <= step or (fault == "disk" and event not in ("open", "os.mkdir")):
@@ -158,6 +153,17 @@ def arm(root: Path, fault: str, step: int, note: Path) -> None:
         os.killpg(0, signal.SIGKILL) if fault == "group" else os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
+
+
+def _changed(event: str, details: tuple[Any, ...], root: Path) -> list[str]:
+    """The paths that an audited event changes, if one of them is below `root`; else none."""
+    if event == "open":
+        changes = isinstance(details[2], int) and bool(details[2] & (os.O_WRONLY | os.O_RDWR))
+    else:
+        changes = event in ("os.rename", "os.link", "os.remove", "os.mkdir", "os.truncate")
+    ends = details[:1] if event == "open" else details[:2]
+    paths = [str(os.fspath(item)) for item in ends if isinstance(item, (str, os.PathLike))]
+    return paths if changes and any(path.startswith(str(root)) for path in paths) else []
 
 
 def _note(note: Path, event: str, path: str, root: Path) -> None:
@@ -299,17 +305,15 @@ class Bases:
 
 def _counted(root: Path, operation: str) -> int:
     """Do the operation and count its changes."""
-    counts: Counter[str] = Counter()
+    count = 0
 
     def watch(event: str, details: tuple[Any, ...]) -> None:
-        path = str(details[-1] if event in ("os.rename", "os.link") else details[0]) if details else ""
-        writes = event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)
-        if str(root) in path and (writes or event in ("os.rename", "os.link", "os.remove", "os.mkdir", "os.truncate")):
-            counts["changes"] += 1
+        nonlocal count
+        count += bool(_changed(event, details, root))
 
     sys.addaudithook(watch)
     OPERATIONS[operation](Lake.open(root))
-    return counts["changes"]
+    return count
 
 
 def _settled(root: Path) -> dict[str, Any]:
