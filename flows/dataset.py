@@ -29,6 +29,7 @@ from flows.artifacts import accounts_table, artifact_key, contact_sheet, data_ad
 from flows.forms import AtLeast1, DataRecipeName, DataSettings
 from flows.server import ServerError, start_server
 from flows.steps import StepFailed, known_failures, step, without_traces
+from model.logs import as_json, start_logging
 from model.progress import Progress
 from model.settings import override
 from pipeline.ingest import IngestReport
@@ -253,6 +254,7 @@ def _attempt(
     """The report of an ingest, or how it failed, with what caused it; `how` is for pipeline.ingest.ingest."""
     sources = [source] if isinstance(source, str) else list(source)
     without_traces()
+    start_logging()
     try:
         report = _ingest(sources, lake, captions, _recipe(recipe, settings), limit, ray_address, **how)
     except StepFailed as error:
@@ -284,7 +286,7 @@ def _ingest(
 ) -> IngestReport:
     """The steps of pipeline.ingest, one task each, and the artifacts."""
     logger, (listener, found) = get_run_logger(), _caller.get()
-    with known_failures(), _warnings_to(logger, aloud=listener is not None):
+    with known_failures(), _warnings_to(logger, aloud=listener is not None and not as_json()):
         report = pipeline_ingest(
             sources,
             lake,

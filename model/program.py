@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from model.logs import start_logging
 from model.stop import STOPPED, Stopped
 from storage.errors import is_expected
 
@@ -37,6 +40,28 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs)
 
 
+def take_from_environment(parser: argparse.ArgumentParser, environment: Mapping[str, str] | None = None) -> None:
+    """Options that are not given come from variables: `--copy-to` from VLFM_COPY_TO, `--set` from VLFM_SET.
+
+    A switch is on where its variable is 1, true or yes; several values of one option are separated by spaces, as in a
+    shell; those of the command line come after them. An empty variable is none.
+    """
+    given = os.environ if environment is None else environment
+    for action in parser._actions:  # argparse has no other list of them
+        names = [word.removeprefix("--") for word in action.option_strings if word.startswith("--")]
+        texts = [given.get(f"VLFM_{name.replace('-', '_').upper()}", "") for name in names if name != "help"]
+        text = next(filter(None, texts), "")
+        if not text:
+            continue
+        action.required = False
+        if action.nargs == 0:
+            action.default = text.lower() in ("1", "true", "yes")
+        elif isinstance(action.default, list):
+            action.default = shlex.split(text)
+        else:
+            action.default = text  # argparse converts a default that is text
+
+
 def run_program(name: str, description: str, options: Options, given: Sequence[str] | None = None) -> int:
     """Parses `given` (None: the command line) and runs it.
 
@@ -45,6 +70,7 @@ def run_program(name: str, description: str, options: Options, given: Sequence[s
     """
     parser = argparse.ArgumentParser(prog=name, description=description)
     run_it = options(parser)
+    start_logging()
     parsed = parser.parse_args(given)
     try:
         return run_it(parsed)

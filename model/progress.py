@@ -6,6 +6,8 @@ import sys
 import time
 from typing import TextIO
 
+from model import logs
+
 
 class Progress:
     """Prints `stage  done/total unit  rate  ETA  note`: in place on a terminal, else a line every few seconds.
@@ -35,7 +37,11 @@ class Progress:
         finished = self.total > 0 and done >= self.total
         if done != self.printed_done and (finished or now - self.printed >= self.every):
             self.printed, self.printed_done = now, done
-            self._print(self.line(now, note), finished)
+            if logs.as_json():
+                self.out.write(self.as_json(now, note) + "\n")
+                self.out.flush()
+            else:
+                self._print(self.line(now, note), finished)
 
     def advance(self, by: int = 1, note: str = "") -> None:
         """Say that `by` more units are done."""
@@ -51,6 +57,12 @@ class Progress:
         return f"{self.stage:<10} {self.done}{total} {self.unit}  {rate:.3g}/s{left}{end}" + (
             f"  {note}" if note else ""
         )
+
+    def as_json(self, now: float, note: str) -> str:
+        """The same as one line of JSON."""
+        rate = (self.done - self.first) / max(now - self.started, 1e-9)
+        told = {"stage": self.stage, "done": self.done, "total": self.total, "unit": self.unit, "rate": round(rate, 4)}
+        return logs.line("info", "progress", note, time.time(), **told)
 
     def _print(self, line: str, finished: bool) -> None:
         if self.terminal:

@@ -21,7 +21,7 @@ from torch import nn
 from model.backbones.dit import Backbone, BackboneConfig
 from model.methods.base import Method
 from model.methods.registry import method_named
-from model.program import add_settings_option, parse_settings, run_program
+from model.program import add_settings_option, parse_settings, run_program, take_from_environment
 from model.recipes import TrainRecipe, train_recipe, train_recipes
 from model.settings import override
 from model.stop import STOPPED, Stopped, StopSignal
@@ -277,7 +277,11 @@ def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
         help="processes on this machine, one for each GPU or several on the CPU (default: 1)",
     )
     add_settings_option(parser, "steps=2000")
+    take_from_environment(parser)
     parser.epilog = (
+        "Options that are not given come from the environment: VLFM_LAKE, VLFM_RUN, VLFM_COPY_TO and so on, VLFM_SET "
+        "with several key=value. VLFM_METRICS=PORT serves Prometheus metrics, VLFM_ALIVE=FILE is touched after every "
+        "step, VLFM_LOG=json logs as JSON. "
         f"Exit status: 0 the run is finished; {STOPPED} it was asked to stop (SIGTERM or Ctrl-C) and left a "
         "checkpoint, the same command goes on; 1 an error."
     )
@@ -318,7 +322,7 @@ def run_processes(options: argparse.Namespace, recipe: TrainRecipe) -> int:
     if torch.cuda.is_available() and count > torch.cuda.device_count():
         raise ValueError(f"--processes is {count}, but this machine has {torch.cuda.device_count()} GPUs")
     command = [sys.executable, "-m", "model.train", "--lake", options.lake, "--run-dir", options.run]
-    command += ["--recipe", options.recipe, *(f"--set={pair}" for pair in options.settings)]
+    command += ["--recipe", options.recipe, "--processes", "1", *(f"--set={pair}" for pair in options.settings)]
     command += [] if options.version is None else ["--version", str(options.version)]
     command += [] if options.init_from is None else ["--init-from", options.init_from]
     command += [] if options.copy_to is None else ["--copy-to", options.copy_to]

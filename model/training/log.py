@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from model.telemetry import metrics
 from model.training.checkpoint import Run
 from storage.layout import write_atomic
 from storage.local import naming_full_disk
@@ -31,6 +33,8 @@ class Log:
 
     def __enter__(self) -> Log:
         if self.enabled:
+            self.metrics = metrics()
+            self.metrics.follow("train_checkpoint_age_seconds", self._checkpoint_age)
             from torch.utils.tensorboard import SummaryWriter
 
             self.run.root.mkdir(parents=True, exist_ok=True)
@@ -50,11 +54,17 @@ class Log:
         if self.enabled:
             with naming_full_disk(self.run.log):
                 self.file.write((json.dumps({"time": round(time.time(), 3), **values}) + "\n").encode())
+            if "event" in values:
+                self.metrics.count("train_events", event=str(values["event"]))
 
     def scalars(self, step: int, **values: float) -> None:
         """Write named values of a step, with six digits; none, no line."""
         if not values:
             return
+        if self.enabled:
+            self.metrics.set("train_step", step)
+            for name, value in values.items():
+                self.metrics.set(f"train_{name}", value)
         self.event(step=step, **{name: float(f"{value:.6g}") for name, value in values.items()})
         if self.enabled:
             for name, value in values.items():
@@ -70,6 +80,13 @@ class Log:
         """Bring TensorBoard's values to the disk, which else come there every two minutes."""
         if self.enabled:
             self.board.flush()
+
+    def _checkpoint_age(self) -> float:
+        """Seconds since the run's newest checkpoint was published; not a number where there is none."""
+        try:
+            return time.time() - self.run.folder(self.run.steps()[-1]).stat().st_mtime
+        except (OSError, IndexError):
+            return math.nan
 
     def _drop_later_steps(self) -> None:
         lines = read_log(self.run.log)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from model.progress import Progress
 from model.stop import Stopped, StopSignal, signals_held
+from model.telemetry import Alive
 from model.training import checkpoint
 from model.training.checkpoint import Run
 from model.training.copies import Copies
@@ -148,6 +149,7 @@ def run_training(
             batches = held.enter_context(closing(training.batches(state.step))) if training.batches else None
         saver = make_saver(schedule.checkpoints, run, schedule.checkpoints_kept, processes, training.identity, copies)
         held.callback(saver.close)
+        alive = Alive()
         recent, due = Recent(schedule.mean_losses), False
         for step in range(state.step + 1, schedule.steps + 1):
             before = time.perf_counter()
@@ -159,6 +161,7 @@ def run_training(
             losses["loss"].backward()
             update = updates.apply(step, losses["loss"], stop.seen)
             state.step = step
+            alive.touch()
             recent.add({**losses, "gradient_norm": update.gradient_norm}, update.skipped)
             last, line = step == schedule.steps, step % schedule.log_every == 0
             due = due or step % schedule.checkpoint_every == 0

@@ -12,6 +12,7 @@ clip is never made twice. What failed is not staged: the next run tries it again
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from model.telemetry import metrics
 from pipeline.ingest.block import Block, BlockWorker, merge_parts
 from pipeline.ingest.environment import STOP_FILMS, check_environment
 from pipeline.ingest.plan import plan_ingest
@@ -34,6 +36,7 @@ from pipeline.stages.embed import Texts, embed
 from storage.change import finish
 from storage.layout import Lake
 
+log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 GROUPS = 12  # most steps the blocks are shared out to
@@ -97,8 +100,17 @@ def run_blocks(
             left = sum(len(missing[block_id]) for block_id in by_id if block_id not in results)
             on_progress("clips", total - left, total)
 
+    watched = metrics()
+    watched.set("ingest_clips_planned", sum(len(block.clips) for block in plan.blocks))
+
     def finish(result: BlockResult) -> None:
         results[result.block_id] = result
+        for clip in result.made:
+            log.info("done", extra={"run": plan.run_id, "film": clip.film, "clip": clip.clip_id})
+            watched.count("ingest_clips", outcome="done", reason="")
+        for failure in result.failures:
+            tell_failure(plan.run_id, failure)
+            watched.count("ingest_clips", outcome=failure.status, reason=failure.reason)
         plan.tried += [Outcome(clip.film, "done") for clip in result.made]
         plan.tried += [failure.outcome for failure in result.failures]
         if not plan.staged and not result.made:
@@ -137,6 +149,12 @@ def run_blocks(
     return [results[block.block_id] for block in blocks]
 
 
+def tell_failure(run_id: str, failure: Failure) -> None:
+    """A line of the log for a film or clip that failed; it is no warning: the report lists it."""
+    ids = {"run": run_id, "film": failure.film, "clip": failure.clip_id}
+    log.info(failure.detail, extra={**ids, "stage": failure.stage, "reason": failure.reason})
+
+
 def carry_out(
     plan: IngestPlan,
     runner: Runner | None = None,
@@ -155,6 +173,9 @@ def carry_out(
 
     Raises what the steps raise.
     """
+    for failure in plan.failures:
+        tell_failure(plan.run_id, failure)
+        metrics().count("ingest_films", outcome=failure.status, reason=failure.reason)
     texts = None
     if plan.blocks:
         texts = step(f"embed the captions of {len(plan.clips)} clips", "embed", lambda: embed_captions(plan))

@@ -6,6 +6,7 @@ Blocks are made in this process here, by the real worker on real films; tests/e2
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,24 @@ def test_a_dataset(films: Path, tmp_path: Path) -> None:
     }
     assert facts == {"a.mp4": (4, 96, 64, "h264"), "b.mkv": (2, 96, 64, "h264"), "c.webm": (3, 96, 64, "vp8")}
     assert not list(lake.staging.iterdir())
+
+
+def test_clips_and_failures_are_logged_with_their_ids(
+    films: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (films / "notes.mp4").write_text("no film at all")
+    with (films / "captions.csv").open("a") as table:
+        table.write("notes.mp4,some notes\n")
+    with caplog.at_level(logging.INFO, "pipeline.ingest.steps"):
+        make(films, tmp_path / "lake", runner=InProcess(die=[2.0]))
+    told = [vars(record) for record in caplog.records if record.name == "pipeline.ingest.steps"]
+    assert len({each["run"] for each in told}) == 1
+    made = {row["clip_id"]: row["film"] for row in rows(tmp_path / "lake")}
+    assert {each["clip"]: each["film"] for each in told if each["msg"] == "done"} == made
+    failed = [(each["film"], each["clip"] != "", each["reason"]) for each in told if each["msg"] != "done"]
+    assert sorted(failed) == [
+        ("a.mp4", True, "worker_died"), ("c.webm", True, "worker_died"), ("notes.mp4", False, "not_a_video"),
+    ]  # fmt: skip
 
 
 def test_nothing_new_touches_nothing(films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
