@@ -6,7 +6,7 @@ SOURCE ?=
 CAPTIONS ?=
 WORKERS ?= 2
 
-.PHONY: setup demo test test-perturbed bench bench-gpu chaos fuzz multihost images k8s lint clean
+.PHONY: setup demo test test-perturbed bench bench-gpu chaos fuzz multihost images images-check k8s lint clean
 
 setup: .venv/installed
 
@@ -50,6 +50,10 @@ multihost: setup
 # The four images of docker/Dockerfile, with docker, podman or buildah (docker/README.md has the settings).
 images:
 	@docker/build.sh
+
+# What the images hold, and the commands of docker/compose.yaml's and docker/k8s's containers run from them.
+images-check: setup
+	@$(BIN)/python -m tests.bench.images
 
 # The manifests of docker/k8s built by kustomize and validated strictly.
 k8s: setup

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import kubernetes_validate
 import pytest
 import yaml
 from prefect.utilities.templating import apply_values
+from torch.distributed.run import parse_args as torchrun_options
 
 from flows import cli
+from model import torchrun
 from model.recipes import train_recipe
 from pipeline.recipes import recipe_named
 
@@ -71,6 +74,8 @@ def check(thing: dict[str, Any]) -> None:
         kubernetes_validate.validate(named, VERSION, strict=True)
     for pod in pods(thing):
         assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["enableServiceLinks"] is False, "PREFECT_SERVER_PORT of the service would be taken for a setting"
+        assert all(volume["emptyDir"].get("sizeLimit") for volume in pod["volumes"] if "emptyDir" in volume)
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         for container in [*pod["containers"], *pod.get("initContainers", [])]:
             context = container["securityContext"]
@@ -119,6 +124,29 @@ def test_a_stopped_trainer_is_no_failure() -> None:
     assert trainer["spec"]["template"]["spec"]["subdomain"] == "trainer", "pods find the first by this service's name"
 
 
+def test_a_checkpoint_fits_the_grace_period() -> None:
+    """Whoever starts the processes in a pod waits for them less long than Kubernetes waits for the pod."""
+    (trainer,) = [thing for thing in base() if thing["kind"] == "Job"]
+    assert int(torchrun.SECONDS) < trainer["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+
+
+def test_kuberay_takes_the_clusters() -> None:
+    """What its operator asks beyond the schemas: a version for tokens; its own way in; budgets for pods of its own."""
+    things = base()
+    specs = [thing["spec"].get("rayClusterSpec", thing["spec"]) for thing in things if thing["kind"] in CUSTOM]
+    assert [spec["rayVersion"] for spec in specs] == [version("ray")] * 2
+    shared = {"sizeLimit": "1Gi", "medium": "Memory"}
+    for spec in specs:
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            assert int(group["rayStartParams"]["object-store-memory"]) < 2**30
+            assert shared in [volume.get("emptyDir") for volume in group["template"]["spec"]["volumes"]]
+    (way_in,) = [thing["spec"] for thing in things if thing["metadata"]["name"] == "ray-operator"]
+    assert way_in["ingress"][0]["ports"] == [{"port": 8265}]
+    budgets = {thing["metadata"]["name"]: thing["spec"] for thing in things if thing["kind"] == "PodDisruptionBudget"}
+    heads = {spec["headGroupSpec"]["template"]["metadata"]["labels"]["app"] for spec in specs}
+    assert {name for name, budget in budgets.items() if "minAvailable" in budget} == heads
+
+
 def test_only_the_worker_may_do_anything() -> None:
     bound = [thing for thing in base() if thing["kind"] == "RoleBinding"]
     assert [subject["name"] for binding in bound for subject in binding["subjects"]] == ["prefect-worker"]
@@ -135,7 +163,11 @@ def test_the_commands_are_the_programs(overlay: str) -> None:
     assert recipe_named(options.recipe)
     container = things["Job", "trainer"]["spec"]["template"]["spec"]["containers"][0]
     words = [*container["command"], *container["args"]]
-    if words[0] == "sh":
-        words = words[2].split()
-        words = ["vlfm", "train", *words[words.index("model.train") + 1 :]]
+    if "model.torchrun" in words:
+        own = words[words.index("model.torchrun") + 1 :]
+        given = torchrun_options([word.replace("$(JOB_COMPLETION_INDEX)", "3") for word in own])
+        assert (given.training_script, given.node_rank) == ("model.train", 3)
+        assert int(given.nnodes) == things["Job", "trainer"]["spec"]["completions"]
+        words = ["vlfm", "train", *given.training_script_args]
+    assert words[:2] == ["vlfm", "train"]
     assert train_recipe(cli.parser("train").parse_args(words[1:]).recipe)
