@@ -15,7 +15,7 @@ from typing import TypeVar
 Found = TypeVar("Found")
 SCRATCH = ("/tmp", "/home/vlfm")
 """What a container can write to without a volume: folders in memory."""
-RESTRICTED = ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--init")
+RESTRICTED = ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges")
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,10 @@ class Engine:
 
     def __init__(self, program: str) -> None:
         self.program = program
+        podman = Path(program).name.startswith("podman")
+        # podman makes /run and others writable of its own, and asks for the time to stop what it removes.
+        self._restricted = [*RESTRICTED, *(["--read-only-tmpfs=false"] if podman else [])]
+        self._remove = ["rm", "--force", "--volumes", *(["--time=0"] if podman else [])]
 
     def output(self, *words: str, both: bool = False) -> str:
         """What a command of the engine prints. Raises RuntimeError where it fails."""
@@ -167,7 +171,7 @@ class Engine:
     @contextmanager
     def started(self, container: Container) -> Iterator[Running]:
         """A container, removed at the end of the block."""
-        words = [*RESTRICTED, f"--network={container.network}", f"--shm-size={container.shared}"]
+        words = [*self._restricted, f"--network={container.network}", f"--shm-size={container.shared}"]
         words += [f"--network-alias={name}" for name in container.names]
         words += [f"--hostname={name.partition('.')[0]}" for name in container.names[:1]]
         words += [f"--tmpfs={path}:mode=1777,exec" for path in container.scratch]
@@ -182,4 +186,4 @@ class Engine:
         try:
             yield running
         finally:
-            self.output("rm", "--force", "--time=0" if "podman" in self.program else "--volumes", name)
+            self.output(*self._remove, name)
