@@ -12,6 +12,7 @@ import os
 import secrets
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,9 @@ OBJECT_STORE_BYTES = 256 * 1024**2  # blocks travel as files; Ray would take 30 
 ANSWER_SECONDS = 10.0  # longest wait for a cluster's port
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
+REFUSALS = ("Unauthenticated", "authentication token", "token authentication")
+"""What Ray says, in one place or another, of a missing or wrong token."""
+
 
 class RunnerError(VlfmError, RuntimeError):
     """The work cannot be done at all; the message is one line that says the remedy."""
@@ -38,7 +42,8 @@ class RaySession:
     """A Ray session of this process.
 
     Args:
-        address: host:port of a cluster (or `auto`); None starts one on this machine.
+        address: host:port of a cluster (or `auto`); None starts one on this machine. A machine that is no node of
+            the cluster, such as a flow run's pod, is one without CPUs while the session is open.
     """
 
     def __init__(self, address: str | None = None) -> None:
@@ -98,9 +103,13 @@ class RaySession:
     def _join(self, address: str) -> None:
         with _heard() as words:
             try:
+                if not _node_here(address):
+                    end_dead_sessions()
+                    self._folder = SessionFolder()
+                    _start_node(address, self._folder.path)
                 _init(address=address)
             except RunnerError as error:
-                if "Unauthenticated" not in words() and "authentication token" not in str(error):
+                if not any(word in words() + str(error) for word in REFUSALS):
                     raise
                 given = f"the token of {' or '.join(_given())}" if _given() else "this process: it has no token"
                 remedy = f"set {TOKEN} (or {TOKEN_PATH}) to the token that the cluster was started with"
@@ -119,6 +128,37 @@ def _init(**options: Any) -> None:
     # Ray's own handler of SIGTERM ends the process on the spot; Prefect's, or the program's, was there before.
     with contextlib.suppress(ValueError):  # outside the main thread
         signal.signal(signal.SIGTERM, before)
+
+
+def _node_here(address: str) -> bool:
+    """Whether a node of the cluster runs on this machine or in this container, as the driver of a session needs."""
+    from ray._private.services import canonicalize_bootstrap_address, find_gcs_addresses
+
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or address.startswith("ray://"):
+        return True  # Ray's to find
+    hosts = {str(found[4][0]) for found in socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)}
+    names = {f"{name}:{port}" for name in hosts} | {canonicalize_bootstrap_address(address)}
+    return not names.isdisjoint(find_gcs_addresses())
+
+
+def _start_node(address: str, folder: Path) -> None:
+    """Makes this machine a node of the cluster, without CPUs or GPUs: the work stays where it was.
+
+    Args:
+        address: host:port of the cluster.
+        folder: of the session; whoever removes it ends the node.
+
+    Raises:
+        RunnerError: the node does not start.
+    """
+    options = {"address": address, "temp-dir": folder, "object-store-memory": OBJECT_STORE_BYTES}
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=0", "--num-gpus=0"]
+    command += ["--disable-usage-stats", *(f"--{name}={value}" for name, value in options.items())]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        told = " ".join((done.stdout + done.stderr).split())[-300:]
+        raise RunnerError(f"this machine cannot become a node of the cluster at {address}: {told}")
 
 
 def _own() -> dict[str, str | None]:

@@ -31,6 +31,25 @@ try:
 except RuntimeError as error:
     print(error)
 """
+OUTSIDE = """
+import sys
+import pipeline.cluster
+import ray
+from pipeline.runner import Runner
+from pipeline.sessions import sessions_folder
+address = sys.argv[1]
+host, _, port = address.rpartition(":")
+print(pipeline.cluster._node_here(address), pipeline.cluster._node_here(f"localhost:{port}"), end=" ")
+print(pipeline.cluster._node_here(f"{host}:{int(port) + 1}"))
+pipeline.cluster._node_here = lambda address: False  # as in a pod that is no node of the cluster
+with Runner(address) as runner:
+    runner.start()
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    print(sorted(node["Resources"].get("CPU", 0) for node in nodes), ray.get(ray.remote(lambda: 7).remote()))
+    folder = sessions_folder()
+    print(len(list(folder.iterdir())), "session")
+print(len(list(folder.iterdir())), "sessions")
+"""
 INTRUDE = """
 import os, sys
 os.environ["RAY_NUM_REDIS_GET_RETRIES"] = "2"
@@ -127,6 +146,16 @@ def test_a_cluster_with_a_token_is_joined_with_it_alone(cluster: tuple[str, str]
         out, err = end(process)
         assert out == f"the cluster at {address} refused {what}; {remedy}"
         assert "Unauthenticated" not in err, "Ray's own words come twenty times"
+
+
+def test_a_machine_outside_the_cluster_is_a_node_for_the_time_of_its_session(
+    cluster: tuple[str, str], tmp_path: Path
+) -> None:
+    address, token = cluster
+    told, err = end(begin(OUTSIDE, address, RAY_AUTH_TOKEN=token, TMPDIR=str(tmp_path)))
+    assert told.splitlines() == ["True True False", "[0, 1.0] 7", "1 session", "0 sessions"], err
+    _, err = end(begin(OUTSIDE, address, RAY_AUTH_TOKEN=secrets.token_hex(32), TMPDIR=str(tmp_path)))
+    assert f"the cluster at {address} refused the token of RAY_AUTH_TOKEN" in err
 
 
 def test_a_cluster_that_does_not_answer_is_told_at_once() -> None:
