@@ -119,17 +119,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str
     options = ["--head", "--block", f"--port={port}", "--num-cpus=1", "--include-dashboard=false"]
     options += ["--object-store-memory=100000000", "--disable-usage-stats"]
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options]
-    with (tmp_path_factory.mktemp("ray") / "log").open("w") as log:
+    told = tmp_path_factory.mktemp("ray") / "log"
+    with told.open("w") as log:
         folder = tmp_path_factory.mktemp("elsewhere")
         head = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True)
         try:
             until = time.monotonic() + 90
-            while time.monotonic() < until:
-                try:
-                    socket.create_connection(("127.0.0.1", port), 1).close()
-                    break
-                except OSError:
-                    time.sleep(0.2)
+            while "Ray runtime started" not in told.read_text() and time.monotonic() < until:
+                time.sleep(0.2)
             yield f"127.0.0.1:{port}", token
         finally:
             head.send_signal(signal.SIGTERM)
