@@ -139,7 +139,8 @@ def _node_here(address: str) -> bool:
         return True  # Ray's to find
     hosts = {str(found[4][0]) for found in socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)}
     names = {f"{name}:{port}" for name in hosts} | {canonicalize_bootstrap_address(address)}
-    return not names.isdisjoint(find_gcs_addresses())
+    here: set[str] = find_gcs_addresses()  # type: ignore[no-untyped-call]
+    return not names.isdisjoint(here)
 
 
 def _start_node(address: str, folder: Path) -> None:
