@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Container, Sequence
@@ -102,6 +103,18 @@ def test_a_bad_step_changes_nothing_the_last_one_neither(lake: Lake, tmp_path: P
     assert same(weights(run, 39), weights(run, 40))
     assert json.loads((Run(run).checkpoint() / "state.json").read_text())["average_updates"] == 37
     assert set(logged(run, "loss")) == {20}, "the mean over a bad step is not logged"
+
+
+@pytest.mark.parametrize("kind", SPOIL)
+def test_ten_random_bad_steps_leave_no_file_that_is_not_finite(lake: Lake, tmp_path: Path, kind: str) -> None:
+    """The last step among them; a checkpoint is due after every step, and all stay to be looked at."""
+    run, bad = tmp_path / "run", {*random.Random(kind).sample(range(1, 20), 9), 20}
+    with spoiled(bad, kind):
+        train(lake.root, run, override(RECIPE, {"steps": 20, "checkpoint_every": 1, "checkpoints_kept": 20}))
+    assert skipped(run) == sorted(bad)
+    assert Run(run).steps() == sorted({*range(1, 21)} - bad | {20}), "every good step has its checkpoint"
+    assert all(finite(weights(run, step)) for step in Run(run).steps())
+    assert json.loads((Run(run).checkpoint() / "state.json").read_text())["average_updates"] == 10
 
 
 @pytest.mark.parametrize("kind", SPOIL)

@@ -30,6 +30,8 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "float64": {"precision": "float64", "start_anywhere": 0.3},
     "muon": {"precision": "float64", "matrix_learning_rate": 1e-3, "steps": 6},
     "per_frame": {"precision": "float64", "method": "per_frame", "steps": 6},
+    "grams": {"precision": "float64", "optimizer": "grams", "steps": 6},
+    "grams32": {"optimizer": "grams"},
     "float32": {},
 }
 PROGRAM = """
@@ -148,10 +150,21 @@ def check_alike(one: Path, other: Path, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "tolerance"), [("float64", 1e-10), ("muon", 1e-10), ("per_frame", 1e-10), ("float32", 1e-5)]
+    ("variant", "tolerance"),
+    [("float64", 1e-10), ("muon", 1e-10), ("per_frame", 1e-10), ("grams", 1e-10), ("float32", 1e-5)],
 )
 def test_two_processes_have_the_losses_of_one(one: Path, two: Path, variant: str, tolerance: float) -> None:
     check_alike(one / variant, two / variant, tolerance)
+
+
+def test_grams_on_two_processes_begins_alike_and_its_curve_is_that_of_one(one: Path, two: Path) -> None:
+    """Its steps have the signs of the gradient's entries: in float32 those near zero turn with the rounding."""
+    for name in ("loss", "gradient_norm"):
+        ours, theirs = (list(logged(folder / "grams32", name).values()) for folder in (one, two))
+        assert theirs[0] == pytest.approx(ours[0], rel=1e-5)
+        apart = max(abs(other / value - 1) for value, other in zip(ours, theirs, strict=True))
+        print(f"{name}: first {abs(theirs[0] / ours[0] - 1):.1e}, most {apart:.1e} apart over {len(ours)} steps")
+        assert apart < 0.02
 
 
 @pytest.mark.parametrize(("variant", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])

@@ -20,6 +20,7 @@ from torch import nn
 
 from flows import cli, demo
 from model import stop as module
+from model.settings import override
 from model.stop import STOPPED, Stopped, StopSignal
 from model.train import main, train
 from model.training.checkpoint import Run
@@ -30,7 +31,9 @@ from tests.model.test_train import TINY, command, environment, logged, weights
 from tests.model.tiny_lake import make_lake
 from tests.model.wrapped_method import Wrapper, vlfm_wrapped
 
-ENDLESS = ["--set=steps=100000", "--set=checkpoint_every=100000", "--set=validate_every=100000"]
+STEADY = "--set=learning_rate_decay=0"
+"""So that a step does not depend on how many there are."""
+ENDLESS = ["--set=steps=100000", "--set=checkpoint_every=100000", "--set=validate_every=100000", STEADY]
 MARK = "VLFM_TEST_RUN"
 
 
@@ -96,7 +99,7 @@ def program(*words: str) -> Iterator[Program]:
 def resume(lake: Lake, run: Path) -> int:
     """The exit status of going on for two more steps, to the end."""
     step = Run(run).steps()[-1]
-    words = command(lake, run, f"--set=steps={step + 2}")[2:]
+    words = command(lake, run, f"--set=steps={step + 2}", STEADY)[2:]
     status = main(words)
     assert Run(run).steps()[-1] == step + 2
     return status
@@ -135,6 +138,11 @@ def test_a_stop_leaves_a_checkpoint(lake: Lake, tmp_path: Path, way: str, number
     assert Run(run).steps()[-1] == max(logged(run, "loss"))
     assert all(torch.isfinite(value).all() for value in weights(run).values())
     assert resume(lake, run) == 0
+    if not processes:
+        recipe = override(TINY, {"steps": Run(run).steps()[-1], "learning_rate_decay": 0.0})
+        train(lake.root, tmp_path / "undisturbed", recipe)
+        expected = weights(tmp_path / "undisturbed")
+        assert all(torch.equal(value, expected[name]) for name, value in weights(run).items()), "bit by bit"
 
 
 def test_torchrun_leaves_a_checkpoint_too(lake: Lake, tmp_path: Path) -> None:
@@ -153,7 +161,7 @@ def test_torchrun_leaves_a_checkpoint_too(lake: Lake, tmp_path: Path) -> None:
     step = Run(run).steps()[-1]
     assert resume(lake, run) == 0
     # Finished and started again, all is well.
-    words = command(lake, run, f"--set=steps={step + 2}")
+    words = command(lake, run, f"--set=steps={step + 2}", STEADY)
     done = subprocess.run([sys.executable, *torchrun, *words], env=environment(), capture_output=True, text=True)
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
 
@@ -187,9 +195,12 @@ def test_a_launcher_stops_processes_that_have_only_begun(lake: Lake, tmp_path: P
     assert told.strip() == "stopped before the first step; the same command goes on"
 
 
-def test_nothing_outlives_a_launcher_that_is_killed(lake: Lake, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["--processes", "torchrun"])
+def test_nothing_outlives_a_launcher_that_is_killed(lake: Lake, tmp_path: Path, launcher: str) -> None:
     run = tmp_path / "run"
-    with program(*command(lake, run, *ENDLESS, "--set=loader_workers=1", "--processes=2")) as running:
+    words = command(lake, run, *ENDLESS, "--set=loader_workers=1")
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    with program(*([*torchrun, *words] if launcher == "torchrun" else [*words, "--processes=2"])) as running:
         running.wait_for_steps(run)
         assert len(running.left()) >= 5
         running.process.kill()
