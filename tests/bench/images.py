@@ -88,7 +88,7 @@ def check_contents(engine: Engine, target: str, cpu: bool) -> dict[str, object]:
     found = set(seen["found"])  # type: ignore[call-overload]
     assert not found & set(ABSENT[target]), f"holds {found & set(ABSENT[target])}"
     assert found >= set(PRESENT[target]), f"lacks {set(PRESENT[target]) - found}"
-    assert seen["user"] == (0 if target == "base" else 1000), f"runs as user {seen['user']}"
+    assert seen["user"] == 1000, f"runs as user {seen['user']}"
     assert not seen["secrets"], f"secrets: {seen['secrets']}"
     told = engine.output("history", "--no-trunc", f"vlfm-{target}") + " ".join(engine.environment(f"vlfm-{target}"))
     assert "://" not in told.replace("http://127.0.0.1", ""), "an address is in its history"
