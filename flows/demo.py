@@ -124,7 +124,6 @@ def _evaluate(run: Path, lake: Path, out: Path) -> list[str]:
 
 def _samples(run: Path, lake: Path, number: int, folder: Path) -> None:
     """One mp4 for each of six clips, at 24 frames per second: a rate that nothing was trained at."""
-    from model.methods.base import SampleSettings
     from model.sample import Sampler
     from model.training.data import Clips, lake_and_version
     from model.video import write_video
@@ -138,7 +137,7 @@ def _samples(run: Path, lake: Path, number: int, folder: Path) -> None:
     progress = Progress("sample", len(chosen), "videos")
     for index, clip in enumerate(chosen):
         about = clip.about
-        frames = sampler.videos([about["caption"]], 24, sampler.window, SampleSettings(), start=about["clip_start"])[0]
+        frames = sampler.videos([about["caption"]], 24, sampler.window, start=about["clip_start"])[0]
         write_video(folder / f"{index + 1}-{Path(about['film']).stem}.mp4", frames, 24)
         progress.advance()
     done.write_text(json.dumps({"step": sampler.step, "captions": [clip.about["caption"] for clip in chosen]}))

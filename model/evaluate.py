@@ -29,6 +29,7 @@ from model.evaluation.headline import (
 from model.evaluation.report import certificates, write_report
 from model.evaluation.sequence_report import bordered, write_sequence_report
 from model.evaluation.sequences import Grown, decoded_video, measure_split
+from model.methods.base import default_sampling
 from model.metrics.sequences import FvdNetwork
 from model.program import run_program
 from model.progress import Progress
@@ -82,7 +83,7 @@ def evaluate(
         raise ValueError(f"{most} clips, {shown} of them shown, cannot be; --clips must be at least 1, --shown 0")
     out = Path(out)
     sampler = Sampler(run, step)
-    settings = settings or sampler.method.Sampling()
+    settings = settings or default_sampling(sampler.method, sampler.clip)
     if fvd is not None and not sampler.method.sequences:
         raise ValueError(f"--fvd has no use for a run of the method {sampler.method.name}; leave it out")
     about = sampler.record.to_json()
@@ -314,7 +315,8 @@ def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
 
 def run_arguments(options: argparse.Namespace) -> int:
     """Evaluate as the options say."""
-    settings = RunRecord.read(Run(Path(options.run[0]))).method().Sampling(seed=options.seed)
+    record = RunRecord.read(Run(Path(options.run[0])))
+    settings = default_sampling(record.method(), record.clip, seed=options.seed)
     given = (options.lake, options.out, settings, options.clips, options.shown)
     fvd = None if options.fvd is None else Path(options.fvd)
     if len(options.run) == 1:

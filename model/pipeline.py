@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from model.methods.base import default_sampling
 from model.sample import Sampler, fit_picture, read_image
 from model.video import Frames
 
@@ -126,7 +127,8 @@ class VideoLatentFlowPipeline:
         if unused:
             name = unused[0] if unused[0] == "num_seconds" else f"num_{unused[0]}"
             raise ValueError(f"{name} has no use for a run of the method {method.name}; leave it out")
-        settings = method.Sampling(**{name: value for name, value in chosen.items() if value is not None})
+        asked = {name: value for name, value in chosen.items() if value is not None}
+        settings = default_sampling(method, self.sampler.clip, **asked)
         if method.sequences:
             shown = () if picture is None else (picture,)
             made = self.sampler.frame_videos(prompts, settings, shown, seeds, negative)

@@ -20,7 +20,7 @@ from model.backbones.conditioning import Conditioning
 from model.backbones.dit import Backbone
 from model.codecs.base import Codec
 from model.codecs.factory import codec_from_spec
-from model.methods.base import Request, Sample, SampledSequences, is_guided
+from model.methods.base import Request, Sample, SampledSequences, default_sampling, is_guided
 from model.program import run_program
 from model.sampling_options import add_sampling_options, chosen_sampling
 from model.text.encoder import TextEncoder, text_encoder_from_spec
@@ -174,7 +174,7 @@ class LoadedSampler:
         Raises:
             ValueError: a rate or duration that is not positive, or a start that is no number.
         """
-        settings = settings or self.method.Sampling()
+        settings = settings or default_sampling(self.method, self.clip)
         if not (rate > 0 and math.isfinite(rate)):
             raise ValueError(f"fps is {rate}; it must be a number above 0")
         if not (duration > 0 and math.isfinite(duration)):
@@ -225,7 +225,7 @@ class LoadedSampler:
         Raises:
             ValueError: a task or settings that the method cannot do; the message says the remedy.
         """
-        settings = settings or self.method.Sampling()
+        settings = settings or default_sampling(self.method, self.clip)
         seeds = [settings.seed + index for index in range(len(prompts))] if seeds is None else seeds
         frames = None
         if given:
@@ -328,7 +328,8 @@ def run_arguments(options: argparse.Namespace) -> int:
     """Sample as the options say."""
     check_output(options.out)  # what cannot be written is not worth the wait
     record = RunRecord.read(Run(Path(options.run)))
-    settings = chosen_sampling(record.method(), options)  # and neither are weights for options that cannot be
+    # Neither are weights for options that cannot be.
+    settings = chosen_sampling(record.method(), record.clip, options)
     sampler = Sampler(options.run, options.step)
     size = (sampler.clip["frame_shape"][0], sampler.clip["frame_shape"][1])
     for prompt in options.prompt:

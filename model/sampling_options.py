@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from model.methods.base import Method
+from model.methods.base import Method, default_sampling
 
 
 class _Option(NamedTuple):
@@ -20,7 +20,9 @@ class _Option(NamedTuple):
 
 FIELDS: Mapping[str, _Option] = {
     "seed": _Option(int, "seed of the noise (default 0)"),
-    "steps": _Option(int, "solver steps on a window, or on a frame from noise to clean (default: the method's)"),
+    "steps": _Option(
+        int, "solver steps on a window (default: its observed frames, at least 16), or from noise to a frame (50)"
+    ),
     "guidance": _Option(float, "classifier-free guidance; 1 (default) is none"),
     "warmup_steps": _Option(int, "solver steps to the first frame (default 16)"),
     "solver": _Option(str, "ddim (default), euler, midpoint, heun, rk4 or adaptive"),
@@ -68,8 +70,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def chosen_sampling(method: Method, options: argparse.Namespace) -> Any:
-    """The method's `Sampling` as the options have it.
+def chosen_sampling(method: Method, clip_format: Mapping[str, Any], options: argparse.Namespace) -> Any:
+    """The method's `Sampling` as the options have it, on clips of a format (`Version.clip`).
 
     Raises:
         ValueError: an option that the method has no use for, or a value that cannot be; the message names it.
@@ -85,7 +87,7 @@ def chosen_sampling(method: Method, options: argparse.Namespace) -> Any:
             f"{flag} has no use for a run of the method {method.name}; leave it out. It takes "
             + ", ".join(f"--{name.replace('_', '-')}" for name in takes)
         )
-    return method.Sampling(**given)
+    return default_sampling(method, clip_format, **given)
 
 
 def _of_the_other(sequences: bool) -> tuple[str, ...]:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from model.evaluate import evaluate
-from model.methods.base import SampleSettings
 from model.recipes import train_recipe
 from model.settings import override
 from model.train import train
@@ -26,7 +25,6 @@ from pipeline.ingest import commit, embed_captions, plan_ingest
 from pipeline.ingest.block import BlockWorker
 from pipeline.recipes import demo
 from pipeline.sources.folders import discover
-from storage import version
 from storage.layout import Lake
 
 FRAME_GOAL, CEILING_GOAL = 40.0, 1.0
@@ -83,9 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         began, cpu = time.monotonic(), time.process_time()
         train(lake, folder / "run", override(train_recipe("demo"), changes))
         taken, cpu = time.monotonic() - began, time.process_time() - cpu
-        # With fewer steps than observed frames the sampler passes over what is between its points.
-        settings = SampleSettings(steps=version.load(Lake.open(lake)).clip["frames_observed_max"])
-        figures = evaluate(folder / "run", lake, folder / "report", settings, most=1, shown=1)["train"]
+        figures = evaluate(folder / "run", lake, folder / "report", most=1, shown=1)["train"]
     for name in FIGURES:
         print(f"{name:20} {figures[name]:6.2f} dB")
     worst, below = figures["recall_worst"], figures["film_ceiling"] - figures["film_sample"]
