@@ -36,7 +36,7 @@ test-perturbed: setup
 	@VLFM_TEST_PERTURB=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 bench: setup
-	@$(BIN)/python -m tests.bench
+	@$(BIN)/python -m tests.bench; first=$$?; $(BIN)/python -m tests.bench.ingest && exit $$first
 
 # Stable Diffusion v1.5's networks at 512 pixels, and training DiT-XL/2: it needs a GPU, no weights, and about 15 minutes.
 bench-gpu: setup

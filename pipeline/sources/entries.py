@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -179,4 +180,4 @@ def caption_text(data: bytes) -> str:
 
 def is_film(name: str, latents: bool = False) -> bool:
     """Whether a file is a film by its name, or one of latents."""
-    return Path(name).suffix.lower() in (LATENT_SUFFIXES if latents else FILM_SUFFIXES)
+    return os.path.splitext(name)[1].lower() in (LATENT_SUFFIXES if latents else FILM_SUFFIXES)

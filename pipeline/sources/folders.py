@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from stat import S_ISLNK
 
 from pipeline.items import Failure
 from pipeline.rows import printable, unusable
@@ -68,20 +69,22 @@ class _Folder(Source):
         self.path, self.allow_outside, self._given = path, allow_outside, given
         self.tars: list[str] = []
         """Tars in the folder, once its films were looked for."""
+        self.plain: set[str] = set()
+        """Films in the folder itself, to which no link leads, once they were looked for."""
 
     def holds(self, path: Path) -> bool:
         """Whether a file or folder lies within the source, wherever links on the way lead, or may lie elsewhere."""
         return self.allow_outside or Path(os.path.realpath(path)).is_relative_to(self.path)
 
     def films(self, found: Discovery) -> dict[str, Stat]:
-        self.tars = []
+        self.tars, self.plain = [], set()
         return {name: Stat(stat.st_size, stat.st_mtime_ns) for name, stat in _scan(self, found)}
 
     def address(self, file: str) -> str:
-        return os.path.normpath(self.path / file)
+        return os.path.normpath(os.path.join(self.path, file))
 
     def fault(self, file: str) -> tuple[str, str] | None:
-        return None if self.holds(Path(self.address(file))) else _OUTSIDE
+        return None if file in self.plain or self.holds(Path(self.address(file))) else _OUTSIDE
 
     def look(self, file: str) -> Stat | None:
         try:
@@ -412,10 +415,13 @@ def _scan(folder: _Folder, found: Discovery) -> Iterator[tuple[str, os.stat_resu
             f"{path} cannot be listed ({error.strerror}); correct its permissions, its films are not read"
         )
 
-    def below(parent: str) -> Iterator[str]:
+    def below(parent: str, linked_folder: bool = False) -> Iterator[tuple[str, bool]]:
+        """Files, and whether a linked folder led to them."""
         for where, folders, files in os.walk(parent, onerror=unlisted):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
-            yield from (os.path.join(where, name) for name in sorted(files) if not name.startswith("."))
+            for name in sorted(files):
+                if not name.startswith("."):
+                    yield os.path.join(where, name), linked_folder
             for name in folders:
                 linked = os.path.join(where, name)
                 real = os.path.realpath(linked)
@@ -426,10 +432,11 @@ def _scan(folder: _Folder, found: Discovery) -> Iterator[tuple[str, os.stat_resu
                     found.notes.append(f"the linked folder {said} leads out of its source; --allow-outside reads it")
                 elif real not in visited:
                     visited.add(real)
-                    yield from below(linked)
+                    yield from below(linked, True)
 
-    for path in below(str(folder.path)):
-        name = os.path.relpath(path, folder.path).replace(os.sep, "/")
+    root = os.path.join(folder.path, "")
+    for path, by_link in below(str(folder.path)):
+        name = path.removeprefix(root)
         suffix = os.path.splitext(name)[1].lower()
         if suffix == TAR_SUFFIX and folder.holds(Path(path)):
             folder.tars.append(name)
@@ -438,7 +445,12 @@ def _scan(folder: _Folder, found: Discovery) -> Iterator[tuple[str, os.stat_resu
             others[suffix or "no suffix"] += suffix not in (*TABLE_SUFFIXES, ".txt")
             continue
         try:
-            yield name, os.stat(path)
+            seen = os.lstat(path)
+            if S_ISLNK(seen.st_mode):
+                seen = os.stat(path)
+            elif not by_link:
+                folder.plain.add(name)
+            yield name, seen
         except OSError as error:
             row = Row(name, "")
             folder.fail(found, row, "film_missing", f"it is a link to nothing ({error.strerror}); correct or remove it")

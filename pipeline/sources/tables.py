@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -70,6 +71,9 @@ class Table:
 class _Fault(ValueError):
     """What is wrong with a row, and the remedy."""
 
+
+_DOUBLED = re.compile(r"//|(?:^|/)\.(?:/|$)|/$")
+"""What `Path` takes out of a name; most names have nothing of it."""
 
 _Values = Mapping[str, Any]
 _Choose = Callable[[Sequence[str]], Mapping[str, str]]
@@ -167,7 +171,8 @@ def _row(values: _Values, names: Mapping[str, str]) -> Row:
     problem = start_bad or end_bad
     if not problem and start is not None and end is not None and end <= start:
         problem = f"its part ends at {end:g} s, not after its start at {start:g} s; correct the table"
-    return Row(Path(file).as_posix(), caption, start or 0.0, end, (BAD_TIMES, problem) if problem else fault)
+    plain = Path(file).as_posix() if _DOUBLED.search(file) else file
+    return Row(plain, caption, start or 0.0, end, (BAD_TIMES, problem) if problem else fault)
 
 
 def caption_fault(caption: str) -> tuple[str, str] | None:
