@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.bench import gpu, gpu_training, shards
+from tests.bench import gpu, gpu_training, ingest, many_films, shards
 from tests.bench.sd15 import TINY, Plan, count_tflop
 from tests.bench.sizes import published_config, work_of
 
@@ -150,3 +150,26 @@ def test_reading_shards_is_compared_with_webdataset(capsys: pytest.CaptureFixtur
     assert [line.split("  ")[0] for line in told.splitlines()[:4]] == [
         "webdataset .decode()", "ours", "ours, first read", "bare bytes",
     ]  # fmt: skip
+
+
+def test_many_films_a_few(tmp_path: Path) -> None:
+    """All parts, tiny; the whole command is left out, it starts Prefect."""
+    made = many_films.part_ingest(tmp_path, 3)
+    refresh = many_films.part_refresh(tmp_path, 3, command=False)
+    clips = [many_films.part_clips(tmp_path, count) for count in (4, 8)]
+    plan = many_films.part_plan(tmp_path, 3)
+    assert (made["clips"], plan["clips"]) == (15, 15)
+    assert (
+        min(each for part in (made, *clips) for each in (part["cpu_ms_a_film" if part is made else "cpu_ms_a_clip"],))
+        > 0
+    )
+    rows = many_films.judge({"refresh": {**refresh, "command_cpu_s": 31.0}, "clips": clips})
+    assert [name.split()[0] for name, _, _ in rows] == ["G9", "G9", "G10", "G10"]
+    assert rows[1][1] > rows[1][2], "a goal can be missed"
+
+
+def test_decoders_are_compared_on_the_same_frames(tmp_path: Path) -> None:
+    film = ingest.make_film(tmp_path / "a.mp4", "64x48", 2.0)
+    assert ingest.ours(film) == 32
+    for other in (lambda: ingest.pipe(film, "64x48"), *ingest.peers(film).values()):
+        assert other() == pytest.approx(32, abs=1)

@@ -127,8 +127,8 @@ def part_ingest(root: Path, count: int) -> dict[str, Any]:
     }
 
 
-def part_refresh(root: Path, count: int) -> dict[str, Any]:
-    """Nothing new in root/films: no film may be opened, no worker started."""
+def part_refresh(root: Path, count: int, command: bool = True) -> dict[str, Any]:
+    """Nothing new in root/films: no film may be opened, no worker started. `command`: the whole `vlfm ingest`, too."""
     lake = Lake.open(root / "lake")
     opened = mock.Mock(side_effect=AssertionError("a film was opened"))
     rounds: dict[str, list[float]] = {"least": [], "discover": [], "plan": []}
@@ -160,12 +160,14 @@ def part_refresh(root: Path, count: int) -> dict[str, Any]:
         "whole_s": whole.seconds,
         "peak_mb": peak() / 1e6,
     }
+    if not command:
+        return found_json
     settings = {name: getattr(recipe(), name) for name in ("duration", "rate", "preview_clips")}
     given = [f"--set={name}={value}" for name, value in settings.items()] + [f"--set=size=[{SIDE},{SIDE}]"]
-    command = ["ingest", str(root / "films"), "--lake", str(root / "lake"), "--recipe", "linear", *given]
+    ingest_it = ["ingest", str(root / "films"), "--lake", str(root / "lake"), "--recipe", "linear", *given]
     begin = time.monotonic()
     with taken() as outside:
-        done = subprocess.run([sys.executable, "-m", "flows.cli", *command], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", "flows.cli", *ingest_it], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"{count} unchanged" in done.stdout, done.stdout
     return {**found_json, "command_cpu_s": outside.children, "command_wall_s": time.monotonic() - begin}
