@@ -71,6 +71,8 @@ class ClipPlan:
     """Shorter side of the film's frames, pixels."""
     film_seconds: float = math.nan
     """Length of the film."""
+    origin: str = ""
+    """Address of the film's source."""
     stored: StoredClip | None = None
     """A clip that the lake has, whose latents (or all but the text) are this one's."""
     latents: bool = False

@@ -238,7 +238,7 @@ class BlockWorker:
         result = BlockResult(
             block_id, made, failures, clock, self.imported or codec_facts(self.codec, self.recipe.size)
         )
-        stage_block(self.lake, result, staged_arrays(works, self.recipe.frames_max), self.recipe_fingerprint)
+        stage_block(self.lake, result, staged_arrays(works, self.recipe.frames_max), self.recipe_fingerprint, clips)
         return result
 
     def teardown(self) -> None:
@@ -282,10 +282,20 @@ def _padded(rows: np.ndarray | None, length: int, filling: Any) -> np.ndarray:
     return padded
 
 
-def stage_block(lake: Lake, result: BlockResult, arrays: Mapping[str, np.ndarray], recipe_fingerprint: str) -> None:
-    """Stages the clips that were made; without any, nothing stays staged under the block's id."""
+def stage_block(
+    lake: Lake,
+    result: BlockResult,
+    arrays: Mapping[str, np.ndarray],
+    recipe_fingerprint: str,
+    clips: Sequence[ClipPlan] = (),
+) -> None:
+    """Stages the clips that were made; without any, nothing stays staged under the block's id.
+
+    clips: the block's, which tell where its films are: a film may be gone when the next run finds the block.
+    """
     if result.made:
-        write_block(lake, result.block_id, arrays, result.to_json(recipe_fingerprint))
+        films = {clip.film: [clip.path, clip.origin] for clip in clips}
+        write_block(lake, result.block_id, arrays, {**result.to_json(recipe_fingerprint), "films": films})
     else:
         remove_block(lake, result.block_id)
 
@@ -355,7 +365,7 @@ def merge_parts(
     merged = {name: np.stack([own[name] for _, own in made if name in own]) for name in names}
     lost = tuple(failed[clip.clip_id] for clip in block.clips if clip.clip_id in failed)
     result = BlockResult(block.block_id, tuple(clip for clip, _ in made), lost, clock, codec)
-    stage_block(lake, result, merged, recipe_fingerprint)
+    stage_block(lake, result, merged, recipe_fingerprint, block.clips)
     for part in parts:
         if part.block_id != block.block_id:
             remove_block(lake, part.block_id)

@@ -143,6 +143,10 @@ class Identities:
                     found[film] = origin
         return found
 
+    def left(self, film: str, path: str, origin: str) -> bool:
+        """Whether a film that no version has, of which a dead run staged clips, has left a source of this run."""
+        return place(path, film) not in self._named and self._origin({"path": path, "source": origin}) is not None
+
     def _stays(self, item: Item, digest: str) -> bool:
         """Whether the film at this place is the one that was there, as far as its content tells."""
         row = self.row(item)

@@ -403,6 +403,7 @@ def _plan_clips(
                     short_side=float(min(film.width, film.height)) or math.nan,
                     film_seconds=film.seconds,
                     latents=entry.latents,
+                    origin=entry.origin,
                 )
             )
     if shared and not (clips or state.known or outside):

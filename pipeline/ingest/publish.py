@@ -94,8 +94,9 @@ def commit(plan: IngestPlan, texts: Texts | None, results: Sequence[BlockResult]
 
 
 def _remove_unwanted_blocks(plan: IngestPlan, published: bool) -> None:
-    """Removes staged blocks of dead runs that no later run could take: parts of blocks, damaged ones, and those of this
-    recipe with a clip that the dataset has, or whose films this run looked at without wanting their clips.
+    """Removes staged blocks of dead runs that no later run could take: parts of blocks, damaged ones, those of films
+    that have left a source of this run, and those of this recipe with a clip that the dataset has, or whose films this
+    run looked at without wanting their clips.
 
     Those of films beyond this run, and of other recipes, are kept for the run that wants them.
     """
@@ -108,8 +109,11 @@ def _remove_unwanted_blocks(plan: IngestPlan, published: bool) -> None:
         try:
             meta = read_block_meta(plan.lake, block_id)
             clips = [(clip["clip_id"], clip["film"]) for clip in meta["clips"]]
-            useless = meta["recipe"] == plan.recipe_fingerprint and (
-                any(clip in held for clip, _ in clips) or all(film in looked_at for _, film in clips)
+            places = meta.get("films", {})
+            gone = {film for film, where in places.items() if plan.identities.left(film, *where)}
+            useless = all(film in gone for _, film in clips) or (
+                meta["recipe"] == plan.recipe_fingerprint
+                and (any(clip in held for clip, _ in clips) or all(film in looked_at | gone for _, film in clips))
             )
         except (ValueError, KeyError, TypeError, OSError):
             useless = True

@@ -77,7 +77,7 @@ def copy_block(lake: Lake, recipe: DataRecipe, recipe_fingerprint: str, block: B
     made = tuple(MadeClip.of(work) for work in works)
     assert block.clips[0].stored is not None
     result = BlockResult(block.block_id, made, (), {"copy": time.perf_counter() - begin}, block.clips[0].stored.codec)
-    stage_block(lake, result, staged_arrays(works, recipe.frames_max), recipe_fingerprint)
+    stage_block(lake, result, staged_arrays(works, recipe.frames_max), recipe_fingerprint, block.clips)
     return result
 
 

@@ -163,6 +163,25 @@ def test_temporary_files_of_a_killed_run_are_removed_by_the_next(films: Path, la
     assert verify(opened, load(opened)) == []
 
 
+def test_staged_blocks_of_films_that_were_deleted_since_are_removed(library: Path, films: Path, lake: Path) -> None:
+    """Of new films, which no version knows, whatever the next run's recipe, if it reads their source."""
+    for name in ("long", "blue"):
+        put(library, name, films / f"{name}.mp4")
+    recipe = dataclasses.replace(RECIPE, block_clips=2)
+    with pytest.raises(KeyboardInterrupt):
+        ingest(films, lake, recipe=recipe, runner=InProcess(KeyboardInterrupt(), after=3))
+    opened = Lake.open(lake)
+    assert len(staged_blocks(opened)) == 3
+    for name in ("long", "blue"):
+        for path in films.glob(f"{name}.*"):
+            path.unlink()
+    put(library, "green", films.parent / "other" / "e.mp4")
+    ingest(films.parent / "other", lake, recipe=recipe, runner=InProcess())
+    assert len(staged_blocks(opened)) == 3
+    ingest(films, lake, recipe=dataclasses.replace(recipe, order=6), runner=InProcess())
+    assert staged_blocks(opened) == []
+
+
 def test_staged_blocks_that_no_run_could_take_are_removed(library: Path, films: Path, lake: Path) -> None:
     """A run is killed after three blocks; then its films change, and another source is ingested meanwhile."""
     put(library, "long", films / "c.mp4")
