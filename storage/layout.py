@@ -20,7 +20,7 @@ from pathlib import Path
 from storage.address import store_at
 from storage.local import write_atomic
 from storage.s3_client import BucketError
-from storage.store import DiskFull, LakeBusy, LakeError, Store
+from storage.store import DiskFull, LakeBusy, LakeError, Store, read_tagged
 
 __all__ = ["DiskFull", "Lake", "LakeBusy", "LakeError", "version_naming", "write_atomic"]
 
@@ -136,8 +136,10 @@ def version_naming(lake: Lake, key: str) -> int | None:
 
 def version_texts(lake: Lake) -> dict[str, str]:
     """The text of every version file by its name's stem, that of a damaged one too."""
-    keys = [key for key in lake.store.list_keys("versions/") if key.endswith(".json")]
     return {
-        key.removeprefix("versions/").removesuffix(".json"): lake.store.read(key).decode("utf-8", errors="replace")
-        for key in keys
+        key.removeprefix("versions/").removesuffix(".json"): read_tagged(lake.store, key, tag).decode(
+            "utf-8", errors="replace"
+        )
+        for key, tag in lake.store.tags("versions/").items()
+        if key.endswith(".json")
     }

@@ -127,6 +127,9 @@ class LocalStore:
                 sizes[key] = (self.root / key).stat().st_size
         return sizes
 
+    def tags(self, prefix: str = "") -> dict[str, str]:
+        return dict.fromkeys(self.list_keys(prefix), "")
+
     def delete(self, key: str) -> None:
         path = self.local_path(check_key(key))
         if not path.is_dir():

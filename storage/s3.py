@@ -115,6 +115,11 @@ class S3Store:
         listed = self._listed(check_prefix(prefix))
         return dict(sorted((key, entry["Size"]) for key, entry in listed.items() if _is_key(key)))
 
+    def tags(self, prefix: str = "") -> dict[str, str]:
+        """As the protocol has it: the ETags."""
+        listed = self._listed(check_prefix(prefix))
+        return dict(sorted((key, entry["ETag"]) for key, entry in listed.items() if _is_key(key)))
+
     def list_keys(self, prefix: str = "") -> list[str]:
         return list(self.sizes(prefix))
 

@@ -9,6 +9,7 @@ implementation passes tests/storage/store_contract.py.
 from __future__ import annotations
 
 import errno
+import functools
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -51,6 +52,10 @@ class Store(Protocol):
     Every method with a key raises ValueError where `check_key` does. No key is another one's folder: where `a/b` is
     stored, `a` is not.
     """
+
+    def __hash__(self) -> int:
+        """Stores of the same place are equal."""
+        ...
 
     def address(self, key: str = "") -> str:
         """Where people and other programs find a key (or the whole store): a path, or a URL."""
@@ -126,6 +131,13 @@ class Store(Protocol):
         """The bytes stored under each key of `list_keys(prefix)`, in its order."""
         ...
 
+    def tags(self, prefix: str = "") -> dict[str, str]:
+        """A tag for each key of `list_keys(prefix)`, in its order: another one after another content was stored.
+
+        Empty where reading a key costs no more than asking for its tag; `read_tagged` uses them.
+        """
+        ...
+
     def delete(self, key: str) -> None:
         """Remove a key. Nothing happens where nothing is stored under it."""
         ...
@@ -162,6 +174,19 @@ class Store(Protocol):
     def cache(self) -> ByteCache | None:
         """Where what was read is kept on a local disk; None where the store is on one itself."""
         ...
+
+
+def read_tagged(store: Store, key: str, tag: str) -> bytes:
+    """What `read` gives, from this process' memory where it was read under the same tag before.
+
+    For small files that are read again and again: what a store far away has to be asked for costs a request each time.
+    """
+    return _remembered(store, key, tag) if tag else store.read(key)
+
+
+@functools.lru_cache(maxsize=1024)
+def _remembered(store: Store, key: str, tag: str) -> bytes:
+    return store.read(key)
 
 
 def check_key(key: str) -> str:

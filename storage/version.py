@@ -29,6 +29,7 @@ from storage.layout import Lake, LakeError, version_naming
 from storage.rounding import check_rounding
 from storage.schema import CLIP_SCHEMA, FILM_SCHEMA, REJECTED_SCHEMA, check_format, completed, table_of
 from storage.shards import ShardInfo, ShardReader
+from storage.store import read_tagged
 
 FORMAT = 1
 """Number of the version file's format. A reader refuses a higher one; fields are only ever added."""
@@ -109,15 +110,12 @@ def version_bytes(version: Version) -> bytes:
 
 def list_versions(lake: Lake) -> list[int]:
     """Numbers of the published versions, ascending."""
-    keys = [key for key in lake.store.list_keys("versions/") if key.endswith(".json")]
-    stems = [key.removeprefix("versions/").removesuffix(".json") for key in keys]
-    return sorted(int(stem) for stem in stems if stem.isdigit())
+    return list(_tags(lake))
 
 
 def latest(lake: Lake) -> Version | None:
     """The newest version, or None where nothing is published yet. Raises as `load` does."""
-    numbers = list_versions(lake)
-    return load(lake, numbers[-1]) if numbers else None
+    return load(lake) if list_versions(lake) else None
 
 
 def load(lake: Lake, number: int | None = None) -> Version:
@@ -126,16 +124,28 @@ def load(lake: Lake, number: int | None = None) -> Version:
     Raises:
         LakeError: there is no such version, its file is damaged, or of a newer format. The message says the remedy.
     """
-    numbers = list_versions(lake)
+    tags = _tags(lake)
     where = lake.store.address()
-    if not numbers:
+    if not tags:
         raise LakeError(f"{where} has no version yet; make one with: vlfm ingest SOURCE --lake {where}")
-    number = numbers[-1] if number is None else number
-    if number not in numbers:
-        raise LakeError(f"{where} has no version {number}; there are: {', '.join(map(str, numbers))}")
+    number = max(tags) if number is None else number
+    if number not in tags:
+        raise LakeError(f"{where} has no version {number}; there are: {', '.join(map(str, tags))}")
+    return _loaded(lake, number, tags[number])
+
+
+def _tags(lake: Lake) -> dict[int, str]:
+    """Numbers of the published versions, ascending, each with its file's tag (see storage.store.Store.tags)."""
+    stems = {key.removeprefix("versions/"): tag for key, tag in lake.store.tags("versions/").items()}
+    numbered = {name.removesuffix(".json"): tag for name, tag in stems.items() if name.endswith(".json")}
+    return dict(sorted((int(stem), tag) for stem, tag in numbered.items() if stem.isdigit()))
+
+
+def _loaded(lake: Lake, number: int, tag: str) -> Version:
+    where = lake.store.address()
     path = lake.store.address(version_key(number))
     try:
-        body = json.loads(lake.store.read(version_key(number)))
+        body = json.loads(read_tagged(lake.store, version_key(number), tag))
         checksum = body.pop("checksum")
         if fingerprint(body) != checksum:
             raise ValueError("wrong checksum")
@@ -156,9 +166,9 @@ def load(lake: Lake, number: int | None = None) -> Version:
 def readable_versions(lake: Lake) -> tuple[list[Version], list[str]]:
     """All versions whose files are whole, the newest first, and what is wrong with the others, a line each."""
     found, problems = [], []
-    for number in reversed(list_versions(lake)):
+    for number, tag in reversed(_tags(lake).items()):
         try:
-            found.append(load(lake, number))
+            found.append(_loaded(lake, number, tag))
         except LakeError as error:
             problems.append(str(error))
     return found, problems

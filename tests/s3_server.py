@@ -6,9 +6,12 @@ to answer wrongly (`fault`), and it remembers what it was asked (`requests`).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -58,14 +61,20 @@ class S3Server:
         after: bool = False,
         delay: float = 0.0,
         code: str = "Fault",
+        skip: int = 0,
+        kill: int = 0,
     ) -> None:
         """Answer the next `times` requests whose "METHOD /path" matches a pattern with `status` and S3's word `code`.
 
-        after: do the work first, and lose its answer. delay: wait first. The answer is the right one with status 0;
+        after: do the work first, and lose its answer. delay: wait first. skip: so many matching requests are answered
+        before. kill: SIGKILL to this process, before any answer. The answer is the right one with status 0;
         with status 1 the second half of its body never comes, with 2 its last byte is another one, and with 3 the
         request's conditions are not looked at.
         """
-        told = {"match": match, "status": status, "times": times, "after": after, "delay": delay, "code": code}
+        told = {
+            "match": match, "status": status, "times": times, "after": after, "delay": delay, "code": code,
+            "skip": skip, "kill": kill,
+        }  # fmt: skip
         self._ask("/-/fault", json.dumps(told).encode())
 
     def heal(self) -> None:
@@ -75,6 +84,11 @@ class S3Server:
     def requests(self) -> list[str]:
         """What was asked since the last call, as "METHOD /path"."""
         found: list[str] = json.loads(self._ask("/-/requests", b""))
+        return found
+
+    def faulted(self) -> list[str]:
+        """The requests that met a fault since the last call, as "METHOD /path"."""
+        found: list[str] = json.loads(self._ask("/-/faulted", b""))
         return found
 
     def close(self) -> None:
@@ -95,6 +109,7 @@ class _Faulty:
         self.moto = application
         self.faults: list[dict[str, Any]] = []
         self.asked: list[str] = []
+        self.faulted: list[str] = []
         self.lock, self.puts = threading.Lock(), threading.Lock()
 
     def application(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -113,19 +128,26 @@ class _Faulty:
                     self.faults.append(json.loads(body))
                 if path == "/-/heal":
                     self.faults = []
-                told, self.asked = (self.asked, []) if path == "/-/requests" else ([], self.asked)
+                told: list[str] = []
+                if path == "/-/requests":
+                    told, self.asked = self.asked, []
+                if path == "/-/faulted":
+                    told, self.faulted = self.faulted, []
             start_response("200 OK", [("Content-Type", "application/json")])
             return [json.dumps(told).encode()]
         request = f"{environ['REQUEST_METHOD']} {path}"
         with self.lock:
             self.asked.append(request)
-            fault = next((fault for fault in self.faults if re.search(fault["match"], request)), None)
-            if fault is not None:
-                fault["times"] -= 1
-                self.faults = [fault for fault in self.faults if fault["times"] > 0]
+            fault = self._fault_of(request)
         if fault is None:
             return self.application(environ, start_response)
         time.sleep(fault["delay"])
+        if fault["kill"]:
+            if fault["after"]:
+                list(self.application(environ, lambda *_: None))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(fault["kill"], signal.SIGKILL)
+            fault = {**fault, "status": 503, "after": False}
         if fault["status"] == 3:
             for name in ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH"):
                 environ.pop(name, None)
@@ -141,6 +163,20 @@ class _Faulty:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         start_response(f"{fault['status']} Fault", [("Content-Type", "application/xml")])
         return [f"<Error><Code>{fault['code']}</Code><Message>A fault of the tests.</Message></Error>".encode()]
+
+    def _fault_of(self, request: str) -> dict[str, Any] | None:
+        """The first fault that this request meets; it counts for all that match it."""
+        found = None
+        for fault in [fault for fault in self.faults if re.search(fault["match"], request)]:
+            if fault["skip"]:
+                fault["skip"] -= 1
+            elif found is None:
+                found = fault
+        if found is not None:
+            self.faulted.append(request)
+            found["times"] -= 1
+            self.faults = [fault for fault in self.faults if fault["times"] > 0]
+        return found
 
 
 def serve() -> None:

@@ -33,7 +33,7 @@ from typing import IO, Any
 
 import pytest
 
-from storage.store import DiskFull, LakeBusy, LakeError, Store
+from storage.store import DiskFull, LakeBusy, LakeError, Store, read_tagged
 
 ROOT = Path(__file__).resolve().parents[2]
 WRONG_KEYS = [
@@ -156,6 +156,17 @@ class StoreContract:
         store.create_exclusive("c", b"stored")
         assert store.clean(delete=True) == store.clean(delete=False) == []
         assert self.raw_everything(store) == {"a/b", "c"}
+
+    def test_tags_tell_what_was_stored_anew(self, store: Store) -> None:
+        for key in ("b/2", "b/1", "c"):
+            store.write(key, b"stored")
+        before = store.tags("b/")
+        assert list(before) == store.list_keys("b/") == ["b/1", "b/2"]
+        assert read_tagged(store, "b/1", before["b/1"]) == b"stored"
+        self.raw_write(store, "b/1", b"anew")
+        now = store.tags("b/")
+        assert (now["b/1"] == before["b/1"], now["b/2"] == before["b/2"]) == (not now["b/1"], True)
+        assert read_tagged(store, "b/1", now["b/1"]) == b"anew"
 
     @pytest.mark.parametrize(("start", "stop"), [(-1, None), (0, 11), (11, None), (4, 3), (0, -1)])
     def test_byte_ranges_that_are_none(self, store: Store, start: int, stop: int | None) -> None:
