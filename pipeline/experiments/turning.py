@@ -91,8 +91,11 @@ def corpus(out: Path, films: int, seed: int) -> Path:
     return lake
 
 
-def lengths(sampler: Sampler, samples: int, settings: Any) -> dict[str, Any]:
-    """How long samples are, whose captions tell the length and do not."""
+def lengths(sampler: Sampler, samples: int, settings: Any, trained: Sequence[Turning]) -> dict[str, Any]:
+    """How long samples are, whose captions tell the length and do not; beside the corpus's films of the same kind.
+
+    trained: the films of the corpus. Its captions leave the length out at random, so theirs are no even quarters.
+    """
     found: dict[str, Any] = {}
     for name, told in (("told", 1.0), ("untold", 0.0)):
         films = plan_turning(TEST_SEED, samples, told)
@@ -103,6 +106,8 @@ def lengths(sampler: Sampler, samples: int, settings: Any) -> dict[str, Any]:
             "within_one": share(abs(n - film.frames) <= 1 for n, film in zip(made, films, strict=True)),
             "mean": statistics.fmean(made),
             "true_mean": statistics.fmean(true),
+            "trained_mean": statistics.fmean([film.frames for film in trained if film.told == told] or [math.nan]),
+            "standard_error": statistics.stdev(made) / math.sqrt(len(made)),
             "deviation": statistics.pstdev(made),
             "true_deviation": statistics.pstdev(true),
             "on_a_peak": share(n in LENGTHS for n in made),
@@ -240,7 +245,8 @@ def experiment(
     for method, sampler in samplers.items():
         if getattr(sampler.method, "rates", False):
             kind = sampler.method.Sampling
-            results[f"lengths of {method}"] = lengths(sampler, samples, kind(steps=steps))
+            trained = plan_turning(seed, films)
+            results[f"lengths of {method}"] = lengths(sampler, samples, kind(steps=steps), trained)
             write_atomic(out / "turning.json", json.dumps(results, indent=1).encode())
     results["rows"] = [dataclasses.asdict(each) for each in compare(samplers, samples, steps)]
     write_atomic(out / "turning.json", json.dumps(results, indent=1).encode())
@@ -251,6 +257,11 @@ def share(which: Any) -> float:
     """Share of true values."""
     values = [bool(value) for value in which]
     return sum(values) / len(values)
+
+
+def percent(value: float, of: float) -> str:
+    """How much more a value is than another one."""
+    return f"{100 * (value / of - 1):+.1f} %"
 
 
 def cells(one: Row) -> str:
@@ -269,11 +280,13 @@ def table(results: Mapping[str, Any]) -> str:
     for name, found in results.items():
         if name.startswith("lengths of "):
             told, untold = found["told"], found["untold"]
+            mean, films, trained = untold["mean"], untold["true_mean"], untold["trained_mean"]
             lines += [
                 f"{name}, length told: {100 * told['within_one']:.0f} % of {told['samples']} within one frame "
                 "(always the same length: 25 %)",
-                f"{name}, length not told: mean {untold['mean']:.2f} (films {untold['true_mean']:.2f}: "
-                f"{100 * (untold['mean'] / untold['true_mean'] - 1):+.1f} %), standard deviation "
+                f"{name}, length not told: mean {mean:.2f}, standard error {untold['standard_error']:.2f} (films asked "
+                f"for {films:.2f}: {percent(mean, films)}; the corpus's of such captions {trained:.2f}: "
+                f"{percent(mean, trained)}), standard deviation "
                 f"{untold['deviation']:.2f} ({untold['true_deviation']:.2f}), {100 * untold['on_a_peak']:.0f} % on "
                 f"{', '.join(map(str, LENGTHS))}",
                 f"  histogram {untold['histogram']}",
