@@ -35,6 +35,10 @@ def test_the_whole_way_in_small(
     orders = [f"flowception, {order}" for order in ("learned", *ORDERS)]
     assert names == ["true films (floor)", *orders, *METHODS[1:]]
     assert found["lengths of flowception"]["untold"]["true_mean"] == 22.5
+    assert found["lengths of flowception"]["told"]["samples"] == 16
+    near = found["lengths of flowception"]["untold"]["near_a_peak"]
+    assert list(near) == ["15", "20", "25", "30"]
+    assert 0 <= sum(near.values()) <= 1
     by_name = {each["name"]: each for each in found["rows"]}
     assert by_name["full"]["within_one"] == 1.0, "it is told the length"
     assert by_name["vlfm"]["steps"] == 3, "the most it may take: it asks for single frames, which cost little"
