@@ -33,7 +33,7 @@ def test_the_whole_way_in_small(
     found = json.loads((tmp_path / "turning.json").read_text())
     names = [each["name"] for each in found["rows"]]
     orders = [f"flowception, {order}" for order in ("learned", *ORDERS)]
-    assert names == ["true films (floor)", *orders, *METHODS[1:]]
+    assert names == ["true films (floor)", "look-up of a training film by its caption", *orders, *METHODS[1:]]
     assert found["lengths of flowception"]["untold"]["true_mean"] == 22.5
     assert found["lengths of flowception"]["told"]["samples"] == 16
     near = found["lengths of flowception"]["untold"]["near_a_peak"]
@@ -41,6 +41,7 @@ def test_the_whole_way_in_small(
     assert 0 <= sum(near.values()) <= 1
     by_name = {each["name"]: each for each in found["rows"]}
     assert by_name["full"]["within_one"] == 1.0, "it is told the length"
+    assert by_name["look-up of a training film by its caption"]["one_jump"] == 1.0
     assert by_name["vlfm"]["steps"] == 3, "the most it may take: it asks for single frames, which cost little"
     counted = [found["runs"][name]["parameters"] for name in METHODS]
     assert max(counted) < 1.1 * min(counted), "the same backbone"
