@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import icechunk
@@ -80,19 +79,21 @@ class Folder(Place):
             return super().again(address, trial)
 
     def cut_power(self, base: str, address: str, trial: Trial) -> None:
-        """Every file is cut in half that is new and that no version names."""
+        """Every file is cut in half that is new and that neither a version nor the journal names.
+
+        What these name was fsynced before, and so was all of Icechunk's commit.
+        """
         if trial.fault != "unsynced":
             return
-        root, lake, before = Path(address), Lake.open(address), set(Lake.open(base).store.list_keys())
-        named = "".join(path.read_text() for path in sorted((root / "versions").glob("*.json")))
-        for key in lake.store.list_keys():
+        lake, before = Lake.open(address), set(Lake.open(base).store.list_keys())
+        keys = lake.store.list_keys()
+        commits = [key for key in keys if key.startswith("versions/") or key == JOURNAL]
+        named = "".join(lake.store.read(key).decode() for key in commits)
+        fsynced = ("versions/", JOURNAL, "arrays/" if set(commits) - before else "arrays/refs")
+        for key in keys:
             name = key.rpartition("/")[2].replace(".index.json", ".tar")
-            if (
-                key not in before
-                and name not in named
-                and not key.startswith(("versions/", "arrays/refs", "maintenance"))
-            ):
-                os.truncate(root / key, (root / key).stat().st_size // 2)
+            if key not in before and name not in named and not key.startswith(fsynced):
+                os.truncate(lake.root / key, (lake.root / key).stat().st_size // 2)
 
     def watch(self, root: str, changes: list[str]) -> None:
         """Write down this process' changes below `root`."""
