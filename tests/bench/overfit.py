@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests.bench.overfit", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("film", type=Path)
     parser.add_argument("--start", type=float, default=0.0, help="seconds of the film where the clip begins")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--folder", type=Path, help="keeps lake and run; a run that is there goes on")
     parser.add_argument("--lake", type=Path, help="a lake of one clip that is there already")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the training recipe")
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         began, cpu = time.monotonic(), time.process_time()
         train(lake, folder / "run", override(train_recipe("demo"), changes))
         taken, cpu = time.monotonic() - began, time.process_time() - cpu
-        figures = evaluate(folder / "run", lake, folder / "report", most=1, shown=1)["train"]
+        (figures,) = evaluate(folder / "run", lake, folder / "report", most=1, shown=1)["clips"]
     for name in FIGURES:
         print(f"{name:20} {figures[name]:6.2f} dB")
     worst, below = figures["recall_worst"], figures["film_ceiling"] - figures["film_sample"]

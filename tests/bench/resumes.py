@@ -56,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 status, told = running.end()
                 ended = running.gone_within(20)
             at = (Run(run).steps() or [0])[-1]
-            again = subprocess.run([sys.executable, *words(run, processes, workers)], env=environment(), check=False)
+            again = subprocess.run(
+                [sys.executable, *words(run, processes, workers)], env=environment(), capture_output=True, check=False
+            )
             ours, theirs = weights(run), weights(undisturbed[processes])
             same = all(torch.equal(ours[name], value) for name, value in theirs.items())
             same &= logged(run, "loss") == logged(undisturbed[processes], "loss")
