@@ -43,9 +43,10 @@ bench-gpu: setup
 	@$(BIN)/python -m tests.bench.gpu --markdown
 	@$(BIN)/python -m tests.bench.gpu_training --markdown
 
-# A training on two hosts, which are network namespaces here; one is killed and comes back. Needs root.
+# A training and an ingest on two hosts, which are network namespaces here; one is killed and comes back. Needs root.
 multihost: setup
 	@$(BIN)/python -m tests.bench.multihost
+	@$(BIN)/python -m tests.bench.multihost_ray
 
 # The four images of docker/Dockerfile, with docker, podman or buildah (docker/README.md has the settings).
 images:

@@ -126,6 +126,14 @@ def ingest(sub: argparse.ArgumentParser) -> Run:
         help="write the report as one HTML file, with frames of what was kept and what was not",
     )
     sub.add_argument("--ray-address", metavar="A", help="an existing Ray cluster (default: start one here for the run)")
+    sub.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="ask the cluster for N workers though it has no room for all yet: an autoscaler makes room",
+    )
+    sub.add_argument("--send-code", action="store_true", help="give the cluster's nodes this project's code from here")
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
     return run_ingest
 
@@ -159,6 +167,8 @@ def run_ingest(options: argparse.Namespace) -> int:
             settings=settings,
             limit=options.limit,
             ray_address=options.ray_address,
+            workers=options.workers,
+            send_code=options.send_code,
             columns=columns,
             prune=options.prune,
             allow_outside=options.allow_outside,

@@ -26,7 +26,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from flows.artifacts import accounts_table, artifact_key, contact_sheet, data_address, lost_sheet, page, summary
-from flows.forms import AtLeast1, DataRecipeName, DataSettings
+from flows.forms import AtLeast0, AtLeast1, DataRecipeName, DataSettings
 from flows.server import ServerError, start_server
 from flows.steps import StepFailed, known_failures, step, without_traces
 from model.logs import as_json, start_logging
@@ -78,6 +78,8 @@ def run_ingest(
     table_format: str | None = None,
     report_file: str | None = None,
     latents: bool = False,
+    workers: int = 0,
+    send_code: bool = False,
     on_progress: Listener | None = None,
     found: Discovery | None = None,
 ) -> Report:
@@ -88,7 +90,7 @@ def run_ingest(
 
     Args:
         source, lake, captions, recipe, settings, limit, ray_address, columns, prune, allow_outside,
-            table_format, report_file, latents: the flow's.
+            table_format, report_file, latents, workers, send_code: the flow's.
         on_progress: told of films read and clips done; warnings are printed where it is given.
         found: what pipeline.sources.folders.discover found for these sources, where that was called already.
 
@@ -101,7 +103,8 @@ def run_ingest(
         sources = [source] if isinstance(source, str) else list(source)
         given = (sources, lake, captions, recipe, settings, limit, ray_address)
         arguments = (*given, columns, prune, allow_outside, table_format, report_file)
-        state = cast(State[Any], ingest(*arguments, latents=latents, return_state=True))
+        more = {"latents": latents, "workers": workers, "send_code": send_code}
+        state = cast(State[Any], ingest(*arguments, **more, return_state=True))
     except ServerError as error:
         return _nothing(str(error), lake)
     finally:
@@ -145,6 +148,8 @@ def ingest(
     report_file: str | None = None,
     wait: bool = False,
     latents: bool = False,
+    workers: AtLeast0 = 0,
+    send_code: bool = False,
 ) -> Any:
     """Films and captions to the next version of a lake.
 
@@ -166,6 +171,8 @@ def ingest(
         report_file: An HTML file to write the report to, with frames of what is in the dataset and of what is not.
         wait: While another run writes to this lake, wait for its turn, in order of arrival; else fail at once.
         latents: The sources hold files of latents (safetensors) in the place of films; they are only projected.
+        workers: Ask the cluster for so many workers though it has no room for all yet; an autoscaler makes room.
+        send_code: Give the cluster's nodes this project's code from the worker's machine.
     """
     how: dict[str, Any] = {
         "columns": columns,
@@ -175,6 +182,8 @@ def ingest(
         "report_file": report_file,
         "wait": wait,
         "latents": latents,
+        "workers": workers,
+        "send_code": send_code,
     }
     found = _attempt(source, lake, captions, recipe, settings, limit, ray_address, **how)
     return found if isinstance(found, dict) else Failed(message=str(found), data=found)
@@ -194,6 +203,8 @@ def refresh(
     table_format: str | None = None,
     keep_versions: AtLeast1 | None = None,
     latents: bool = False,
+    workers: AtLeast0 = 0,
+    send_code: bool = False,
 ) -> Any:
     """Bring a lake up to date on a schedule: a version is published only when something changed.
 
@@ -213,6 +224,8 @@ def refresh(
         table_format: Name of the dataset whose published annotation file the table is, such as kinetics.
         keep_versions: After a new version, only so many of the newest stay; empty keeps all.
         latents: The sources hold files of latents (safetensors) in the place of films; they are only projected.
+        workers: Ask the cluster for so many workers though it has no room for all yet; an autoscaler makes room.
+        send_code: Give the cluster's nodes this project's code from the worker's machine.
     """
     how: dict[str, Any] = {
         "columns": columns,
@@ -220,6 +233,8 @@ def refresh(
         "allow_outside": allow_outside,
         "table_format": table_format,
         "latents": latents,
+        "workers": workers,
+        "send_code": send_code,
     }
     found = _attempt(source, lake, captions, recipe, settings, None, ray_address, **how)
     if isinstance(found, IngestFailed) and isinstance(found.__cause__, LakeBusy):

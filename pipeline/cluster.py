@@ -24,6 +24,8 @@ from pipeline.sessions import SessionFolder, end_dead_sessions
 from pipeline.stage import one_line
 from storage.errors import Kind, VlfmError
 
+PACKAGES = ("storage", "model", "pipeline")
+UNSENT = ["__pycache__", "*.pyc"]
 OBJECT_STORE_BYTES = 256 * 1024**2  # blocks travel as files; Ray would take 30 % of the memory
 ANSWER_SECONDS = 10.0  # longest wait for a cluster's port
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
@@ -44,10 +46,11 @@ class RaySession:
     Args:
         address: host:port of a cluster (or `auto`); None starts one on this machine. A machine that is no node of
             the cluster, such as a flow run's pod, is one without CPUs while the session is open.
+        send_code: whether the nodes of a cluster get this project's code from here, in place of their own.
     """
 
-    def __init__(self, address: str | None = None) -> None:
-        self.address = address
+    def __init__(self, address: str | None = None, send_code: bool = False) -> None:
+        self.address, self.send_code = address, send_code
         self._before: dict[str, str | None] = {}
         self._open = False
         self._folder: SessionFolder | None = None
@@ -107,7 +110,7 @@ class RaySession:
                     end_dead_sessions()
                     self._folder = SessionFolder()
                     _start_node(address, self._folder.path)
-                _init(address=address)
+                _init(address=address, **({"runtime_env": _code()} if self.send_code else {}))
             except RunnerError as error:
                 if not any(word in words() + str(error) for word in REFUSALS):
                     raise
@@ -160,6 +163,11 @@ def _start_node(address: str, folder: Path) -> None:
     if done.returncode:
         told = " ".join((done.stdout + done.stderr).split())[-300:]
         raise RunnerError(f"this machine cannot become a node of the cluster at {address}: {told}")
+
+
+def _code() -> dict[str, Any]:
+    """Ray's `runtime_env` with the packages that workers import, as they lie here."""
+    return {"py_modules": [str(Path(__file__).resolve().parents[1] / name) for name in PACKAGES], "excludes": UNSENT}
 
 
 def _own() -> dict[str, str | None]:

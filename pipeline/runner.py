@@ -2,50 +2,35 @@
 
 A task is a group of items. When its worker dies or raises, a group is taken apart and each item is tried alone; an item
 that fails alone as often as allowed is given up and named. So innocent items always finish (Ray Data loses a block, or
-stalls for ever; stack.md).
+stalls for ever). A node that is lost costs the time of its tasks, and no attempt; one that comes is given work.
 """
 
 from __future__ import annotations
 
 import logging
-import os
+import math
+import sys
 import time
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
+from model.telemetry import metrics
+from pipeline.actor import Actor, Answer, Worker
 from pipeline.cluster import RaySession
 from pipeline.cluster import RunnerError as RunnerError
-from pipeline.items import Resources
+from pipeline.placement import plan_workers, workers_that_fit, working_nodes
 from pipeline.stage import one_line
 from storage.layout import DiskFull
 
 log = logging.getLogger(__name__)
 
-START_SECONDS = 600.0  # longest time for a worker to start and to load its codec
+START_SECONDS = 600.0  # longest time in which no worker at all starts
 END_SECONDS = 30.0  # longest time for all workers together to free what they hold
-WARNINGS = 100  # most lines that a worker keeps until its next answer
-
-
-class Worker(Protocol):
-    """What runs in an actor."""
-
-    @property
-    def resources(self) -> Resources:
-        """What it occupies."""
-        ...
-
-    def setup(self) -> None:
-        """Called once in the actor's process."""
-
-    def process(self, task_id: str, items: Sequence[Any]) -> Any:
-        """Does a task; may be called again for the same one."""
-
-    def teardown(self) -> None:
-        """Called once in the actor's process when there is no more work; not where the process was lost."""
+LOOK_SECONDS = 5.0  # between two looks at which nodes there are
+LOST_SECONDS = 90.0  # longest time until Ray has noticed that a process or a node is gone; about 20 s at its defaults
 
 
 @dataclass(frozen=True)
@@ -58,31 +43,6 @@ class Task:
     """The task as it was given, where this one is a part of it."""
 
 
-@dataclass(frozen=True)
-class WorkerPlan:
-    """How many actors, and what each is promised."""
-
-    count: int
-    cpus: float
-    gpus: float
-
-
-def plan_workers(cluster: Mapping[str, float], wanted: Resources, tasks: int) -> WorkerPlan:
-    """Actors for `tasks` tasks from what the cluster has (Ray's names, `CPU` and `GPU`).
-
-    A GPU is asked for only where there is one, so nothing ever waits for a GPU that will not come.
-
-    >>> plan_workers({"CPU": 2.0}, Resources(cpus=1, gpus=1), tasks=10)
-    WorkerPlan(count=2, cpus=1.0, gpus=0.0)
-    """
-    cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
-    if wanted.gpus > 0 and gpus >= wanted.gpus:
-        count = max(1, min(tasks, int(gpus // wanted.gpus)))
-        return WorkerPlan(count, float(max(0, min(wanted.cpus, cpus // count))), float(wanted.gpus))
-    count = max(1, min(tasks, int(cpus // wanted.cpus) if wanted.cpus else tasks))
-    return WorkerPlan(count, float(min(wanted.cpus, cpus)), 0.0)
-
-
 class Runner:
     """A Ray session that starts at the first task and ends with the `with` block, unless it was there before.
 
@@ -90,11 +50,20 @@ class Runner:
         address: of a cluster; None starts one on this machine, or uses the one already started in this process.
         attempts: how often an item may be tried, its group's failures counted.
         task_seconds: longest time for one task; a worker that takes longer is killed, which counts as its death.
+        workers: so many are asked for even where the cluster has no room for them yet; an autoscaler makes room.
+        send_code: whether this project's code is sent to the cluster's nodes.
     """
 
-    def __init__(self, address: str | None = None, attempts: int = 3, task_seconds: float = 3600.0) -> None:
-        self.attempts, self.task_seconds = attempts, task_seconds
-        self._session = RaySession(address)
+    def __init__(
+        self,
+        address: str | None = None,
+        attempts: int = 3,
+        task_seconds: float = 3600.0,
+        workers: int = 0,
+        send_code: bool = False,
+    ) -> None:
+        self.attempts, self.task_seconds, self.workers = attempts, task_seconds, workers
+        self._session = RaySession(address, send_code)
         self._warned: set[str] = set()
 
     def __enter__(self) -> Runner:
@@ -108,6 +77,14 @@ class Runner:
     def start(self) -> None:
         """Starts or joins Ray, quietly. Raises RunnerError as RaySession.open does."""
         self._session.open()
+
+    @property
+    def on_cluster(self) -> bool:
+        """Whether its work is done, or is going to be, on a cluster: one with an address, or of several nodes."""
+        if self._session.address is not None:
+            return True
+        ray = sys.modules.get("ray")  # not imported: no session
+        return ray is not None and ray.is_initialized() and len(working_nodes(ray_report())) > 1
 
     def run(
         self,
@@ -133,112 +110,31 @@ class Runner:
         if not tasks:
             return
         self.start()
-        import ray
-
-        cluster: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        plan = plan_workers(cluster, worker.resources, len(tasks))
-        actor_class = ray.remote(_Actor).options(
-            num_cpus=plan.cpus, num_gpus=plan.gpus, max_restarts=0, max_task_retries=0
-        )
-        waiting = deque(Task(task_id, tuple(items), task_id) for task_id, items in tasks)
-        tried: dict[str, int] = {}
-        actors: list[Any] = []
-        running: dict[Any, tuple[Any, Task | None, float]] = {}
-
-        def greet(actor: Any) -> None:
-            # Only a worker that has answered gets a task, so a restart cannot cost an innocent item an attempt.
-            running[actor.ready.remote()] = (actor, None, time.monotonic() + START_SECONDS)
-
-        def start_actor() -> None:
-            actor = actor_class.remote(worker, plan.cpus)
-            actors.append(actor)
-            greet(actor)
-
-        def failed(task: Task, reason: str, detail: str) -> None:
-            for item in task.items:
-                tried[key(item)] = tried.get(key(item), 0) + 1
-            if len(task.items) > 1:
-                parts = [Task(f"{task.parent}-{key(item)}", (item,), task.parent) for item in task.items]
-                waiting.extend(parts)
-            elif tried[key(task.items[0])] < self.attempts:
-                waiting.append(task)
-            else:
-                given_up(task, reason, detail)
-
+        work = _Work(self, worker, tasks, key, done, given_up)
         try:
-            for _ in range(plan.count):
-                start_actor()
-            deaths_unanswered = 0
-            while waiting or any(task is not None for _, task, _ in running.values()):
-                try:
-                    ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
-                except SystemError as error:  # so Ray tells what a signal's handler raised while it waited
-                    raise error.__cause__ or error from None
-                for reference in ready:
-                    actor, task, _ = running.pop(reference)
-                    try:
-                        answer: _Answer = ray.get(reference)
-                    except ray.exceptions.RayActorError as error:
-                        actors.remove(actor)
-                        ray.kill(actor)
-                        if task is None:
-                            deaths_unanswered += 1
-                            if deaths_unanswered > 3 * plan.count:
-                                raise RunnerError(f"workers die before they start: {one_line(error)}") from error
-                        else:
-                            detail = "the worker process died on this clip each time; remove or re-encode its film"
-                            failed(task, "worker_died", detail)
-                        start_actor()
-                        continue
-                    except ray.exceptions.RayTaskError as error:  # the answer itself cannot travel
-                        answer = _Answer((), problem=one_line(error.cause or error))
-                    self._warn(answer.warnings)
-                    if task is None:
-                        deaths_unanswered = 0
-                        if answer.problem:
-                            raise RunnerError(answer.problem)
-                    elif answer.full is not None:
-                        raise DiskFull(*answer.full)
-                    elif answer.problem:
-                        failed(task, "worker_failed", answer.problem)
-                    else:
-                        done(task, answer.result)
-                    if waiting:
-                        following = waiting.popleft()
-                        call = actor.process.remote(following.task_id, following.items)
-                        running[call] = (actor, following, time.monotonic() + self.task_seconds)
-                for actor, _, deadline in list(running.values()):
-                    if time.monotonic() > deadline:
-                        ray.kill(actor)
-                if waiting:
-                    busy = {id(actor) for actor, _, _ in running.values()}
-                    for actor in actors:
-                        if id(actor) not in busy:
-                            greet(actor)
-            starting = {id(actor) for actor, _, _ in running.values()}
-            self._end([actor for actor in actors if id(actor) not in starting])
+            work.finish()
+            self._end(work.idle())
         finally:
-            for actor in actors:
-                ray.kill(actor)
+            work.kill()
 
-    def _end(self, actors: Sequence[Any]) -> None:
+    def _end(self, idle: Sequence[_Started]) -> None:
         """Lets idle actors free what they hold. What goes wrong then is a warning: the work is done."""
         import ray
 
-        calls = [actor.teardown.remote() for actor in actors]
+        calls = [started.actor.teardown.remote() for started in idle]
         ready, late = ray.wait(calls, num_returns=len(calls), timeout=END_SECONDS) if calls else ([], [])
         for call in ready:
             try:
-                answer: _Answer = ray.get(call)
+                answer: Answer = ray.get(call)
             except ray.exceptions.RayError as error:
-                self._warn([f"a worker died while it ended: {one_line(error)}"])
+                self.warn([f"a worker died while it ended: {one_line(error)}"])
             else:
                 ended = f"a worker did not end cleanly: {answer.problem}"
-                self._warn([*answer.warnings, *([ended] if answer.problem else [])])
+                self.warn([*answer.warnings, *([ended] if answer.problem else [])])
         if late:
-            self._warn([f"{len(late)} workers did not end within {END_SECONDS:g} s and were killed"])
+            self.warn([f"{len(late)} workers did not end within {END_SECONDS:g} s and were killed"])
 
-    def _warn(self, lines: Iterable[str]) -> None:
+    def warn(self, lines: Iterable[str]) -> None:
         """Logs each line once in the life of this runner, however many workers say it how often."""
         for line in lines:
             if line not in self._warned:
@@ -246,83 +142,216 @@ class Runner:
                 log.warning("%s", line)
 
 
+def ray_report() -> list[dict[str, Any]]:
+    """What Ray knows of the nodes of its cluster, living or gone."""
+    import ray
+
+    return list(ray.nodes())  # type: ignore[no-untyped-call]
+
+
+@dataclass(eq=False)
+class _Started:
+    """An actor that was asked for; `node` is where it runs, as soon as it has answered."""
+
+    actor: Any
+    node: str = ""
+
+
 @dataclass(frozen=True)
-class _Answer:
-    """What an actor sends back. Errors are values: exceptions do not always survive the journey."""
+class _Call:
+    """A call of an actor that is not answered yet."""
 
-    warnings: tuple[str, ...]
-    """Lines that were warned of or logged as warnings since the last answer."""
-    result: Any = None
-    problem: str = ""
-    """What went wrong, in a line."""
-    full: tuple[str, int] | None = None
-    """The file that the disk has no room for, and the bytes left."""
-
-
-class _Heard(logging.Handler):
-    """Keeps the different lines that are logged as warnings or worse, and Python's warnings."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.lines: dict[str, None] = {}
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if not record.name.startswith("ray"):  # Ray tells the driver itself
-            self.add(record.getMessage())
-
-    def showwarning(self, message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-        """Takes the place of warnings.showwarning."""
-        self.add(f"{category.__name__}: {message}")
-
-    def add(self, text: str) -> None:
-        """Keeps a text as one line."""
-        if len(self.lines) < WARNINGS:
-            self.lines[" ".join(text.split())] = None
-
-    def take(self) -> tuple[str, ...]:
-        """The lines so far, which are forgotten."""
-        lines, self.lines = tuple(self.lines), {}
-        return lines
+    started: _Started
+    task: Task | None
+    """None where it is only asked whether it is ready."""
+    deadline: float
+    """When its actor is killed (monotonic seconds)."""
+    asked_again: bool = False
+    """Whether the task's own call was cut off, and it is asked whether the actor still lives."""
 
 
-class _Actor:
-    """A worker in its own process."""
+class _Work:
+    """One call of Runner.run: the tasks that wait, the actors, and the calls that are not answered."""
 
-    def __init__(self, worker: Worker, cpus: float) -> None:
-        self.worker = worker
-        # Read when torch is imported, which is later: more threads than promised cores slow all workers down.
-        for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-            os.environ[variable] = str(max(1, int(cpus)))
-        self.problem: str | None = None
-        # The output of a worker goes to files of Ray's that nobody reads.
-        self.heard = _Heard()
-        logging.getLogger().addHandler(self.heard)
-        warnings.showwarning = self.heard.showwarning
+    def __init__(
+        self,
+        runner: Runner,
+        worker: Worker,
+        tasks: Sequence[tuple[str, Sequence[Any]]],
+        key: Callable[[Any], str],
+        done: Callable[[Task, Any], None],
+        given_up: Callable[[Task, str, str], None],
+    ) -> None:
+        import ray
 
-    def ready(self) -> _Answer:
-        """Sets the worker up, once."""
-        if self.problem is None:
-            try:
-                self.worker.setup()
-                self.problem = ""
-            except Exception as error:
-                self.problem = " ".join(str(error).split()) or type(error).__name__
-        return _Answer(self.heard.take(), problem=self.problem)
+        self.ray, self.runner, self.worker = ray, runner, worker
+        self.key, self.done, self.given_up = key, done, given_up
+        self.waiting = deque(Task(task_id, tuple(items), task_id) for task_id, items in tasks)
+        self.tried: dict[str, int] = {}
+        self.started: list[_Started] = []
+        self.calls: dict[Any, _Call] = {}
+        self.names: dict[str, str] = {}
+        self.look()
+        self.plan = plan_workers(self.nodes, worker.resources, len(tasks), runner.workers)
+        options = {"num_cpus": self.plan.cpus, "num_gpus": self.plan.gpus, "scheduling_strategy": "SPREAD"}
+        self.actor_class = ray.remote(Actor).options(**options, max_restarts=0, max_task_retries=0)
+        self.deaths_unanswered = 0
+        self.answered = time.monotonic()
+        self.metrics = metrics()
 
-    def process(self, task_id: str, items: Sequence[Any]) -> _Answer:
-        """Does a task."""
+    def finish(self) -> None:
+        """Does all tasks, as Runner.run says."""
+        for _ in range(self.plan.count):
+            self.start()
+        while self.waiting or any(call.task is not None for call in self.calls.values()):
+            for reference in self.wait():
+                self.take(reference)
+            self.measure()
+            now = time.monotonic()
+            for call in list(self.calls.values()):
+                if now > call.deadline:
+                    self.ray.kill(call.started.actor)
+            if self.waiting:
+                self.give()
+                if now - self.looked > LOOK_SECONDS:
+                    self.fill()
+                if not any(started.node for started in self.started) and now - self.answered > START_SECONDS:
+                    wanted = f"{self.plan.cpus:g} CPUs and {self.plan.gpus:g} GPUs"
+                    remedy = "see `ray status`; what is done is kept, run it again when there are nodes"
+                    raise RunnerError(f"no worker with {wanted} started within {START_SECONDS:g} s; {remedy}")
+
+    def wait(self) -> list[Any]:
+        """The calls that are answered, after a second at the latest."""
+        if not self.calls:
+            time.sleep(1.0)
+            return []
         try:
-            result = self.worker.process(task_id, items)
-        except DiskFull as error:
-            return _Answer(self.heard.take(), full=(str(error.filename), error.free))
-        except Exception as error:
-            return _Answer(self.heard.take(), problem=one_line(error))
-        return _Answer(self.heard.take(), result)
+            ready, _ = self.ray.wait(list(self.calls), num_returns=1, timeout=1.0)
+        except SystemError as error:  # so Ray tells what a signal's handler raised while it waited
+            raise error.__cause__ or error from None
+        return list(ready)
 
-    def teardown(self) -> _Answer:
-        """Frees what the worker holds."""
+    def take(self, reference: Any) -> None:
+        """Takes an answer, or notices that there will be none, and gives the actor something new to do."""
+        call, errors = self.calls.pop(reference), self.ray.exceptions
         try:
-            self.worker.teardown()
-        except Exception as error:
-            return _Answer(self.heard.take(), problem=one_line(error))
-        return _Answer(self.heard.take())
+            answer: Answer = self.ray.get(reference)
+        except errors.ActorUnavailableError:
+            # Its connection broke: the process or the whole node is gone, or it was the network. Ray knows soon.
+            time.sleep(0.1)
+            until = time.monotonic() + (LOST_SECONDS if call.task is not None else START_SECONDS)
+            self.ask(call.started, call.task, min(until, call.deadline))
+        except (errors.RayActorError, errors.ObjectLostError) as error:
+            self.died(call, error)
+        except errors.RayTaskError as error:  # the answer itself cannot travel
+            self.answer(call, Answer((), problem=one_line(error.cause or error)))
+        else:
+            self.answer(call, answer)
+
+    def answer(self, call: _Call, answer: Answer) -> None:
+        """Keeps what an actor sent."""
+        self.runner.warn(answer.warnings)
+        self.answered = time.monotonic()
+        call.started.node = answer.node or call.started.node
+        if call.task is None or call.asked_again:
+            self.deaths_unanswered = 0
+            if answer.problem:
+                raise RunnerError(answer.problem)
+            if call.task is not None:  # the network was away for a while; the actor is well
+                self.waiting.appendleft(call.task)
+        elif answer.full is not None:
+            raise DiskFull(*answer.full)
+        elif answer.problem:
+            self.failed(call.task, "worker_failed", answer.problem)
+        else:
+            self.done(call.task, answer.result)
+        if self.waiting:
+            # Only a worker that has answered gets a task, so a restart cannot cost an innocent item an attempt.
+            task = self.waiting.popleft()
+            reference = call.started.actor.process.remote(task.task_id, task.items)
+            self.calls[reference] = _Call(call.started, task, time.monotonic() + self.runner.task_seconds)
+
+    def died(self, call: _Call, error: Exception) -> None:
+        """Another actor takes the place of one that is gone, where there is room for it.
+
+        A task that went down with its whole node is done again as it is: it is no task's fault.
+        """
+        started = call.started
+        if started in self.started:
+            self.started.remove(started)
+        self.ray.kill(started.actor)
+        self.look()
+        lost = started.node != "" and started.node not in {node.node_id for node in self.nodes}
+        self.metrics.count("ingest_worker_deaths", cause="node" if lost else "process")
+        if lost:
+            self.runner.warn([f"node {self.names[started.node]} is gone; what it was making is made by others"])
+        if call.task is None:
+            self.deaths_unanswered += not lost
+            if self.deaths_unanswered > 3 * self.plan.count:
+                raise RunnerError(f"workers die before they start: {one_line(error)}") from error
+        elif lost:
+            self.waiting.appendleft(call.task)
+        else:
+            detail = "the worker process died on this clip each time; remove or re-encode its film"
+            self.failed(call.task, "worker_died", detail)
+        self.fill()
+
+    def failed(self, task: Task, reason: str, detail: str) -> None:
+        """A task failed: a group is taken apart, an item is tried again or given up."""
+        for item in task.items:
+            self.tried[self.key(item)] = self.tried.get(self.key(item), 0) + 1
+        if len(task.items) > 1:
+            self.waiting.extend(Task(f"{task.parent}-{self.key(item)}", (item,), task.parent) for item in task.items)
+        elif self.tried[self.key(task.items[0])] < self.runner.attempts:
+            self.waiting.append(task)
+        else:
+            self.given_up(task, reason, detail)
+
+    def look(self) -> None:
+        """Looks which nodes there are."""
+        self.nodes, self.looked = working_nodes(ray_report()), time.monotonic()
+        self.names |= {node.node_id: node.name for node in self.nodes}
+
+    def fill(self) -> None:
+        """As many actors as the nodes have room for now, and tasks to do: nodes come and go."""
+        self.look()
+        room = max(1, workers_that_fit(self.nodes, self.plan.cpus, self.plan.gpus), self.runner.workers)
+        busy = sum(call.task is not None for call in self.calls.values())
+        for _ in range(min(room, busy + len(self.waiting)) - len(self.started)):
+            self.start()
+
+    def start(self) -> None:
+        """Asks for an actor; it is busy from when it has answered."""
+        started = _Started(self.actor_class.remote(self.worker, self.plan.cpus))
+        self.started.append(started)
+        # A node may have to be added for it, or another one's end to be noticed.
+        self.ask(started, None, math.inf)
+
+    def ask(self, started: _Started, task: Task | None, deadline: float) -> None:
+        """Asks an actor whether it is ready; `task` is the one whose call was cut off."""
+        call = started.actor.ready.remote()
+        self.calls[call] = _Call(started, task, deadline, asked_again=task is not None)
+
+    def give(self) -> None:
+        """Wakes actors that were idle when a task came back."""
+        for started in self.idle():
+            self.ask(started, None, math.inf)
+
+    def idle(self) -> list[_Started]:
+        """The actors that have answered and have nothing to do."""
+        busy = {id(call.started) for call in self.calls.values()}
+        return [started for started in self.started if id(started) not in busy]
+
+    def measure(self) -> None:
+        """Tells those who watch how much waits, and for whom."""
+        ready = sum(bool(started.node) for started in self.started)
+        self.metrics.set("ingest_tasks", len(self.waiting), state="waiting")
+        self.metrics.set("ingest_tasks", sum(call.task is not None for call in self.calls.values()), state="running")
+        self.metrics.set("ingest_workers", ready, state="ready")
+        self.metrics.set("ingest_workers", len(self.started) - ready, state="starting")
+        self.metrics.set("ingest_nodes", len(self.nodes))
+
+    def kill(self) -> None:
+        """Ends all actors."""
+        for started in self.started:
+            self.ray.kill(started.actor)

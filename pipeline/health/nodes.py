@@ -6,12 +6,13 @@ say so clip by clip. Here it says so once, with its name.
 
 from __future__ import annotations
 
+import errno
+import os
 import secrets
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from pipeline.cluster import RunnerError
@@ -19,8 +20,11 @@ from pipeline.health.finding import ERROR, OK, WARNING, Finding, run_checks
 from pipeline.health.gpus import check_torch
 from pipeline.health.places import CLOCK_SECONDS, check_disks, check_shared_memory
 from pipeline.health.programs import check_ffmpeg, check_packages, check_python, check_weights, program_versions
+from pipeline.placement import working_nodes
 from pipeline.recipes import DataRecipe
+from pipeline.sources.fetch import INSIDE, bucket_and_key
 from pipeline.stage import one_line
+from storage.address import is_bucket
 from storage.store import Store
 
 ANSWER_SECONDS = 120.0  # longest wait for a node's findings: its first Python process imports this code from its disk
@@ -64,7 +68,7 @@ def examine_nodes(request: NodeRequest) -> list[Finding]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     listed: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    nodes = {node["NodeID"]: _name(node) for node in listed if node["Alive"] and _works(node)}
+    nodes = {node.node_id: node.name for node in working_nodes(listed)}
     if not nodes:
         return [Finding("ray", WARNING, "no node has CPUs or GPUs yet", "an autoscaler may add some when work comes")]
     request = replace(request, versions=program_versions(), probe=f"staging/preflight-{secrets.token_hex(8)}")
@@ -174,25 +178,37 @@ def _probe(request: NodeRequest, node: str) -> list[Finding]:
     return [Finding("lake", OK, f"reads and writes {store.address()}")]
 
 
+def film_bytes(film: str) -> int:
+    """Bytes of a film, or of the tar it is in, in a folder or a bucket, of which the first is read.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+        BucketError: its bucket cannot be used.
+    """
+    container = film.partition(INSIDE)[0]
+    if is_bucket(container):
+        store, key = bucket_and_key(container)
+        size = store.size(key)
+        if size is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), film)
+        return size
+    with open(container, "rb") as file:
+        file.read(1)
+        return os.fstat(file.fileno()).st_size
+
+
 def _read_film(request: NodeRequest) -> list[Finding]:
     if request.film is None:
         return []
     remedy = "mount the films there under the same path, readable for Ray's user"
     try:
-        with open(request.film, "rb") as file:
-            file.read(1)
-        size = Path(request.film).stat().st_size
+        size = film_bytes(request.film)
     except OSError as error:
-        return [Finding("film", ERROR, f"it cannot read {request.film} ({error.strerror})", remedy)]
+        return [Finding("film", ERROR, f"it cannot read {request.film} ({error.strerror or error})", remedy)]
     if size != request.film_bytes:
         told = f"{request.film} has {size} bytes there and {request.film_bytes} here"
         return [Finding("film", ERROR, told, remedy)]
     return [Finding("film", OK, f"reads {request.film}")]
-
-
-def _works(node: dict[str, Any]) -> bool:
-    resources = node["Resources"]
-    return bool(resources.get("CPU") or resources.get("GPU"))
 
 
 def _name(node: dict[str, Any]) -> str:

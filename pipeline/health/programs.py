@@ -13,6 +13,9 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from safetensors import SafetensorError, safe_open
 
+import model
+import pipeline
+import storage
 from model.ffmpeg import PATIENCE, encoders, environment, find_ffmpeg
 from model.video import ENCODERS
 from pipeline.health.finding import ERROR, OK, SKIPPED, WARNING, Finding
@@ -134,9 +137,13 @@ def check_weights(recipe: DataRecipe) -> list[Finding]:
 @functools.cache
 def code_digest() -> str:
     """sha256 (hex) over the code that workers run: storage, model and pipeline. Equal where the code is."""
-    root = Path(__file__).resolve().parents[2]
-    files = [file for package in ("storage", "model", "pipeline") for file in (root / package).rglob("*.py")]
-    return fingerprint({file.relative_to(root).as_posix(): file_digest(file) for file in files})
+    # Code that was sent to a node has a folder of its own for each package.
+    found = {}
+    for package in (storage, model, pipeline):
+        folder = Path(str(package.__file__)).resolve().parent
+        for file in folder.rglob("*.py"):
+            found[file.relative_to(folder.parent).as_posix()] = file_digest(file)
+    return fingerprint(found)
 
 
 def program_versions() -> dict[str, str | None]:

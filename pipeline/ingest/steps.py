@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from model.telemetry import metrics
+from pipeline.actor import Worker
+from pipeline.health.nodes import NodeRequest, check_nodes, film_bytes
 from pipeline.ingest.block import Block, BlockWorker, merge_parts
 from pipeline.ingest.environment import STOP_FILMS, check_environment
 from pipeline.ingest.plan import plan_ingest
@@ -30,7 +32,7 @@ from pipeline.ingest.reuse import copy_block
 from pipeline.ingest.state import IngestPlan, Progress
 from pipeline.items import BlockResult, ClipPlan, Failure, Outcome
 from pipeline.recipes import DataRecipe, demo
-from pipeline.runner import Runner, Task, Worker
+from pipeline.runner import Runner, Task
 from pipeline.sources.folders import Discovery, discover
 from pipeline.stages.embed import Texts, embed
 from storage.change import finish
@@ -149,6 +151,17 @@ def run_blocks(
     return [results[block.block_id] for block in blocks]
 
 
+def check_cluster(plan: IngestPlan, runner: Runner) -> None:
+    """Makes sure that every node of a cluster can do the plan's work, before any is given to it.
+
+    Raises:
+        RunnerError: a node cannot; the line names it, what it lacks, and the remedy.
+    """
+    runner.start()
+    film = plan.clips[0].path
+    check_nodes(NodeRequest(plan.recipe, plan.lake.store, film, film_bytes(film)))
+
+
 def tell_failure(run_id: str, failure: Failure) -> None:
     """A line of the log for a film or clip that failed; it is no warning: the report lists it."""
     ids = {"run": run_id, "film": failure.film, "clip": failure.clip_id}
@@ -161,6 +174,8 @@ def carry_out(
     on_progress: Progress | None = None,
     step: Step = plainly,
     ray_address: str | None = None,
+    workers: int = 0,
+    send_code: bool = False,
 ) -> IngestReport:
     """What follows the plan: captions, blocks, commit. The lake is locked by the caller (Lake.writing).
 
@@ -169,7 +184,7 @@ def carry_out(
         runner: a Ray session to use; None opens one for the blocks and ends it before the commit.
         on_progress: as in `run_blocks`, for each group of blocks anew.
         step: does each step.
-        ray_address: the cluster that a session of its own joins; None starts one on this machine.
+        ray_address, workers, send_code: Runner's address, workers and send_code for a session of its own.
 
     Raises what the steps raise.
     """
@@ -181,7 +196,9 @@ def carry_out(
         texts = step(f"embed the captions of {len(plan.clips)} clips", "embed", lambda: embed_captions(plan))
     results: list[BlockResult] = []
     with ExitStack() as stack:
-        chosen = runner or stack.enter_context(Runner(ray_address))
+        chosen = runner or stack.enter_context(Runner(ray_address, workers=workers, send_code=send_code))
+        if not all(block.copied or block.block_id in plan.staged for block in plan.blocks) and chosen.on_cluster:
+            step("check the nodes of the cluster", "preflight", partial(check_cluster, plan, chosen))
         for title, blocks in groups(plan.blocks):
             make = partial(run_blocks, plan, blocks, chosen, on_progress)
             results += step(title, "decode+invert+project", make)
@@ -199,6 +216,8 @@ def ingest(
     say: Callable[[str], None] | None = None,
     step: Step = plainly,
     ray_address: str | None = None,
+    workers: int = 0,
+    send_code: bool = False,
     columns: Mapping[str, str] | None = None,
     found: Discovery | None = None,
     prune: bool = False,
@@ -214,7 +233,8 @@ def ingest(
         lake: a lake or its path.
         recipe: how; None for the demo's.
         limit: this many films only, the first by name.
-        runner, on_progress, step, ray_address: as in `carry_out`; `on_progress` is told of the plan too.
+        runner, on_progress, step, ray_address, workers, send_code: as in `carry_out`; `on_progress` is told of the
+            plan too.
         say: gets the plan's lines.
         found: what `discover` found, where that has been called already.
         prune: as in `plan_ingest`.
@@ -250,7 +270,7 @@ def ingest(
         if say:
             for line in plan.lines():
                 say(line)
-        return carry_out(plan, runner, on_progress, step, ray_address)
+        return carry_out(plan, runner, on_progress, step, ray_address, workers, send_code)
 
 
 def groups(blocks: Sequence[Block]) -> list[tuple[str, Sequence[Block]]]:

@@ -34,6 +34,8 @@ OPTIONS = {
         "--limit",
         "--plan",
         "--ray-address",
+        "--workers",
+        "--send-code",
         "--json",
         "--column",
     ],

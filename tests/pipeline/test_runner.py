@@ -14,26 +14,8 @@ from typing import Any
 import pytest
 
 from pipeline.items import Resources
-from pipeline.runner import Runner, RunnerError, Task, WorkerPlan, plan_workers
+from pipeline.runner import Runner, RunnerError, Task
 from storage.layout import DiskFull
-
-
-@pytest.mark.parametrize(
-    ("cluster", "wanted", "tasks", "plan"),
-    [
-        ({"CPU": 2.0}, Resources(1, 0), 10, WorkerPlan(2, 1.0, 0.0)),
-        ({"CPU": 8.0}, Resources(1, 0), 3, WorkerPlan(3, 1.0, 0.0)),
-        ({"CPU": 2.0}, Resources(1, 1), 10, WorkerPlan(2, 1.0, 0.0)),  # no GPU: none is waited for
-        ({"CPU": 16.0, "GPU": 1.0}, Resources(1, 1), 10, WorkerPlan(1, 1.0, 1.0)),
-        ({"CPU": 4.0, "GPU": 8.0}, Resources(1, 1), 20, WorkerPlan(8, 0.0, 1.0)),
-        ({"CPU": 1.0}, Resources(4, 0), 5, WorkerPlan(1, 1.0, 0.0)),
-        ({}, Resources(1, 0), 5, WorkerPlan(1, 0.0, 0.0)),
-    ],
-)
-def test_workers_from_what_the_cluster_has(
-    cluster: dict[str, float], wanted: Resources, tasks: int, plan: WorkerPlan
-) -> None:
-    assert plan_workers(cluster, wanted, tasks) == plan
 
 
 class Squares:
