@@ -36,7 +36,7 @@ PRESENT = {
     "orchestrator": ("torch", "boto3", "ray", "zarr", "imageio_ffmpeg", "prefect", "prefect_kubernetes", "asyncpg"),
 }
 """What it must hold."""
-LIMITS = {"base": 0.35, "train": 1.9, "worker": 2.6, "orchestrator": 3.0}
+LIMITS = {"base": 0.35, "train": 2.1, "worker": 2.6, "orchestrator": 3.0}
 """Most GB that an image of CPU builds may take; CUDA's libraries add 3.4."""
 LOOK = """
 import importlib.metadata, importlib.util, json, os, pathlib, platform, sys
@@ -92,7 +92,10 @@ def check_contents(engine: Engine, target: str, cpu: bool) -> dict[str, object]:
     assert not seen["secrets"], f"secrets: {seen['secrets']}"
     told = engine.output("history", "--no-trunc", f"vlfm-{target}") + " ".join(engine.environment(f"vlfm-{target}"))
     assert "://" not in told.replace("http://127.0.0.1", ""), "an address is in its history"
-    assert not seen["writable"] or set(seen["writable"]) <= set(SCRATCH), f"can write to {seen['writable']}"  # type: ignore
+    writable: list[str] = seen["writable"]  # type: ignore[assignment]
+    # podman copies what an image has in a scratch folder into it
+    outside = [path for path in writable if not any(Path(path).is_relative_to(folder) for folder in SCRATCH)]
+    assert not outside, f"can write to {outside}"
     if cpu:
         assert not seen["nvidia"], f"holds {seen['nvidia']}"
         assert size <= LIMITS[target], f"takes {size:.2f} GB, more than {LIMITS[target]}"

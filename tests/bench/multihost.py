@@ -55,6 +55,8 @@ def lay_cable() -> None:
         ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
             ip("-n", name, "link", "set", device, "up")
+        # Ray takes the address that its machine would reach the outside by: without any route there is none.
+        ip("-n", name, "route", "add", "default", "dev", "eth0")
 
 
 def remove_cable() -> None:

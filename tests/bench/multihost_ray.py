@@ -97,9 +97,11 @@ class Cluster:
             time.sleep(1)
 
     def driver(self, code: str, *words: str) -> subprocess.Popen[str]:
-        """A program on the first host."""
+        """A program on the first host, which sees that host's Ray session."""
+        sessions = Path(tempfile.gettempdir(), "ray")
+        script = f'mount --bind {self.folder / HEAD} {sessions} && exec "$@"'
         return subprocess.Popen(
-            ["ip", "netns", "exec", HEAD, sys.executable, "-c", code, *words],
+            ["ip", "netns", "exec", HEAD, "sh", "-c", script, "sh", sys.executable, "-c", code, *words],
             env=self.environment, cwd=self.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             start_new_session=True,
         )  # fmt: skip

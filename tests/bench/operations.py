@@ -345,15 +345,13 @@ def kills(folder: Path, targets: Sequence[str], patience: float) -> list[Trial]:
 def schedule(folder: Path, minutes: int) -> bool:
     """A refresh every minute, a film added in between, as the docstring above says; whether all was as it should be."""
     films = make_corpus(folder / "films", films=4).parent
-    kept, late = folder / "late", films / "films"
-    table = films / "captions.csv"
+    kept, table = folder / "late", films / "captions.csv"
     kept.mkdir()
-    moved = sorted(path for path in films.glob("*.mp4"))[-2:]
     rows = table.read_text().splitlines()
+    moved = [films / row.partition(",")[0] for row in rows[-2:]]
     for path in moved:
         shutil.move(path, kept / path.name)
     table.write_text("\n".join(row for row in rows if not any(path.name in row for path in moved)) + "\n")
-    del late
     home, lake = folder / "prefect", folder / "lake"
     home.mkdir()
     site = Site(home)
@@ -371,8 +369,8 @@ def schedule(folder: Path, minutes: int) -> bool:
             print(f"after {minute} minutes: versions {versions}", flush=True)
             if minute in adding:
                 path = adding[minute]
-                shutil.copyfile(kept / path.name, films / f".{path.name}.part")
-                os.replace(films / f".{path.name}.part", films / path.name)
+                shutil.copyfile(kept / path.name, path.with_name(f".{path.name}.part"))
+                os.replace(path.with_name(f".{path.name}.part"), path)
                 table.write_text(table.read_text() + next(row for row in rows if path.name in row) + "\n")
                 print(f"after {minute} minutes: {path.name} is added", flush=True)
         runs = site.post("flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": sorted(ENDED)}}}})

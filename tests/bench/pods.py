@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.bench.containers import Container, Engine, Running
+from tests.bench.containers import SCRATCH, Container, Engine, Running
 from tests.test_kubernetes import K8S, built, job
 
 NETWORK = "vlfm-images-check"
@@ -47,7 +47,10 @@ def container(found: Manifests, pod: dict[str, Any], spec: dict[str, Any], data:
 
 def ray_start(group: dict[str, Any], role: str) -> list[str]:
     """The command that KubeRay makes of a group's rayStartParams, in the shell that it takes."""
-    options = " ".join(f"--{name}={value}" for name, value in group["rayStartParams"].items())
+    # A value of true is a flag; include-dashboard is the one of ours that takes it.
+    flags = {name for name, value in group["rayStartParams"].items() if value == "true" and name != "include-dashboard"}
+    given = group["rayStartParams"].items()
+    options = " ".join(f"--{name}" if name in flags else f"--{name}={value}" for name, value in given)
     start = f"ray start {role} {options} --block --dashboard-agent-listen-port=52365"
     return ["/bin/bash", "-c", "--", f"ulimit -n 10000; {start}"]
 
@@ -88,7 +91,7 @@ class Cluster:
     def prefect_server(self) -> str:
         """Its health address answers. SQLite stands in for PostgreSQL."""
         pod = self.pod("Deployment", "prefect-server")
-        url = "sqlite+aiosqlite:////home/vlfm/prefect.db"
+        url = f"sqlite+aiosqlite:///{SCRATCH[0]}/prefect.db"
         made = container(self.found, pod, pod["containers"][0], self.data, PREFECT_API_DATABASE_CONNECTION_URL=url)
         # As Kubernetes would set it for the service, were it not for enableServiceLinks.
         return self.serve("prefect-server", made).answers("http://127.0.0.1:4200/api/health").strip()
