@@ -83,10 +83,11 @@ class Cluster:
         """How many nodes live."""
         code = (
             "import ray, sys; ray.init(address=sys.argv[1], logging_level='ERROR', log_to_driver=False); "
-            "print(sum(node['Alive'] for node in ray.nodes()))"
+            "print('nodes', sum(node['Alive'] for node in ray.nodes()))"
         )
         done = self.driver(code, self.address).communicate()
-        return int(done[0].split()[-1]) if done[0].strip() else 0
+        found = [line.split()[1] for line in done[0].splitlines() if line.startswith("nodes ")]  # Ray prints lines too
+        return int(found[0]) if found else 0
 
     def wait(self, count: int, seconds: float) -> None:
         """Until so many nodes live."""
