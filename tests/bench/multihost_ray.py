@@ -62,22 +62,25 @@ class Cluster:
 
     def start(self, host: str, hidden: Sequence[Path] = (), token: str | None = None) -> subprocess.Popen[bytes]:
         """A node that does not see the hidden folders."""
-        temporary = self.folder / host
-        temporary.mkdir(exist_ok=True)
+        (self.folder / host).mkdir(exist_ok=True)
         words = ["--head", f"--port={PORT}", "--include-dashboard=false"] if host == HEAD else []
         words += [] if host == HEAD else [f"--address={self.address}"]
         words += [f"--node-ip-address={HOSTS[host]}", "--num-cpus=1", "--object-store-memory=80000000"]
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", *words, "--block", "--disable-usage-stats"]
-        sessions = Path(tempfile.gettempdir(), "ray")  # Ray's own choice, which both hosts must have for themselves
-        mounts = [f"mount --bind {temporary} {sessions}", *(f"mount -t tmpfs none {path}" for path in hidden)]
-        script = "; ".join([f"mkdir -p {sessions}", "set -e", *mounts, 'exec "$@"'])
         environment = self.environment | ({} if token is None else {"RAY_AUTH_TOKEN": token})
         with open(self.folder / f"{host}.log", "ab") as log:
             return subprocess.Popen(
-                ["ip", "netns", "exec", host, "sh", "-c", script, "sh", *ray],
+                self.on(host, ray, hidden),
                 env=environment, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
+
+    def on(self, host: str, command: Sequence[str], hidden: Sequence[Path] = ()) -> list[str]:
+        """The command on a host: with that host's Ray sessions, and without the hidden folders."""
+        sessions = Path(tempfile.gettempdir(), "ray")  # Ray's own choice, which both hosts must have for themselves
+        mounts = [f"mount --bind {self.folder / host} {sessions}", *(f"mount -t tmpfs none {path}" for path in hidden)]
+        script = "; ".join([f"mkdir -p {sessions}", "set -e", *mounts, 'exec "$@"'])
+        return ["ip", "netns", "exec", host, "sh", "-c", script, "sh", *command]
 
     def nodes(self) -> int:
         """How many nodes live."""
@@ -99,10 +102,8 @@ class Cluster:
 
     def driver(self, code: str, *words: str) -> subprocess.Popen[str]:
         """A program on the first host, which sees that host's Ray session."""
-        sessions = Path(tempfile.gettempdir(), "ray")
-        script = f'mount --bind {self.folder / HEAD} {sessions} && exec "$@"'
         return subprocess.Popen(
-            ["ip", "netns", "exec", HEAD, "sh", "-c", script, "sh", sys.executable, "-c", code, *words],
+            self.on(HEAD, [sys.executable, "-c", code, *words]),
             env=self.environment, cwd=self.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             start_new_session=True,
         )  # fmt: skip
@@ -157,8 +158,7 @@ def check(folder: Path, patience: float) -> bool:
     cluster.start(HEAD)
     until = time.monotonic() + patience
     while True:
-        reach = ["ip", "netns", "exec", HEAD, "sh", "-c", f"echo > /dev/tcp/{HOSTS[HEAD]}/{PORT}"]
-        reach[4:5] = ["bash"]
+        reach = ["ip", "netns", "exec", HEAD, "bash", "-c", f"echo > /dev/tcp/{HOSTS[HEAD]}/{PORT}"]
         if subprocess.run(reach, capture_output=True).returncode == 0:
             break
         if time.monotonic() > until:
