@@ -18,10 +18,11 @@ from model.codecs.linear import LinearCodec
 from pipeline.ingest import IngestReport, ingest
 from pipeline.media.decode import ffmpeg_binary
 from pipeline.recipes import DataRecipe, linear
-from pipeline.stages.content import frames_id, measure
+from pipeline.stages.content import frames_id, largest_change, luma_of, measure
 from storage.layout import Lake
 from storage.verify import verify
 from storage.version import load
+from tests.bench import thresholds
 from tests.pipeline.ingest.in_process import InProcess, NoWork, rows
 
 Film = Callable[..., Path]
@@ -48,6 +49,38 @@ def test_figures_by_hand() -> None:
     assert measure(np.repeat(noise(1), 4, axis=0))["static_frames"] == 1.0
     assert frames_id(grey) == frames_id(grey.copy()) != frames_id(black)
     assert frames_id(np.zeros((2, 4, 8, 3), np.uint8)) != frames_id(np.zeros((2, 8, 4, 3), np.uint8))
+
+
+def test_small_bright_things_are_not_black_and_small_motion_is_not_still() -> None:
+    """Figures by hand: nine pixels of 64x64 hardly change the means of a frame, and a hot pixel is nothing to see."""
+    frames = np.zeros((4, 64, 64, 3), np.uint8)
+    for number, frame in enumerate(frames):
+        frame[10:13, 10 + number : 13 + number] = 200
+    found = measure(frames)
+    assert (found["black_frames"], found["static_frames"]) == (0.0, 0.0)
+    assert found["motion"] == pytest.approx(200 * 6 / 4096, rel=1e-5)
+    hot = np.full((2, 64, 64, 3), 15, np.uint8)
+    hot[:, 5, 5] = 255
+    assert measure(hot)["black_frames"] == 1.0
+    assert measure(hot + np.uint8(1))["black_frames"] == 0.0
+    uneven = np.zeros((2, 9, 20, 3), np.uint8)  # the last part of each row and column is smaller
+    uneven[1, 8, 19] = 1
+    assert largest_change(luma_of(uneven)).tolist() == pytest.approx([1 / 2])
+
+
+CHOSEN = (
+    "nearly black", "black with a sensor's noise", "faded out after a second", "a small white square crosses black",
+    "few stars that twinkle", "a picture in the dark", "a held picture", "two slides", "a picture turns slowly",
+    "a small disc glides slowly", "a gradient turns",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("film", [film for film in thresholds.DRAWN if film.name in CHOSEN], ids=lambda film: film.name)
+def test_films_whose_truth_is_known(film: thresholds.Drawn, tmp_path: Path) -> None:
+    """The thresholds come from real films; `python -m tests.bench.thresholds` has more of these, and other encoders."""
+    found = thresholds.judge(film, thresholds.frames_of(thresholds.draw(film, "x264", tmp_path / "film.mkv")))
+    assert film.black is None or found["black_off"] < thresholds.TOLERANCE
+    assert film.still is None or found["still_off"] < 0.3, "a film of one kind is never taken for the other"
 
 
 @pytest.fixture(scope="module")
