@@ -82,7 +82,8 @@ def brightest(luma: np.ndarray) -> np.ndarray:
     """(N,): what all pixels of a frame but the brightest thousandth are below."""
     pixels = luma.reshape(len(luma), -1)
     place = math.ceil(0.999 * pixels.shape[1]) - 1
-    return np.partition(pixels, place, axis=1)[:, place]
+    found: np.ndarray = np.partition(pixels, place, axis=1)[:, place]
+    return found
 
 
 def largest_change(luma: np.ndarray) -> np.ndarray:
@@ -90,9 +91,10 @@ def largest_change(luma: np.ndarray) -> np.ndarray:
     change = np.abs(np.diff(luma, axis=0))
     height, width = change.shape[1:]
     rows, columns = (np.arange(0, side, -(-side // GRID)) for side in (height, width))
-    sums = np.add.reduceat(np.add.reduceat(change, rows, axis=1), columns, axis=2)
+    sums: np.ndarray = np.add.reduceat(np.add.reduceat(change, rows, axis=1), columns, axis=2)
     pixels = np.outer(np.diff([*rows, height]), np.diff([*columns, width]))
-    return (sums / pixels).max(axis=(1, 2))
+    largest: np.ndarray = (sums / pixels).max(axis=(1, 2))
+    return largest
 
 
 def frames_id(frames: np.ndarray) -> str:

@@ -343,22 +343,24 @@ def test_latents_in_a_bucket(
     films_lake: Path, exported: Path, tmp_path: Path, s3: S3Server, s3_environment: None
 ) -> None:
     """The same coefficients as from the folder; files that were not changed are not fetched again."""
-    s3.client.create_bucket(Bucket="latents")
+    bucket = "latents"
+    url = f"s3://{bucket}/in"
+    s3.client.create_bucket(Bucket=bucket)
     for file in exported.iterdir():
-        s3.client.upload_file(str(file), "latents", f"in/{file.name}")
-    report = make("s3://latents/in", tmp_path / "lake", latents=True)
+        s3.client.upload_file(str(file), bucket, f"in/{file.name}")
+    report = make(url, tmp_path / "lake", latents=True)
     assert (report.films.done, report.clips.done) == (5, 5)
     sound(tmp_path / "lake")
     made = {caption: sample for (caption, _), sample in samples(tmp_path / "lake").items()}
     for (caption, start), own in samples(films_lake).items():
         assert own["coefficients.npy"].tobytes() == made[f"{caption}{start:g}"]["coefficients.npy"].tobytes()
     s3.requests()
-    assert make("s3://latents/in", tmp_path / "lake", runner=NoWork(), latents=True).films.unchanged == 5
+    assert make(url, tmp_path / "lake", runner=NoWork(), latents=True).films.unchanged == 5
     assert not [line for line in s3.requests() if line.startswith("GET") and line.endswith(".safetensors")]
     s3.client.put_object(
         Bucket="latents", Key="in/a0.safetensors", Body=(exported / "a1.safetensors").read_bytes()[:99]
     )
-    report = make("s3://latents/in", tmp_path / "lake", latents=True)
+    report = make(url, tmp_path / "lake", latents=True)
     assert report.films.failed == {"truncated": 1}
 
 
