@@ -1,6 +1,6 @@
 """Kills what runs a dataset's and a model's flows, at three moments each, and tells what the next run makes of it.
 
-    python -m tests.bench.operations kills [--only flow,worker,both,server,ray,actor,rank] [--patience 300]
+    python -m tests.bench.operations kills [--only flow,worker,both,server,ray,actor,rank] [--moments 1,2,3]
     python -m tests.bench.operations schedule [--minutes 10]
 
 `kills`: a real Prefect server and worker with the deployments of this project. In each trial a run is started, killed
@@ -20,8 +20,9 @@ Moments are found by what lies on the disk: for an ingest while it plans, when a
 written (`ray` and `actor`: when 1, 3 and 5 of the 6 blocks are staged, because Ray runs no longer); for a training
 before the first step, in the middle, and within a step that writes a checkpoint.
 
-`schedule`: a refresh every minute. A film is added after the fourth minute: one version is published by then, one after
-it, and none by any other run, and two versions are kept.
+`schedule`: a refresh every minute. A film is added after the fourth minute and one after the seventh: the first run
+publishes a version, the runs after each film one more, none by any other run, and two versions are kept. A run that
+begins while an ingest goes on is Skipped. Every run ends, all of them Completed or Skipped.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,8 @@ ENDED = {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}
 FILMS = 6
 DATA: dict[str, Any] = {"recipe": "linear", "settings": {"size": [16, 16], "rate": 8.0, "block_clips": 1}}
 STEPS = 40
+LINGER = 15.0
+"""Seconds that a run's processes have after its last state: it is set before they end."""
 TRAIN: dict[str, Any] = {
     "recipe": "tiny_cpu", "processes": 2,
     "settings": {
@@ -102,7 +106,9 @@ class Trial:
     first: str = ""
     """The id of the run that was disturbed."""
     killed: float = 0.0
-    """When (monotonic seconds)."""
+    """When (seconds since 1970)."""
+    seen: dict[tuple[int, int], str] = field(default_factory=dict)
+    """The command lines of the processes that both runs were seen to have, by identity()."""
     ended: str = ""
     """How the disturbed run ended, and how long after the kill."""
     wrong: list[str] = field(default_factory=list)
@@ -117,7 +123,8 @@ class Site:
 
     def __init__(self, home: Path) -> None:
         self.prefect = Prefect(home)
-        self.prefect.environment |= {"VLFM_BENCH": str(home), "PYTHONPATH": str(ROOT)}
+        quick = {"PREFECT_WORKER_QUERY_SECONDS": "2"}  # else each run waits up to 10 s for the worker
+        self.prefect.environment |= {"VLFM_BENCH": str(home), "PYTHONPATH": str(ROOT), **quick}
         self.server = self.start_server()
         self.prefect("work-pool", "create", "local", "--type", "process")
         self.prefect("deploy", "--all")
@@ -143,7 +150,7 @@ class Site:
         return server
 
     def start_worker(self) -> subprocess.Popen[bytes]:
-        """A worker; it asks for work every 10 s."""
+        """A worker."""
         return self._start("worker", "worker", "start", "--pool", "local", "--limit", "4")
 
     def close(self) -> None:
@@ -155,11 +162,12 @@ class Site:
                     process.wait(timeout=15)
                     break
 
-    def post(self, path: str, body: dict[str, Any]) -> Any:
+    def post(self, path: str, body: Any, method: str = "POST") -> Any:
         """Asks the server."""
         data, kind = json.dumps(body).encode(), {"content-type": "application/json"}
-        with urllib.request.urlopen(urllib.request.Request(f"{self.prefect.api}/{path}", data, kind), timeout=30) as it:
-            return json.load(it)
+        request = urllib.request.Request(f"{self.prefect.api}/{path}", data, kind, method=method)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.loads(answer.read() or b"null")
 
     def begin(self, deployment: str, parameters: dict[str, Any]) -> str:
         """Starts a run of a deployment: its id."""
@@ -169,15 +177,20 @@ class Site:
     def state(self, run: str) -> str:
         """A run's state, in Prefect's words; '' while the server does not answer."""
         try:
-            (found,) = self.post("flow_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})
+            return str(self.read(run)["state_type"])
         except OSError:
             return ""
-        return str(found["state_type"])
 
-    def wait(self, run: str, seconds: float) -> str:
-        """How a run ended; its last state where it did not within the time."""
+    def read(self, run: str) -> dict[str, Any]:
+        """A run, as the server knows it."""
+        (found,) = self.post("flow_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})
+        return dict(found)
+
+    def wait(self, run: str, seconds: float, seen: dict[tuple[int, int], str] | None = None) -> str:
+        """How a run ended; its last state where it did not within the time. Its processes meanwhile go to `seen`."""
         until = time.monotonic() + seconds
         while (state := self.state(run)) not in ENDED and time.monotonic() < until:
+            note(run, {} if seen is None else seen)
             time.sleep(0.5)
         return state
 
@@ -197,9 +210,40 @@ def processes(environment: str) -> dict[int, str]:
     return found
 
 
+def family(run: str) -> dict[int, str]:
+    """A run's processes: those with its id in their environment, and their children (Ray's workers hide theirs)."""
+    found, parents = processes(f"PREFECT__FLOW_RUN_ID={run}"), {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit():
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    while more := {process for process, parent in parents.items() if parent in found and process not in found}:
+        for process in more:
+            found[process] = ""
+            with contextlib.suppress(OSError):
+                line = Path(f"/proc/{process}/cmdline").read_bytes()
+                found[process] = line.replace(b"\0", b" ").decode(errors="replace").strip()
+    return found
+
+
+def identity(process: int) -> tuple[int, int]:
+    """A process's number and when it began; (number, 0) for one that is no more, a zombie too."""
+    try:
+        words = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return process, 0
+    return process, 0 if words[0] == "Z" else int(words[19])
+
+
+def note(run: str, seen: dict[tuple[int, int], str]) -> None:
+    """Notes a run's processes."""
+    seen.update({identity(process): line for process, line in family(run).items()})
+
+
 def kill(site: Site, trial: Trial) -> None:
     """Kills the trial's target."""
-    own = processes(f"PREFECT__FLOW_RUN_ID={trial.first}")
+    own = family(trial.first)
+    trial.seen.update({identity(process): line for process, line in own.items()})
     flow = min(process for process, line in own.items() if "prefect" in line)
     if trial.target in ("worker", "both"):
         os.kill(site.worker.pid, signal.SIGKILL)
@@ -213,14 +257,14 @@ def kill(site: Site, trial: Trial) -> None:
         ranks = processes("\0RANK=1\0")
         marks: dict[str, Callable[[int, str], bool]] = {
             "ray": lambda process, line: "/raylet/raylet " in line,
-            "actor": lambda process, line: line.startswith("ray::") and "Actor" in line and "Agent" not in line,
+            "actor": lambda process, line: line.startswith("ray::Actor"),
             "rank": lambda process, line: process in ranks,
         }
         marked = sorted(process for process, line in own.items() if marks[trial.target](process, line))
         if not marked:
             raise RuntimeError(f"no {trial.target} to kill among {sorted(own.values())}")
         os.kill(marked[-1], signal.SIGKILL)
-    trial.killed = time.monotonic()
+    trial.killed = time.time()
     if trial.target == "server":
         time.sleep(5)
         site.server = site.start_server()
@@ -234,25 +278,34 @@ def disturb(site: Site, trial: Trial, moment: Moment, seconds: float) -> None:
     until = time.monotonic() + seconds
     while not moment(trial.folder):
         if time.monotonic() > until or (int(time.monotonic() * 10) % 50 == 0 and site.state(trial.first) in ENDED):
-            raise RuntimeError(f"{trial.target}, {trial.moment}: the moment never came\n{site.prefect.logs()}")
-        time.sleep(0.002)
+            print(site.prefect.logs(), file=sys.stderr)
+            raise RuntimeError(f"the moment never came; the run is {site.state(trial.first)}")
+        time.sleep(0.005)
     kill(site, trial)
 
 
 def finish(site: Site, trial: Trial, expected: Any, seconds: float) -> None:
     """Waits for the end of the disturbed run, runs once more, and looks for what must not be there."""
-    state = site.wait(trial.first, seconds)
-    trial.ended = f"{state.capitalize()} after {time.monotonic() - trial.killed:.0f} s"
+    state = site.wait(trial.first, seconds, trial.seen)
+    trial.ended = state.capitalize()
     if state not in ENDED:
         trial.wrong.append(f"the disturbed run is {state}")
+    else:
+        ended = datetime.fromisoformat(site.read(trial.first)["end_time"]).timestamp()
+        trial.ended += f" after {ended - trial.killed:.0f} s"
     second = site.begin(trial.deployment, trial.parameters)
-    state = site.wait(second, seconds)
+    state = site.wait(second, seconds, trial.seen)
     if state != "COMPLETED":
         trial.wrong.append(f"the next run is {state}")
         return
-    time.sleep(2)  # the process of a run outlives its last state a little
+    until = time.monotonic() + LINGER
+    while (stray := [line for each, line in trial.seen.items() if each[1] and identity(each[0]) == each]) and (
+        time.monotonic() < until
+    ):
+        time.sleep(0.5)
     for run in (trial.first, second):
-        trial.wrong += [f"stray process: {line[:80]}" for line in processes(f"PREFECT__FLOW_RUN_ID={run}").values()]
+        stray += processes(f"PREFECT__FLOW_RUN_ID={run}").values()
+    trial.wrong += [f"stray process: {line[:80]}" for line in dict.fromkeys(stray)]
     found = look_at_run(trial) if trial.target == "rank" else look_at_lake(trial)
     if found != expected:
         trial.wrong.append("the result is another one than that of an undisturbed run")
@@ -288,8 +341,8 @@ def look_at_run(trial: Trial) -> Any:
     return losses(trial.folder)
 
 
-def kills(folder: Path, targets: Sequence[str], patience: float) -> list[Trial]:
-    """All trials."""
+def kills(folder: Path, targets: Sequence[str], numbers: Sequence[int], patience: float) -> list[Trial]:
+    """The trials of these targets, at their first, second, third moment."""
     films = make_corpus(folder / "films", films=FILMS).parent
     home = folder / "prefect"
     home.mkdir()
@@ -320,20 +373,27 @@ def kills(folder: Path, targets: Sequence[str], patience: float) -> list[Trial]:
         for target in targets:
             moments = {"ray": RAY_MOMENTS, "actor": RAY_MOMENTS, "rank": RANK_MOMENTS}.get(target, INGEST_MOMENTS)
             waiting = []
-            for number, (words, moment) in enumerate(moments.items()):
+            for number, (words, moment) in enumerate(moments.items(), 1):
+                if number not in numbers:
+                    continue
                 each = trial(target, words, folder / f"{target}-{number}")
-                disturb(site, each, moment, patience)
+                done.append(each)
+                try:
+                    disturb(site, each, moment, patience)
+                except (RuntimeError, ProcessLookupError) as error:
+                    each.wrong.append(str(error))
+                    print(each.row(), flush=True)
+                    continue
                 waiting.append(each)
                 if target != "both":  # where nobody is left to say that a run is dead, three wait together
                     finish(site, waiting.pop(), expected["rank" if target == "rank" else "lake"], patience)
                     print(each.row(), flush=True)
-                done.append(each)
             for each in waiting:
                 finish(site, each, expected["lake"], patience)
                 print(each.row(), flush=True)
-        for each in site.unended():
-            print(f"still not ended: {each}")
-            done[-1].wrong.append(each)
+        for left in site.unended():
+            print(f"still not ended: {left}")
+            done[-1].wrong.append(left)
         return done
     finally:
         site.close()
@@ -357,10 +417,9 @@ def schedule(folder: Path, minutes: int) -> bool:
     site = Site(home)
     try:
         given = {"source": str(films), "lake": str(lake), "keep_versions": 2, **DATA}
-        site.post(
-            f"deployments/{site.deployments['refresh']}/schedules",
-            [{"schedule": {"cron": "* * * * *", "timezone": "UTC"}, "active": True, "parameters": given}],
-        )
+        schedules = f"deployments/{site.deployments['refresh']}/schedules"
+        every_minute = {"schedule": {"cron": "* * * * *", "timezone": "UTC"}, "active": True, "parameters": given}
+        (made,) = site.post(schedules, [every_minute])
         begun, seen, adding = time.monotonic(), [], {4: moved[0], 7: moved[1]}
         for minute in range(1, minutes + 1):
             time.sleep(max(0.0, begun + 60 * minute - time.monotonic()))
@@ -373,12 +432,18 @@ def schedule(folder: Path, minutes: int) -> bool:
                 os.replace(path.with_name(f".{path.name}.part"), path)
                 table.write_text(table.read_text() + next(row for row in rows if path.name in row) + "\n")
                 print(f"after {minute} minutes: {path.name} is added", flush=True)
-        runs = site.post("flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": sorted(ENDED)}}}})
+        site.post(f"{schedules}/{made['id']}", {"active": False}, "PATCH")
+        until = time.monotonic() + 180
+        while (unended := site.unended()) and time.monotonic() < until:
+            time.sleep(1)
+        runs = site.post("flow_runs/filter", {"flow_runs": {"start_time": {"is_null_": False}}})
         for run in sorted(runs, key=lambda run: run["start_time"]):
             print(f"{run['start_time'][11:19]} {run['state_name']}, {run['total_run_time']:.1f} s")
-        artifacts = site.post("artifacts/filter", {})
-        print(f"{len(runs)} runs, {len(artifacts)} artifacts, versions now {seen[-1]}")
-        return seen[-1] == [2, 3] and {run["state_type"] for run in runs} == {"COMPLETED"} and len(runs) >= minutes - 1
+        summaries = [each for each in site.post("artifacts/filter", {}) if each["key"].endswith("-summary")]
+        versions = list_versions(Lake.open(lake))
+        print(f"{len(runs)} runs, {len(summaries)} with news, versions now {versions}; not ended: {unended or 'none'}")
+        good = {run["state_name"] for run in runs} <= {"Completed", "Skipped"} and not unended
+        return good and versions == [2, 3] and len(summaries) == 3 and len(runs) >= minutes - 1
     finally:
         site.close()
 
@@ -390,13 +455,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("what", choices=("kills", "schedule"))
     parser.add_argument("--only", default="flow,worker,both,server,ray,actor,rank", help="what to kill, by commas")
+    parser.add_argument("--moments", default="1,2,3", help="at which of their three moments, by commas")
     parser.add_argument("--patience", type=float, default=300, help="seconds to wait for anything (default 300)")
     parser.add_argument("--minutes", type=int, default=10)
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else server and worker would stay
     with short_folder() as folder:
         if options.what == "schedule":
             return 0 if schedule(folder, options.minutes) else 1
-        trials = kills(folder, options.only.split(","), options.patience)
+        trials = kills(folder, options.only.split(","), [*map(int, options.moments.split(","))], options.patience)
     sessions = [path.name for path in sessions_folder().iterdir()]
     wrong = sum(bool(trial.wrong) for trial in trials)
     print(f"{len(trials)} kills, {wrong} with something wrong; Ray sessions left: {sessions or 'none'}")
