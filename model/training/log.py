@@ -17,6 +17,9 @@ from model.training.checkpoint import Run
 from storage.layout import write_atomic
 from storage.local import naming_full_disk
 
+PACE = ("data_wait", "memory_gib", "mfu")
+"""Scalars that tell how a training runs, not what it learns; `..._per_second` are others."""
+
 
 class Log:
     """Writes the log of a run; appends to what is there of the steps that are done.
@@ -68,7 +71,7 @@ class Log:
         self.event(step=step, **{name: float(f"{value:.6g}") for name, value in values.items()})
         if self.enabled:
             for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+                self.board.add_scalar(board_tag(name), value, step)
 
     def pictures(self, step: int, by_name: Mapping[str, NDArray[np.uint8]]) -> None:
         """Write named pictures (H, W, 3) of a step, for TensorBoard alone."""
@@ -94,6 +97,13 @@ class Log:
         text = "".join(json.dumps(line) + "\n" for line in kept)
         if self.run.log.is_file() and self.run.log.read_text() != text:
             write_atomic(self.run.log, text.encode())
+
+
+def board_tag(name: str) -> str:
+    """A scalar's name for TensorBoard, which makes a section of what stands before the first slash."""
+    if name.startswith("validation_"):
+        return name.replace("_", "/", 1)
+    return f"pace/{name}" if name.endswith("_per_second") or name in PACE else f"train/{name}"
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

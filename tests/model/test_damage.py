@@ -235,7 +235,7 @@ def test_after_a_kill_each_step_stands_once(lake: Lake, tmp_path: Path) -> None:
     assert [line["step"] for line in read_log(run / "log.jsonl") if "loss" in line] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert [line["step"] for line in read_log(run / "log.jsonl") if line.get("event") == "start"] == [0, 6]
     assert all(json.loads(line) for line in (run / "log.jsonl").read_text().splitlines())
-    assert board_steps(run, "loss") == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert board_steps(run, "train/loss") == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 # --- a full disk ---
