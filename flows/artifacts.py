@@ -87,6 +87,7 @@ def summary(report: IngestReport, recipe: DataRecipe, sources: str) -> str:
         parts += [
             "## Certificate of the clips",
             markdown_table(quality, ("measure", "clips", "worst", "median", "best")),
+            "What each measure says is in `docs/ingest.md`.",
         ]
     recipe_rows = [{"field": name, "value": json.dumps(value)} for name, value in recipe.to_json().items()]
     seconds = [{"stage": stage, "seconds": f"{value:.1f}"} for stage, value in report.seconds.items()]

@@ -45,7 +45,7 @@ def lake_to_model(
 
     Args:
         source: Folders of films, or tables with the columns file and caption.
-        lake: Folder of the dataset; made when it is not there.
+        lake: Folder or s3:// address of the dataset; made when it is not there.
         runs: Folder of the training runs and their reports.
         captions: Table of captions with the columns file and caption.
         data_recipe: The data recipe.

@@ -158,7 +158,7 @@ def ingest(
 
     Args:
         source: Folders of films, read recursively, or tables (CSV, JSONL, Parquet) with the columns file and caption.
-        lake: Folder of the dataset; made when it is not there.
+        lake: Folder or s3:// address of the dataset; made when it is not there.
         captions: Table of captions with the columns file and caption, for films in folders.
         recipe: The data recipe (pipeline/recipes.py).
         settings: Single fields of the recipe to replace, such as {"rate": 8}.
@@ -213,7 +213,7 @@ def refresh(
 
     Args:
         source: Folders of films, read recursively, or tables (CSV, JSONL, Parquet) with the columns file and caption.
-        lake: Folder of the dataset; made when it is not there.
+        lake: Folder or s3:// address of the dataset; made when it is not there.
         captions: Table of captions with the columns file and caption, for films in folders.
         recipe: The data recipe (pipeline/recipes.py).
         settings: Single fields of the recipe to replace, such as {"rate": 8}.
@@ -397,7 +397,8 @@ def _leave_artifacts(
         return artifact_key("ingest", report.lake, what)
 
     create_markdown_artifact(summary(report, recipe, names), key=key("summary"), description=f"Ingest of {title}")
-    create_table_artifact(accounts_table(report), key=key("accounts"), description=f"What became of {title}")
+    words = f"Films and clips of {names}: how many are done, unchanged, filtered, failed, and why"
+    create_table_artifact(accounts_table(report), key=key("accounts"), description=words)
     if sheet is not None:
         words = f"Frames of version {report.version} of {last_name(report.lake)}, as the model is to see them"
         create_image_artifact(data_address(sheet), key=key("contact-sheet"), description=words)

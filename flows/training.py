@@ -66,7 +66,7 @@ def train(
     The result is a dictionary with the run's folder, its last step and its last values.
 
     Args:
-        lake: The lake.
+        lake: Folder or s3:// address of the dataset.
         run: Folder of the run; an old one is resumed.
         recipe: The training recipe (model/recipes.py).
         settings: Single fields of the recipe to replace, such as {"steps": 2000}.

@@ -154,13 +154,16 @@ class Site:
         return self._start("worker", "worker", "start", "--pool", "local", "--limit", "4")
 
     def close(self) -> None:
-        """Ends both, the worker first."""
+        """Ends both, the worker first, and what is left of their runs."""
         for process in (self.worker, self.server):
             for number in (signal.SIGTERM, signal.SIGKILL):
                 with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                     os.killpg(process.pid, number)
                     process.wait(timeout=15)
                     break
+        for left in processes(f"VLFM_BENCH={self.prefect.home}"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(left, signal.SIGKILL)
 
     def post(self, path: str, body: Any, method: str = "POST") -> Any:
         """Asks the server."""
@@ -353,7 +356,6 @@ def kills(folder: Path, targets: Sequence[str], numbers: Sequence[int], patience
 
         def trial(target: str, moment: str, place: Path) -> Trial:
             if target == "rank":
-                shutil.copytree(folder / "clips", place.parent / "clips", dirs_exist_ok=True)
                 given = {"lake": str(folder / "clips"), "run": str(place), **TRAIN}
                 return Trial(target, moment, place, "train", given)
             given = {"source": str(films), "lake": str(place), **DATA}
@@ -397,12 +399,9 @@ def kills(folder: Path, targets: Sequence[str], numbers: Sequence[int], patience
         return done
     finally:
         site.close()
-        for process in processes(f"VLFM_BENCH={home}"):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
 
 
-def schedule(folder: Path, minutes: int) -> bool:
+def schedule(folder: Path, minutes: int, patience: float) -> bool:
     """A refresh every minute, a film added in between, as the docstring above says; whether all was as it should be."""
     films = make_corpus(folder / "films", films=4).parent
     kept, table = folder / "late", films / "captions.csv"
@@ -433,7 +432,7 @@ def schedule(folder: Path, minutes: int) -> bool:
                 table.write_text(table.read_text() + next(row for row in rows if path.name in row) + "\n")
                 print(f"after {minute} minutes: {path.name} is added", flush=True)
         site.post(f"{schedules}/{made['id']}", {"active": False}, "PATCH")
-        until = time.monotonic() + 180
+        until = time.monotonic() + patience
         while (unended := site.unended()) and time.monotonic() < until:
             time.sleep(1)
         runs = site.post("flow_runs/filter", {"flow_runs": {"start_time": {"is_null_": False}}})
@@ -462,7 +461,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else server and worker would stay
     with short_folder() as folder:
         if options.what == "schedule":
-            return 0 if schedule(folder, options.minutes) else 1
+            return 0 if schedule(folder, options.minutes, options.patience) else 1
         trials = kills(folder, options.only.split(","), [*map(int, options.moments.split(","))], options.patience)
     sessions = [path.name for path in sessions_folder().iterdir()]
     wrong = sum(bool(trial.wrong) for trial in trials)
