@@ -35,12 +35,13 @@ def check_gates(gates: Gates) -> str:
     return ""
 
 
-def flags(certificate: Certificate, gates: Gates) -> list[str]:
-    """Names of the figures of a clip that are outside their gates. What was not measured (NaN) passes."""
+def flags(clip: Certificate | Row, gates: Gates) -> list[str]:
+    """Names of the figures of a clip, or of its row, that are outside their gates. What was not measured passes."""
     found: list[str] = []
     for measure in CERTIFICATE if gates else ():
-        bound, value = gates.get(measure.name), getattr(certificate, measure.name)
-        if bound is None or math.isnan(value):
+        bound = gates.get(measure.name)
+        value = getattr(clip, measure.name) if isinstance(clip, Certificate) else clip.get(measure.name)
+        if bound is None or value is None or math.isnan(value):
             continue
         if value < bound if measure.higher_is_better else value > bound:
             found.append(measure.name)
@@ -104,9 +105,8 @@ def decide(
     leaving: dict[str, Rejected] = {}
     reflagged = False
     for row in clips:
-        clip = Rejected.from_row(row)
-        if flags(clip.certificate, bounds):
-            leaving[clip.clip_id] = clip
+        if flags(row, bounds):
+            leaving[row["clip_id"]] = Rejected.from_row(row)
         else:
-            reflagged |= row["flags"] != " ".join(flags(clip.certificate, gates))
+            reflagged |= row["flags"] != " ".join(flags(row, gates))
     return GateDecision({**stay, **leaving}, frozenset(leaving), passing, reflagged)

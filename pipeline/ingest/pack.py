@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.gates import flags
 from pipeline.ingest.block import Block
 from pipeline.ingest.state import IngestPlan
-from pipeline.items import BlockResult, Certificate, MadeClip, Row
+from pipeline.items import BlockResult, MadeClip, Row
 from pipeline.rows import caption_id
 from pipeline.stages.embed import Texts
 from storage.errors import Kind, VlfmError
@@ -119,7 +119,7 @@ def pack(
         {
             **row,
             "text_row": texts_at[row["caption_id"]],
-            "flags": " ".join(flags(Certificate.from_row(row), plan.recipe.gates)),
+            "flags": " ".join(flags(row, plan.recipe.gates)),
         }
         for row in rows
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.gates import flags
-from pipeline.items import Certificate, Row
+from pipeline.items import Row
 from pipeline.recipes import DataRecipe
 from storage.fingerprint import canonical_json, file_digest, fingerprint
 from storage.layout import Lake, LakeError
@@ -115,7 +115,7 @@ def _standing(version: Version, clip: Row, film: Row, recipe: DataRecipe | None)
             ]
             if stages:
                 reasons.append(f"from its stage {stages[0]} on")
-        elif outside := flags(Certificate.from_row(clip), recipe.gates):
+        elif outside := flags(clip, recipe.gates):
             reasons.append(f"the recipe's gates keep it out or flag it: {', '.join(outside)}")
     path = Path(film["path"])
     if not film["path"] or "://" in film["path"]:

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +51,7 @@ class FilmEntry:
     latents: bool = False
     """Whether it is a file of latents."""
 
-    @property
+    @cached_property
     def place(self) -> str:
         """What tells it from all other films."""
         return place(self.path, self.film)

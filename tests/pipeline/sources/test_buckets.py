@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import os
@@ -83,9 +84,7 @@ def test_tables_in_buckets_and_of_buckets(s3: S3Server, bucket: str, tmp_path: P
     (tmp_path / "t.csv").write_bytes(table)
     for captions in (tmp_path / "t.csv", f"s3://{bucket}/in/t.csv"):
         both = discover(f"s3://{bucket}/in", captions)
-        assert both.entries == [
-            entry.__class__(**{**vars(entry), "origin": f"s3://{bucket}/in"}) for entry in found.entries
-        ]
+        assert both.entries == [dataclasses.replace(entry, origin=f"s3://{bucket}/in") for entry in found.entries]
         assert [failure.reason for failure in both.failures] == ["no_caption"]
     put(s3, bucket, **{"k/x_000001_000002.mp4": b"f", "k/k.csv": b"label,youtube_id,time_start,time_end\nrun,x,1,2\n"})
     (entry,) = discover(f"s3://{bucket}/k/k.csv", table_format="kinetics").entries
