@@ -191,6 +191,7 @@ class _Work:
         self.started: list[_Started] = []
         self.calls: dict[Any, _Call] = {}
         self.names: dict[str, str] = {}
+        self.home = ray.get_runtime_context().get_node_id()
         self.look()
         self.plan = plan_workers(self.nodes, worker.resources, len(tasks), runner.workers)
         options = {"num_cpus": self.plan.cpus, "num_gpus": self.plan.gpus, "scheduling_strategy": "SPREAD"}
@@ -308,8 +309,18 @@ class _Work:
             self.given_up(task, reason, detail)
 
     def look(self) -> None:
-        """Looks which nodes there are."""
-        self.nodes, self.looked = working_nodes(ray_report()), time.monotonic()
+        """Looks which nodes there are.
+
+        Raises:
+            RunnerError: the one that this process belongs to is gone; without it no work can be given to the others.
+        """
+        report = ray_report()
+        for node in report:
+            if node["NodeID"] == self.home and not node["Alive"]:
+                told = " ".join(str(node.get("DeathReasonMessage") or "killed, or out of memory").split())
+                remedy = "what is done is kept, run the same command again"
+                raise RunnerError(f"Ray has ended on this machine ({told}); {remedy}")
+        self.nodes, self.looked = working_nodes(report), time.monotonic()
         self.names |= {node.node_id: node.name for node in self.nodes}
 
     def fill(self) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
+import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +19,17 @@ import pytest
 from pipeline.items import Resources
 from pipeline.runner import Runner, RunnerError, Task
 from storage.layout import DiskFull
+
+
+def siblings(text: str) -> list[int]:
+    """Processes of the same parent, Ray's node, that have the text on their command line."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+            if int(parent) == os.getppid() and text in (entry / "cmdline").read_text():
+                found.append(int(entry.name))
+    return found
 
 
 class Squares:
@@ -38,6 +52,10 @@ class Squares:
                 os.kill(os.getpid(), signal.SIGKILL)
             if item == "raiser":
                 raise ArithmeticError("it will not divide")
+            if item == "node":
+                for agent in siblings("DashboardAgent"):
+                    os.kill(agent, signal.SIGKILL)
+                time.sleep(60)
             if item == "no room":
                 raise DiskFull("/lake/file", 7)
             if item == "once" and len((self.notes / "once").read_text()) == 1:
@@ -157,6 +175,28 @@ def test_what_workers_warn_of_reaches_the_log_once(tmp_path: Path, caplog: pytes
         "compiling failed, it runs as it is; install a compiler",
     ]
     assert {record.levelname for record in caplog.records if record.name == "pipeline.runner"} == {"WARNING"}
+
+
+def test_the_end_of_ray_itself_is_told_at_once(tmp_path: Path) -> None:
+    """Its node ends with its agents. The run waited ten minutes for a node that could not come."""
+    code = """if True:
+        import sys
+        from pathlib import Path
+        import ray
+        import tests.pipeline.test_runner as it
+        ray.cloudpickle.register_pickle_by_value(it)
+        with it.Runner() as runner:
+            try:
+                it.run(runner, it.Squares(Path(sys.argv[1])), [("a", [1]), ("b", ["node"]), ("c", [3])])
+            except it.RunnerError as error:
+                print(error)
+    """
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert "Ray has ended on this machine" in done.stdout, done.stderr
+    assert "run the same command again" in done.stdout
+    assert done.returncode == 0
+    assert time.monotonic() - began < 200, "the limit for workers that do not start is 600 s"
 
 
 def test_no_work_starts_nothing(tmp_path: Path) -> None:

@@ -119,12 +119,15 @@ def _command_line(process: str) -> str:
 
 
 def _actors(session: str) -> list[int]:
-    """Ray's actors whose parent, the raylet, has this text on its command line."""
+    """Ray's actors whose parent, the raylet, has this text on its command line.
+
+    Its agents are called `ray::DashboardAgent` and the like; without them the node ends.
+    """
     found = []
-    for process in _processes("ray::"):
+    for process in _processes("ray::Actor"):
         with contextlib.suppress(OSError):
             parent = Path("/proc", str(process), "stat").read_text().rpartition(")")[2].split()[1]
-            if "ray::IDLE" not in _command_line(str(process)) and session in _command_line(parent):
+            if session in _command_line(parent):
                 found.append(process)
     return found
 
