@@ -157,6 +157,7 @@ def erase(sub: argparse.ArgumentParser) -> Run:
 
 def run_erase(options: argparse.Namespace) -> int:
     """Erase a film from every version, and print the proof; exit status 1 where something of it was found."""
+    from pipeline.sources.fetch import forget
     from storage.erase import erase as erase_film
     from storage.erase import plan_erasure
 
@@ -169,7 +170,9 @@ def run_erase(options: argparse.Namespace) -> int:
             print(json.dumps(report) if options.json else told)
             return 0
         done = erase_film(lake, options.film)
-    print(json.dumps(done.to_json()) if options.json else "\n".join(done.lines()))
+    fetched = sum(forget(*file) for file in done.files)
+    lines = done.lines() + ([f"{fetched} fetched films were taken out of this machine's cache"] if fetched else [])
+    print(json.dumps({**done.to_json(), "fetched_forgotten": fetched}) if options.json else "\n".join(lines))
     return 0 if done.complete else 1
 
 

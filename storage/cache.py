@@ -73,10 +73,13 @@ class ByteCache:
             )
         return data
 
-    def forget(self, name: str) -> None:
-        """Remove an entry. Nothing happens where it is not there."""
-        with contextlib.suppress(OSError):
+    def forget(self, name: str) -> bool:
+        """Remove an entry; whether it was there."""
+        try:
             self._path(name).unlink()
+        except OSError:
+            return False
+        return True
 
     def _path(self, name: str) -> Path:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*", name):

@@ -7,6 +7,7 @@ new names, and each version gets a new Merkle root. The crash rules are those of
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import time
@@ -21,13 +22,13 @@ from storage.failures import read_failures
 from storage.fingerprint import fingerprint, short_id
 from storage.layout import Lake
 from storage.search import Needles, Search, search
-from storage.shards import ShardInfo, ShardReader, write_shard
+from storage.shards import DamagedShard, ShardInfo, ShardReader, write_shard
 from storage.version import Version, list_versions, load, read_manifest, shards_root, write_table_again
 
 Row = dict[str, Any]
 NOT_SEARCHED = (
-    "the source, caches of trainers (VLFM_CACHE), runs trained on the film, evaluation reports, Prefect's database, "
-    "logs, copies and backups"
+    "the source, caches of other machines (VLFM_CACHE), runs trained on the film, evaluation reports, Prefect's "
+    "database, logs, copies and backups"
 )
 
 
@@ -68,6 +69,10 @@ class Erasure:
     """Where the files were."""
     versions: tuple[VersionErasure, ...]
     searched: Search
+    files: tuple[tuple[str, int, int], ...] = ()
+    """Path, bytes and time of change of the films as versions knew them: what a cache of fetched films goes by."""
+    forgotten: int = 0
+    """Samples that were taken out of this machine's cache."""
 
     @property
     def complete(self) -> bool:
@@ -88,6 +93,8 @@ class Erasure:
         lines += [f"FOUND in {key}" for key in self.searched.found]
         if self.complete:
             lines.append("nothing of the film is left in this lake")
+        if self.forgotten:
+            lines.append(f"{self.forgotten} samples were taken out of this machine's cache")
         lines += [f"caption kept, other films have it too: {caption}" for caption in self.shared_captions]
         lines += [f"name kept, another film has it in some version: {name}" for name in self.shared_names]
         lines.append(f"not searched: {NOT_SEARCHED}")
@@ -175,6 +182,7 @@ def plan_erasure(lake: Lake, film: str, dry_run: bool = False) -> Change:
         frozenset(kept_texts),
     )
     erased_clips = frozenset(row["clip_id"] for row in gone["clips"])
+    samples = _digests(lake, {(row["shard"], row["clip_id"]) for row in gone["clips"]})
     moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     made: dict[str, Version] = {}
     if not dry_run and versions:
@@ -188,6 +196,7 @@ def plan_erasure(lake: Lake, film: str, dry_run: bool = False) -> Change:
         "shared_captions": sorted(captions & kept_captions),
         "shared_names": sorted(names & {row["film"] for row in kept_rows}),
         "paths": sorted(paths),
+        "files": sorted({(row["path"], row["bytes"], row["modified_ns"]) for row in gone["films"] if row["path"]}),
         "versions": [
             [n, len(clips[n]), len(stay[n]["clips"]), versions[n].merkle_root, made[str(n)].merkle_root if made else ""]
             for n in versions
@@ -195,15 +204,31 @@ def plan_erasure(lake: Lake, film: str, dry_run: bool = False) -> Change:
         ],
     }
     changed = dict(rewritten(version) for version in made.values())
-    return Change("erase", changed, erased={"needles": needles.to_json(), "report": report, "asked": film})
+    about = {"needles": needles.to_json(), "report": report, "asked": film, "samples": sorted(samples)}
+    return Change("erase", changed, erased=about)
 
 
 def _report(lake: Lake, change: Change) -> Erasure:
     told = dict(change.erased["report"])
     del told["asked"]
     versions = tuple(VersionErasure(*row) for row in told.pop("versions"))
+    files = tuple((str(path), int(size), int(moment)) for path, size, moment in told.pop("files", ()))
     lists = {name: tuple(values) for name, values in told.items()}
-    return Erasure(**lists, versions=versions, searched=search(lake, Needles.from_json(change.erased["needles"])))
+    cache = lake.store.cache()
+    forgotten = sum(cache.forget(name) for name in change.erased.get("samples", ())) if cache is not None else 0
+    searched = search(lake, Needles.from_json(change.erased["needles"]))
+    return Erasure(**lists, versions=versions, searched=searched, files=files, forgotten=forgotten)
+
+
+def _digests(lake: Lake, clips: set[tuple[str, str]]) -> set[str]:
+    """Digests of samples, by which caches name them, as far as their shards can be read; `clips`: shard and clip id."""
+    found: set[str] = set()
+    for shard in {shard for shard, _ in clips} if lake.store.cache() is not None else ():
+        with contextlib.suppress(DamagedShard):
+            reader = ShardReader(lake, shard)
+            own = zip(reader.keys, reader.digests, strict=True)
+            found |= {digest for clip, digest in own if (shard, clip) in clips}
+    return found
 
 
 def _rewrite(

@@ -72,6 +72,20 @@ def as_file(address: str, size: int, stamp: int) -> Iterator[Path]:
         yield path
 
 
+def forget(address: str, size: int, stamp: int) -> bool:
+    """Take a film that was fetched off this machine's disk, though it may be in use; whether it was there.
+
+    Args as for `as_file`. A film that is a file of its own stays.
+    """
+    if is_file(address):
+        return False
+    try:
+        _Films.of_environment().path(address, size, stamp).unlink()
+    except OSError:
+        return False
+    return True
+
+
 def bucket_and_key(address: str) -> tuple[S3Store, str]:
     """The bucket of an `s3://` address, and the key in it, whatever that is named."""
     bucket, _, key = address.removeprefix("s3://").partition("/")
@@ -155,11 +169,15 @@ class _Films:
         cache = ByteCache.of_environment()
         return _Films(cache.folder.parent / "films", cache.limit)
 
-    @contextlib.contextmanager
-    def held(self, address: str, size: int, stamp: int, fetch: Callable[[IO[bytes]], None]) -> Iterator[Path]:
+    def path(self, address: str, size: int, stamp: int) -> Path:
+        """Where a film is, or would be."""
         digest = hashlib.sha256(f"{address}\0{size}\0{stamp}".encode("utf-8", "surrogateescape")).hexdigest()[:24]
         name = re.sub(r"[^A-Za-z0-9._-]+", "_", address.rpartition("/")[2])[-60:]
-        path = self.folder / f"{digest}-{name}"
+        return self.folder / f"{digest}-{name}"
+
+    @contextlib.contextmanager
+    def held(self, address: str, size: int, stamp: int, fetch: Callable[[IO[bytes]], None]) -> Iterator[Path]:
+        path = self.path(address, size, stamp)
         with naming_full_disk(self.folder):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             while True:

@@ -17,6 +17,7 @@ from storage.erase import NoSuchFilm, erase
 from storage.garbage import collect, find_garbage
 from storage.layout import Lake, LakeError
 from storage.repair import repair
+from storage.shards import ShardReader
 from storage.store import read_tagged
 from storage.verify import verify_all
 from storage.version import list_versions, load, readable_versions
@@ -72,6 +73,12 @@ def state(lake: Lake) -> dict[str, Any]:
     return {"keys": keys, "shards": shards, "roots": roots, "problems": verify_all(lake)}
 
 
+def read_all(lake: Lake) -> set[str]:
+    """Read every sample of the newest version, as a trainer does: their digests, by which they are cached."""
+    readers = [ShardReader(lake, info.name) for info in load(lake).shards]
+    return {digest for reader in readers for _, digest in zip(reader, reader.digests, strict=True)}
+
+
 def test_garbage_goes_and_a_film_is_erased(
     s3: S3Server, lakes: tuple[Lake, Lake], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,8 +94,16 @@ def test_garbage_goes_and_a_film_is_erased(
     assert state(bucket) == state(folder)
     with bucket.writing():
         assert find_garbage(bucket, keep=1).empty
+    cached = read_all(bucket)
     assert main(["erase", "b.mp4", "--lake", bucket.address]) == 0
-    assert "nothing of the film is left in this lake" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "nothing of the film is left in this lake" in told
+    gone = cached - read_all(bucket)
+    assert gone
+    assert f"{len(gone)} samples were taken out of this machine's cache" in told
+    cache = bucket.store.cache()
+    assert cache is not None
+    assert {path.name for path in cache.folder.glob("*/*")} == cached - gone
     with folder.writing():
         assert erase(folder, "b.mp4").complete
     assert state(bucket) == state(folder)

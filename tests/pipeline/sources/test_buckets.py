@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.cli import main
 from pipeline.sources.fetch import FilmChanged, as_file, stamp_of
 from pipeline.sources.folders import SourceError, discover
 from storage.s3_client import BucketError
@@ -233,6 +234,11 @@ def test_a_bucket_and_a_tar_are_ingested_and_known_again(
     put(s3, bucket, **{"in/c.mp4": objects["in/b.mp4"], "in/c.txt": objects["in/b.txt"]})
     moved = make(url, lake, runner=NoWork())
     assert sorted(row["film"] for row in rows(lake, table="films")) == ["a.mp4", "c.mp4"], moved.lines()
+    fetched = list((tmp_path / "cache" / "films").glob("*.mp4"))
+    assert main(["erase", "a.mp4", "--lake", str(lake)]) == 0
+    left = list((tmp_path / "cache" / "films").glob("*.mp4"))
+    assert {path.name[25:] for path in set(fetched) - set(left)} == {"a.mp4"}, "it leaves this machine, too"
+    assert left
     tar = tar_of(tmp_path / "shard.tar", {name.removeprefix("in/"): data for name, data in objects.items()})
     packed = make(tar, tmp_path / "of-tar")
     assert packed.films.done == 2, packed.lines()
