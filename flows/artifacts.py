@@ -68,7 +68,7 @@ def summary(report: IngestReport, recipe: DataRecipe, sources: str) -> str:
         f"**{report.clips.done} new clips** of {report.films.done} films; {report.clips.unchanged} were there already."
     )
     if report.superseded:
-        new += f" {report.superseded} clips of changed films left."
+        new += f" {report.superseded} clips of films that changed or are gone left."
     parts = [f"# Ingest of {sources} into {report.lake}", outcome, new]
     if report.failures:
         parts += [

@@ -128,7 +128,7 @@ class IngestReport:
             lines.append(f"all {len(self.failures)} in {self.lake}/failures/{self.run_id}.parquet")
         lines += [self.films.line(), self.clips.line()]
         if self.superseded:
-            lines.append(f"{self.superseded} clips of changed films left the dataset")
+            lines.append(f"{self.superseded} clips of films that changed or are gone left the dataset")
         if self.published:
             lines += self.certificate_lines()
             lines.append(f"version {self.version} of {self.lake} is published ({self.bytes / 1e6:.1f} MB)")

@@ -72,7 +72,7 @@ def test_the_summary_leads_with_what_a_person_wants() -> None:
     order = ["**Version 4**", "**5 new clips** of 2 films", "could not be used", "Certificate", "Accounts", "Recipe"]
     places = [text.index(words) for words in order]
     assert places == sorted(places)
-    assert "3 clips of changed films left" in text
+    assert "3 clips of films that changed or are gone left" in text
 
 
 def test_each_lake_has_its_own_keys() -> None:
