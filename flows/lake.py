@@ -90,14 +90,15 @@ def _inspect_clip(options: argparse.Namespace, lake: Lake, version: Version, cli
         raise ValueError(f"version {version.number} has no clip {options.clip}; `vlfm inspect` lists its films")
     told = [{**row, "provenance": it.to_json()} for row, it in zip(rows, origins, strict=True)]
     told += [{**row, "status": "kept out by the recipe's gates"} for row in kept_out]
+    status = int(any(it.damage for it in origins))
     if options.json:
         print(json.dumps(finite_json(told)))
-        return 0
+        return status
     for number, row in enumerate(told):
         print("\n".join(f"{name:<18} {value}" for name, value in row.items() if name != "provenance"))
         if number < len(origins):
             print("\n".join(origins[number].lines()))
-    return 0
+    return status
 
 
 def _version_line(described: dict[str, Any]) -> str:

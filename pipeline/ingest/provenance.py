@@ -13,6 +13,7 @@ from pipeline.items import Row
 from pipeline.recipes import DataRecipe
 from storage.fingerprint import canonical_json, file_digest, fingerprint
 from storage.layout import Lake, LakeError
+from storage.shards import DamagedShard, ShardReader
 from storage.version import Version, list_versions, load, read_manifest
 
 _STAGES = {
@@ -45,6 +46,8 @@ class Provenance:
     snapshot: str
     versions: tuple[int, ...]
     """Versions that have it."""
+    damage: str
+    """What is wrong with its sample; empty where its checksum is right."""
     again: bool
     """Whether the recipe that was asked for would make it, or a part of it, again."""
     reasons: tuple[str, ...]
@@ -60,6 +63,7 @@ class Provenance:
             f"from               {origin}",
             f"made by            {made}",
             f"stored in          {stored}, block {self.block}, snapshot {self.snapshot}",
+            f"its sample         {self.damage or 'is whole, by its checksum'}",
             f"in versions        {', '.join(map(str, self.versions))}",
             f"an ingest now      {verdict}: {'; '.join(self.reasons)}",
         ]
@@ -72,7 +76,8 @@ class Provenance:
 def provenance(lake: Lake, version: Version, clip: Row, recipe: DataRecipe | None = None) -> Provenance:
     """Where a clip of a version comes from, and what an ingest by `recipe` (None: the version's own) would do with it.
 
-    The film is looked at: its size and time of change, and where these differ its content.
+    Its sample is read, and its checksum compared. The film is looked at: its size and time of change, and where these
+    differ its content.
 
     Raises:
         LakeError: the version's table of films is damaged.
@@ -97,6 +102,7 @@ def provenance(lake: Lake, version: Version, clip: Row, recipe: DataRecipe | Non
         array_row=clip["array_row"],
         snapshot=version.snapshot,
         versions=tuple(_versions_with(lake, clip["clip_id"])),
+        damage=_damage(lake, clip),
         again=again,
         reasons=tuple(reasons),
     )
@@ -134,6 +140,14 @@ def _standing(version: Version, clip: Row, film: Row, recipe: DataRecipe | None)
         again = True
         reasons.append("its film has another caption: the text is made again")
     return again, reasons
+
+
+def _damage(lake: Lake, clip: Row) -> str:
+    try:
+        ShardReader(lake, clip["shard"]).read(clip["shard_row"])
+    except DamagedShard as error:
+        return str(error)
+    return ""
 
 
 def _versions_with(lake: Lake, clip: str) -> list[int]:

@@ -434,6 +434,11 @@ def test_inspect_tells_versions_apart_and_where_a_clip_comes_from(vlfm: Say, tmp
     )
     assert origin["provenance"]["reasons"][0].startswith("duration is") or origin["provenance"]["reasons"]
     assert origin["provenance"]["versions"] == [1, 2]
+    assert "its sample         is whole, by its checksum\n" in out
+    shard = lake.shards / origin["shard"]
+    shard.write_bytes(shard.read_bytes()[:600])
+    status, out, _ = vlfm("inspect", clip, "--lake", lake.root, "--version", 2)
+    assert (status, "try `vlfm repair`" in out) == (1, True), out
     (lake.versions / "1.json").write_text("{}")
     assert "1.json is damaged" in vlfm("inspect", "--lake", lake.root, "--versions")[1]
 
