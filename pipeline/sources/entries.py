@@ -119,6 +119,11 @@ class Source:
         """What it holds, in a word."""
         return "latents" if self.latents else "films"
 
+    @property
+    def suffixes(self) -> frozenset[str]:
+        """How the names of its films end, in small letters."""
+        return LATENT_SUFFIXES if self.latents else FILM_SUFFIXES
+
     def is_film(self, name: str) -> bool:
         """Whether a file is a film by its name."""
         return is_film(name, self.latents)

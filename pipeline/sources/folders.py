@@ -441,7 +441,7 @@ def _scan(folder: _Folder, found: Discovery) -> Iterator[tuple[str, os.stat_resu
         if suffix == TAR_SUFFIX and folder.holds(Path(path)):
             folder.tars.append(name)
             continue
-        if not folder.is_film(name):
+        if suffix not in folder.suffixes:
             others[suffix or "no suffix"] += suffix not in (*TABLE_SUFFIXES, ".txt")
             continue
         try:

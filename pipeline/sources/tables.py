@@ -75,6 +75,9 @@ class _Fault(ValueError):
 _DOUBLED = re.compile(r"//|(?:^|/)\.(?:/|$)|/$")
 """What `Path` takes out of a name; most names have nothing of it."""
 
+_FOREIGN = re.compile("[\udc80-\udcff]")
+"""What Python makes of bytes that are not UTF-8."""
+
 _Values = Mapping[str, Any]
 _Choose = Callable[[Sequence[str]], Mapping[str, str]]
 _Lines = Iterator[tuple[str, _Values | _Fault]]
@@ -214,12 +217,13 @@ def _text_lines(path: Path, kind: str, choose: _Choose) -> _Lines:
     text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
     lines = io.StringIO(text, newline=None).readlines()
     for where, values in (_csv if kind == ".csv" else _json_lines)(path, lines, choose):
-        foreign = not isinstance(values, _Fault) and any("\udc80" <= sign <= "\udcff" for sign in _joined(values))
-        yield where, _Fault("it is not UTF-8; save the table as UTF-8") if foreign else values
+        yield where, _Fault("it is not UTF-8; save the table as UTF-8") if _is_foreign(values) else values
 
 
-def _joined(values: _Values) -> str:
-    return "".join(value for value in values.values() if isinstance(value, str))
+def _is_foreign(values: _Values | _Fault) -> bool:
+    """Whether a value has bytes that are not UTF-8."""
+    texts = () if isinstance(values, _Fault) else values.values()
+    return any(isinstance(text, str) and not text.isascii() and _FOREIGN.search(text) for text in texts)
 
 
 def _csv(path: Path, lines: list[str], choose: _Choose) -> _Lines:
