@@ -156,8 +156,13 @@ class Identities:
         """Names of the lake's films that these are, by place: of the same content, which has left its old place."""
         displaced = {row["film"] for item, _ in new if (row := self.row(item)) is not None}
         free: dict[tuple[str, str], list[Row]] = {}
-        # Of twins that are gone the one without clips of its own comes first: the other's clips stay.
-        for film, row in sorted(self._rows.items(), key=lambda item: (item[1]["clips"] > 0, item[0])):
+
+        def order(item: tuple[str, Row]) -> tuple[bool, bool, str]:
+            # Of twins the one whose place another film has now comes first: its clips would leave, those of one that is
+            # gone stay. Of two that are gone it is the one without clips of its own.
+            return item[0] not in displaced, item[1]["clips"] > 0, item[0]
+
+        for film, row in sorted(self._rows.items(), key=order):
             if row["sha256"] and film not in self._taken and (film in displaced or self._gone(row)):
                 free.setdefault((row["sha256"], part_of(film)), []).append(row)
         found: dict[str, str] = {}

@@ -265,7 +265,10 @@ def _all_films(plan: IngestPlan, clips: Sequence[Row]) -> list[Row]:
     }
     others = [{**row, **_verdict(emptied[row["film"]])} if row["film"] in emptied else row for row in others]
     heirs = {"status": "unchanged", "reason": "", "detail": ""}
-    others = [{**row, **heirs} if row["reason"] == "duplicate" and row["film"] in held else row for row in others]
+    others = [
+        {**row, **heirs} if row["reason"] in ("duplicate", OTHER_RECIPE) and row["film"] in held else row
+        for row in others
+    ]
     rows: list[Row] = [film.row for film in plan.films if film.row["reason"] != BAD_ROW]
     rows += [row for row in others if row["film"] not in here and not _forgotten(plan, row, held)]
     return [{**row, "clips": held.get(row["film"], 0)} for row in sorted(rows, key=lambda row: row["film"])]

@@ -73,7 +73,8 @@ class Model:
         """As the documents say it: what moved, what changed in place, what is gone."""
         films, source = dict(self.films), self.source
         new = sorted(name for name in source if name not in films or films[name].content != source[name].content)
-        left = sorted(name for name in films if name not in source or name in new)
+        # Of twins the one whose place another film has now has moved, and those that are gone stay what they are.
+        left = sorted((name for name in films if name not in source or name in new), key=lambda it: (it not in new, it))
         for same_caption in (True, False):
             for name in list(new):
                 for old in left:
