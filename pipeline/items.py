@@ -42,6 +42,20 @@ class Window:
     """Seconds since `start`, in [0, duration)."""
     seek: float | None = None
     """Stored time (seconds) of a keyframe at or before the first kept frame; None decodes from the beginning."""
+    next_ticks: tuple[int, ...] = ()
+    """Stored time of the frame after the window that the projection sees too; empty where there is none."""
+    next_time: tuple[float, ...] = ()
+    """Its seconds since `start`, duration or more."""
+
+    @property
+    def decoded(self) -> tuple[int, ...]:
+        """Stored times of all its frames: the kept ones, then the one after the window."""
+        return (*self.ticks, *self.next_ticks)
+
+    @property
+    def alone(self) -> Window:
+        """The window without the frame after it."""
+        return dataclasses.replace(self, next_ticks=(), next_time=())
 
 
 @dataclass(frozen=True)
@@ -99,6 +113,8 @@ class StoredClip:
     certificate: Certificate
     codec: CodecFacts
     frames_id: str = ""
+    next_frame: bool = False
+    """Whether the group's arrays have the frame after the window."""
 
 
 @dataclass(frozen=True)
@@ -232,11 +248,20 @@ class ClipWork:
     """(N, H, W, 3) uint8."""
     latents: np.ndarray | None = None
     """(N, C, h, w) float16, as they will be stored."""
+    next_frames: np.ndarray | None = None
+    """(0 or 1, H, W, 3) uint8: the frame after the window, where the plan has one and it is no other shot's."""
+    next_latents: np.ndarray | None = None
+    """(0 or 1, C, h, w) float16, of that frame; None where it was not encoded, or there is none."""
     coefficients: np.ndarray | None = None
     """(order, C, h, w) float16, zero-padded."""
     certificate: Certificate = field(default_factory=Certificate)
     frames_id: str = ""
     """16 digits of its frames, see pipeline.stages.content."""
+
+    @property
+    def next_time(self) -> tuple[float, ...]:
+        """Seconds of `next_latents` in the window."""
+        return self.plan.window.next_time[: 0 if self.next_latents is None else len(self.next_latents)]
 
     def certify(self, **found: Any) -> None:
         """Fills in fields of the certificate."""

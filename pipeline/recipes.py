@@ -18,6 +18,10 @@ from pipeline.media.faults import MediaLimits
 OBSERVATIONS = ("every_second", "all", "random")
 METHODS = ("auto", "hold", "linear", "cubic", "lstsq", "bilinear", "paper")
 """`auto`, and those of model.legs, which recipes do not import: it loads torch."""
+TAKE_NEXT_FRAME = ("auto", "hold", "linear", "cubic")
+"""Methods that take frames outside the window."""
+AS_BEFORE, YES, NO = "auto", "yes", "no"
+NEXT_FRAME = (AS_BEFORE, YES, NO)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +59,11 @@ class DataRecipe:
     method: str = "auto"
     """Projection method of model.legs. `auto` chooses `cubic` or `linear` for each clip, by leave-one-out over its
     observed frames; on clips with very uneven times it is `linear`, and so is `cubic`."""
+    next_frame: str = AS_BEFORE
+    """Whether the film's next frame after a window, the first of the window that follows, enters the coefficients too:
+    `yes`, `no`, or `auto`: as the lake's newest version that agrees in everything else, and `yes` where there is none.
+    Where the film ends, or is cut, there is no such frame. With `shots`, and methods that take no frames outside the
+    window, it is not used."""
     codec: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {"kind": "linear", "factor": 4, "channels": 12, "scale": 1.0}
     )
@@ -105,6 +114,7 @@ class DataRecipe:
             "observe": self.observe in OBSERVATIONS,
             "order": self.order >= 0,
             "method": self.method in METHODS,
+            "next_frame": self.next_frame in NEXT_FRAME,
             "validation_fraction": 0 <= self.validation_fraction < 1,
             "min_observed": self.min_observed >= 1,
             "preview_clips": self.preview_clips >= 0,
@@ -119,7 +129,8 @@ class DataRecipe:
         }
         for field, good in checks.items():
             if not good:
-                words = {"observe": OBSERVATIONS, "method": METHODS, "below_gate": (REJECT, FLAG)}.get(field)
+                choices = {"observe": OBSERVATIONS, "method": METHODS, "next_frame": NEXT_FRAME}
+                words = {**choices, "below_gate": (REJECT, FLAG)}.get(field)
                 hint = f"; choose one of {', '.join(words)}" if words else ""
                 raise ValueError(f"recipe {self.name}: {field} = {getattr(self, field)!r} cannot be{hint}")
         if wrong := check_gates(self.gates) or check_gates(dict.fromkeys(self.score_only)) or self._wrong_shots():
@@ -156,6 +167,11 @@ class DataRecipe:
     def whole_shots(self) -> Shots | None:
         """`shots`, with its defaults; None where clips are windows."""
         return Shots(**self.shots) if self.shots else None
+
+    @property
+    def uses_next_frame(self) -> bool:
+        """Whether the frame after a window enters the coefficients; with `auto`, in a lake that decides nothing."""
+        return self.next_frame != NO and self.whole_shots is None and self.method in TAKE_NEXT_FRAME
 
     @property
     def longest(self) -> float:
@@ -197,6 +213,7 @@ class DataRecipe:
             del fields["duration"]
         if not self.split_at_cuts:
             del fields["split_at_cuts"]
+        fields = self._with_next_frame(fields)
         # Whether the codec's networks are compiled is the machine's affair and changes no data.
         fields["codec"] = {key: value for key, value in self.codec.items() if key != "compiled"}
         # A folder may move; weights are named by the codec's and encoder's own ids once they are loaded.
@@ -204,7 +221,13 @@ class DataRecipe:
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON, for the version that it makes."""
-        return {**dataclasses.asdict(self), "size": list(self.size), "order": self.coefficients}
+        fields = self._with_next_frame(dataclasses.asdict(self))
+        return {**fields, "size": list(self.size), "order": self.coefficients}
+
+    def _with_next_frame(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields; one that is not used is left out, as in the recipes of before there was a next frame."""
+        rest = {name: value for name, value in fields.items() if name != "next_frame"}
+        return {**rest, "next_frame": YES} if self.uses_next_frame else rest
 
 
 _HOUSEKEEPING = (

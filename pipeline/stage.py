@@ -40,7 +40,8 @@ def fail(work: ClipWork, stage: str, reason: str, detail: str) -> ClipWork:
     """`work` with its failure and without its arrays."""
     plan = work.plan
     failure = Failure(plan.film, stage, reason, detail, clip_id=plan.clip_id, clip_start=plan.window.start)
-    return dataclasses.replace(work, failure=failure, frames=None, latents=None, coefficients=None)
+    arrays: dict[str, Any] = dict.fromkeys(("frames", "latents", "next_frames", "next_latents", "coefficients"))
+    return dataclasses.replace(work, failure=failure, **arrays)
 
 
 def isolated(
@@ -79,7 +80,8 @@ def run_stages(
             stream = prefetched(stream, ahead)
     works = []
     for work in stream:
-        works.append(work if work.plan.preview else dataclasses.replace(work, frames=None))
+        frames = work.frames if work.plan.preview else None
+        works.append(dataclasses.replace(work, frames=frames, next_frames=None))
     return works, clock
 
 

@@ -6,6 +6,8 @@
         coefficients    (clips, order, C, h, w) float16
         frame_time      (clips, N_max) float64      seconds in the window, NaN beyond the last frame
         observed        (clips, N_max) bool
+        next_latents    (clips, 1, C, h, w) float16;  next_time (clips, 1) float64      the film's next frame after the
+                        window, seconds from its start, NaN where there is none; only by recipes with `next_frame`
         clip_start, duration (clips) float64;  text_row, order_used, preview_row (clips) int32
         preview         (previews, N_max, H, W, 3) uint8    preview_row says whose, -1: none
         texts           (captions, L, D) float16;  text_length (captions) int32;  caption_id (captions, 16) uint8
@@ -53,6 +55,8 @@ _DTYPES = {
     "latents": np.float16,
     "coefficients": np.float16,
     "frame_time": np.float64,
+    "next_latents": np.float16,
+    "next_time": np.float64,
     "observed": np.bool_,
     "clip_start": np.float64,
     "duration": np.float64,
@@ -61,6 +65,8 @@ _DTYPES = {
     "preview_row": np.int32,
 }
 _REQUIRED = ("clip_id", "caption_id", "coefficients", "frame_time", "observed", "clip_start", "duration", "order_used")
+NEXT_ARRAYS = ("next_latents", "next_time")
+"""Of the film's next frame after a window; in groups of recipes that use it."""
 TEXT_ARRAYS = ("texts", "text_length", "caption_id")
 
 
@@ -203,7 +209,7 @@ def _check_clips(clips: Mapping[str, Any]) -> None:
         kind = _DTYPES.get(name, array.dtype)
         if array.dtype != kind or array.dtype.hasobject:
             raise ValueError(f"{name} has type {array.dtype}, it is stored as {np.dtype(kind)}; convert it (and check)")
-        if name in ("coefficients", "latents"):
+        if name in ("coefficients", "latents", "next_latents"):
             finite = np.isfinite(array.reshape(count, -1)).all(axis=1)
             if not finite.all():
                 clip = clips["clip_id"][int(np.argmin(finite))]

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from storage.arrays import CLIPS_PER_SHARD, Array, Texts, append_rows, open_group, read_clips, read_texts
+from storage.arrays import CLIPS_PER_SHARD, NEXT_ARRAYS, Array, Texts, append_rows, open_group, read_clips, read_texts
 from storage.change import Change, finish, rewritten, write_change
 from storage.errors import VlfmError
 from storage.fingerprint import bytes_digest, fingerprint, short_id
@@ -189,7 +189,8 @@ def _rebuilt(
         if copy is not None and (entry is None or _digest_of(copy) == entry["sha256"]):
             yield copy
             continue
-        members = list(entry["members"]) if entry else _members_of(template, row)
+        with_next = any(v.clip.get("next_frame") for v in versions.values() if info in v.shards)
+        members = list(entry["members"]) if entry else _members_of(template, row, with_next)
         found = list(_from_arrays(lake, row, members, template, versions, clips))
         fitting = [sample for sample in found if entry is None or _digest_of(sample) == entry["sha256"]]
         if not fitting:
@@ -240,9 +241,9 @@ def _any_sample(lake: Lake, name: str, versions: Mapping[int, Version]) -> Row |
     return None
 
 
-def _members_of(template: Row | None, row: Row) -> list[str]:
+def _members_of(template: Row | None, row: Row, with_next: bool) -> list[str]:
     base = [name for name in template or () if name not in ("__key__", "preview.npy")]
-    base = base or ["clip.json", *(f"{name}.npy" for name in (*_MEMBERS, "text"))]
+    base = base or ["clip.json", *(f"{name}.npy" for name in (*_MEMBERS, *(NEXT_ARRAYS if with_next else ()), "text"))]
     return [*base, "preview.npy"] if row["preview"] else base
 
 
@@ -297,6 +298,8 @@ def _row_of(lake: Lake, version: Version, row: Row, members: Sequence[str]) -> R
             found[member] = shown["preview"][0, : row["frames"]]
         elif name == "coefficients":
             found[member] = stored[name][0]
+        elif name in NEXT_ARRAYS:
+            found[member] = stored[name][0, : int(np.isfinite(stored["next_time"][0]).sum())]
         else:
             found[member] = stored[name][0, : row["frames"]]
     return found
@@ -403,7 +406,8 @@ def _best(lake: Lake, version: Version, row: Row) -> Row:
     with contextlib.suppress(VlfmError, IndexError, OSError):
         sample = ShardReader(lake, row["shard"])[row["shard_row"]]
         found = {name.removesuffix(".npy"): value for name, value in sample.items() if name.endswith(".npy")}
-    for name in ("coefficients", "text", "frame_time", "observed", "latents", *(["preview"] if row["preview"] else [])):
+    names = ["coefficients", "text", "frame_time", "observed", "latents", *(["preview"] if row["preview"] else [])]
+    for name in (*names, *(NEXT_ARRAYS if version.clip.get("next_frame") else ())):
         if name not in found:
             with contextlib.suppress(VlfmError, IndexError, OSError, ValueError):
                 found |= {name: _row_of(lake, version, row, [f"{name}.npy"])[f"{name}.npy"]}
@@ -443,6 +447,11 @@ def _columns(
         "duration": np.array([row["duration"] for _, row in part], np.float64),
         "order_used": np.array([row["order_used"] for _, row in part], np.int32),
     }
+    if version.clip.get("next_frame"):
+        none = {"next_latents": np.zeros((0, *shape)), "next_time": np.zeros(0)}
+        after = [{**none, **values} for values in found]
+        clips["next_latents"] = np.stack([_padded(v["next_latents"], 1, 0) for v in after]).astype(np.float16)
+        clips["next_time"] = np.stack([_padded(v["next_time"], 1, np.nan) for v in after])
     shown = np.array(["preview" in values for values in found])
     if shown.any():
         clips["preview"] = np.stack([_padded(v["preview"], frames, 0) for v in found if "preview" in v])

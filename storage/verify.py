@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from storage.arrays import Array, count_rows, read_clips, read_texts
+from storage.arrays import NEXT_ARRAYS, Array, count_rows, read_clips, read_texts
 from storage.layout import Lake, LakeError
 from storage.repository import REMEDY as RESTORE
 from storage.repository import address
@@ -19,7 +19,7 @@ from storage.shards import DamagedShard, ShardReader
 from storage.version import REMEDY, Version, checked_bytes, list_versions, load, read_manifest, samples_root
 
 _BATCH = 16  # clips read together; previews are large
-_MEMBERS = ("coefficients", "latents", "frame_time", "observed")
+_MEMBERS = ("coefficients", "latents", "frame_time", "observed", *NEXT_ARRAYS)
 
 
 def verify(lake: Lake, version: Version, arrays: bool = True) -> list[str]:

@@ -65,6 +65,7 @@ def choose(
     *,
     orders: Sequence[int] | None = None,
     methods: Sequence[str] | None = None,
+    outside: bool = False,
 ) -> Choice:
     """The order and method of the least leave-one-out error: `auto`.
 
@@ -81,11 +82,12 @@ def choose(
         duration: the window in seconds.
         orders: candidates; 2N by default.
         methods: candidates; `default_methods` by default.
+        outside: lets the first and the last time lie outside the window, as `projection_matrix` does.
 
     Raises:
         ValueError: fewer than 3 frames, no candidates, frames that are not finite, or as `projection_matrix`.
     """
-    seconds = checked_times("times", times, duration, increasing=True)
+    seconds = checked_times("times", times, duration, outside=outside, increasing=True)
     count = len(seconds)
     kernel = gram(latents)
     if len(kernel) != count:
@@ -97,7 +99,9 @@ def choose(
     errors = {
         (name, order): float(error)
         for name in names
-        for order, error in zip(candidates, loo_errors(kernel, seconds, duration, candidates, name), strict=True)
+        for order, error in zip(
+            candidates, loo_errors(kernel, seconds, duration, candidates, name, outside), strict=True
+        )
     }
     best = min(errors, key=lambda key: errors[key])
     return Choice(order=best[1], method=best[0], error=errors[best], errors=errors)
@@ -111,7 +115,12 @@ def default_methods(times: Float64) -> tuple[str, ...]:
 
 
 def clip_method(
-    latents: NDArray[np.generic] | Tensor, times: ArrayLike, duration: float, order: int, method: str
+    latents: NDArray[np.generic] | Tensor,
+    times: ArrayLike,
+    duration: float,
+    order: int,
+    method: str,
+    outside: bool = False,
 ) -> str:
     """The projection method of one clip, given the recipe's `method`.
 
@@ -120,16 +129,17 @@ def clip_method(
 
     Args:
         latents: (N, ...) the observed frames.
-        times, duration: as for `choose`.
+        times, duration, outside: as for `choose`.
 
     Raises:
         ValueError: as `choose`.
     """
     # Rounded, so that windows of a film at a constant rate share their operators.
-    seconds = np.minimum(np.round(checked_times("times", times, duration, increasing=True), 9), duration)
+    seconds = np.round(checked_times("times", times, duration, outside=outside, increasing=True), 9)
+    seconds = seconds if outside else np.minimum(seconds, duration)
     allowed = default_methods(seconds)
     if method == AUTO and len(allowed) > 1 and len(seconds) > 2:
-        return choose(latents, seconds, duration, orders=(order,), methods=allowed).method
+        return choose(latents, seconds, duration, orders=(order,), methods=allowed, outside=outside).method
     return "linear" if method == AUTO or (method == "cubic" and "cubic" not in allowed) else method
 
 
@@ -154,9 +164,11 @@ def gram(latents: NDArray[np.generic] | Tensor) -> Float64:
     return kernel / math.prod(latents.shape[1:])
 
 
-def loo_errors(kernel: Float64, times: ArrayLike, duration: float, orders: Sequence[int], method: str) -> Float64:
+def loo_errors(
+    kernel: Float64, times: ArrayLike, duration: float, orders: Sequence[int], method: str, outside: bool = False
+) -> Float64:
     """Leave-one-out mean square error per latent value, (len(orders),), from the clips' Gram matrix (N, N)."""
-    operators = residual_operators(times, duration, orders, method)
+    operators = residual_operators(times, duration, orders, method, outside)
     return np.einsum("okn,nm,okm->o", operators, kernel, operators, optimize=True) / operators.shape[1]
 
 
@@ -167,23 +179,25 @@ def leave_one_out(
     return float(loo_errors(gram(latents), times, duration, (order,), method)[0])
 
 
-def residual_operators(times: ArrayLike, duration: float, orders: Sequence[int], method: str) -> Float64:
+def residual_operators(
+    times: ArrayLike, duration: float, orders: Sequence[int], method: str, outside: bool = False
+) -> Float64:
     """R (len(orders), N-2, N), float64, read-only, cached: R @ U are the frames less their leave-one-out predictions.
 
     Raises:
         ValueError: fewer than 3 times (the two end frames are left out), a method without nested orders (`lstsq` is
             made anew for each order), or as `projection_matrix`.
     """
-    seconds = checked_times("times", times, duration, increasing=True)
+    seconds = checked_times("times", times, duration, outside=outside, increasing=True)
     if len(seconds) < 3:
         raise ValueError(f"times holds {len(seconds)} times; leaving one out takes at least 3, the ends stay")
     if not orders or min(orders) < 1:
         raise ValueError(f"orders is {tuple(orders)}; it must hold at least one order of at least 1")
-    return _cached_operators((seconds / duration).tobytes(), tuple(int(order) for order in orders), method)
+    return _cached_operators((seconds / duration).tobytes(), tuple(int(order) for order in orders), method, outside)
 
 
 @lru_cache(maxsize=64)
-def _cached_operators(grid: bytes, orders: tuple[int, ...], method: str) -> Float64:
+def _cached_operators(grid: bytes, orders: tuple[int, ...], method: str, outside: bool) -> Float64:
     r = np.frombuffer(grid)
     count, most = len(r), max(orders)
     operators = np.zeros((len(orders), count - 2, count))
@@ -197,7 +211,7 @@ def _cached_operators(grid: bytes, orders: tuple[int, ...], method: str) -> Floa
                 for i, order in enumerate(orders):
                     operators[i, k - 1, others] = -(projection_matrix(r[others], 1.0, order, method) @ at[:order])
         else:
-            running = np.cumsum(projection_matrix(r[others], 1.0, most, method) * at, axis=1)
+            running = np.cumsum(projection_matrix(r[others], 1.0, most, method, outside=outside) * at, axis=1)
             operators[:, k - 1, others] = -running[:, np.array(orders) - 1].T
     operators.setflags(write=False)
     return operators

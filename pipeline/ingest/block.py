@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from pipeline.recipes import DataRecipe
 from pipeline.sources.fetch import FilmChanged, as_file, is_file
 from pipeline.stage import Stage, fail, one_line, run_stages
 from pipeline.stages.content import ContentStage
-from pipeline.stages.invert import GROUP_FRAMES, InvertStage, SharedCodec, in_16_bits
+from pipeline.stages.invert import GROUP_FRAMES, InvertStage, SharedCodec, in_16_bits, next_in_16_bits
 from pipeline.stages.project import ProjectStage
-from storage.arrays import read_clips
+from storage.arrays import NEXT_ARRAYS, read_clips
 from storage.fingerprint import fingerprint, short_id
 from storage.layout import DiskFull, Lake, LakeError
 from storage.s3_client import BucketError
@@ -43,7 +43,7 @@ class Block:
 
 
 class DecodeStage:
-    """The kept frames of each clip; clips of a film that follow each other share one ffmpeg process."""
+    """The kept frames of each clip and the one after them; clips of a film that follow each other share one ffmpeg."""
 
     name = "decode"
 
@@ -56,7 +56,7 @@ class DecodeStage:
         ffmpeg_binary()
 
     def process(self, works: Iterable[ClipWork]) -> Iterator[ClipWork]:
-        """Fills in `frames`; reasons are DecodeError's, and film_changed."""
+        """Fills in `frames` and `next_frames`; reasons are DecodeError's, and film_changed."""
         run: list[ClipWork] = []
         for work in works:
             if run and not _follows(run[-1], work):
@@ -77,12 +77,18 @@ class DecodeStage:
             with as_file(plan.path, plan.bytes, plan.modified_ns) as file:
                 for frames in decode(file, [work.plan.window for work in run], self.size, self.limits):
                     work, done = run[done], done + 1
-                    work.frames = frames
+                    kept = len(work.plan.window.ticks)
+                    work.frames, work.next_frames = frames[:kept], frames[kept:]
                     yield work
         except (DiskFull, BucketError):
             raise  # no clip's fault
         except Exception as error:  # a clip's fault must not stop its block
-            yield fail(run[done], self.name, *_said(error, "decode_failed"))
+            work = run[done]
+            faulty = isinstance(error, DecodeError) and error.reason in ("corrupt", "truncated")
+            if faulty and work.plan.window.next_ticks:  # a clip can do without the frame after its window
+                yield from self._decode([replace(work, plan=replace(work.plan, window=work.plan.window.alone))])
+            else:
+                yield fail(work, self.name, *_said(error, "decode_failed"))
             # The fault may lie in one window alone: the others get a process of their own.
             for work in run[done + 1 :]:
                 yield from self._decode([work])
@@ -100,7 +106,7 @@ class ImportStage:
         """Nothing is needed."""
 
     def process(self, works: Iterable[ClipWork]) -> Iterator[ClipWork]:
-        """Fills in `latents`; reasons: not_finite, film_changed, and what `read_latents` says."""
+        """Fills in `latents` and `next_latents`; reasons: not_finite, film_changed, and what `read_latents` says."""
         for work in works:
             try:
                 work = self._import(work)
@@ -118,7 +124,9 @@ class ImportStage:
         _check_unchanged(plan)
         with as_file(plan.path, plan.bytes, plan.modified_ns) as file:
             latents = read_latents(file, plan.window)
-        return in_16_bits(work, latents, self.name, "encode its film again")
+        kept = len(plan.window.ticks)
+        work.next_latents = next_in_16_bits(latents[kept:])
+        return in_16_bits(work, latents[:kept], self.name, "encode its film again")
 
 
 class StoredStage:
@@ -134,15 +142,18 @@ class StoredStage:
         """Nothing is needed."""
 
     def process(self, works: Iterable[ClipWork]) -> Iterator[ClipWork]:
-        """Fills in `latents` where they are stored, by the same weights, can be read, and were not lost in a repair."""
+        """Fills in latents where they are stored, by the same weights, can be read, and were not lost in a repair."""
         for work in works:
             stored = work.plan.stored
             if work.failure is None and stored is not None and stored.codec.id == self.codec.load().id:
                 with contextlib.suppress(LakeError):  # damaged: they are made again
-                    rows = read_clips(self.lake, stored.snapshot, stored.group, [stored.row], ["latents"])
+                    names = ["latents", *(NEXT_ARRAYS if stored.next_frame else ())]
+                    rows = read_clips(self.lake, stored.snapshot, stored.group, [stored.row], names)
                     latents = rows["latents"][0, : len(work.plan.window.ticks)]
                     if np.isfinite(latents).all():
                         work.latents = latents
+                        if stored.next_frame and tuple(rows["next_time"][0]) == work.plan.window.next_time:
+                            work.next_latents = rows["next_latents"][0]
                         known = dataclasses.asdict(stored.certificate)
                         work.certify(**{name: known[name] for name in _OF_CODEC})
             yield work
@@ -166,7 +177,10 @@ def _said(error: Exception, otherwise: str) -> tuple[str, str]:
 
 
 def _follows(earlier: ClipWork, later: ClipWork) -> bool:
-    return earlier.plan.path == later.plan.path and earlier.plan.window.ticks[-1] < later.plan.window.ticks[0]
+    before, after = earlier.plan.window, later.plan.window
+    if earlier.plan.path != later.plan.path or before.ticks[-1] >= after.ticks[0]:
+        return False
+    return before.decoded[-1] <= after.ticks[0]  # the frame after a window may be the next one's first
 
 
 def _check_unchanged(plan: ClipPlan) -> None:
@@ -238,7 +252,8 @@ class BlockWorker:
         result = BlockResult(
             block_id, made, failures, clock, self.imported or codec_facts(self.codec, self.recipe.size)
         )
-        stage_block(self.lake, result, staged_arrays(works, self.recipe.frames_max), self.recipe_fingerprint, clips)
+        arrays = staged_arrays(works, self.recipe.frames_max, self.recipe.uses_next_frame)
+        stage_block(self.lake, result, arrays, self.recipe_fingerprint, clips)
         return result
 
     def teardown(self) -> None:
@@ -255,11 +270,12 @@ def codec_facts(shared: SharedCodec, size: tuple[int, int]) -> CodecFacts:
     return CodecFacts(codec.id, codec.channels, codec.factor, codec.scale, codec.spec(), shape)
 
 
-def staged_arrays(works: Sequence[ClipWork], frames_max: int) -> dict[str, np.ndarray]:
+def staged_arrays(works: Sequence[ClipWork], frames_max: int, next_frame: bool = False) -> dict[str, np.ndarray]:
     """The arrays of a block as they are staged, with one row per finished clip.
 
     latents (n, frames_max, C, h, w) f16 zero-padded, coefficients (n, s, C, h, w) f16, frame_time (n, frames_max) f64
-    NaN-padded, observed (n, frames_max) bool, preview (p, frames_max, H, W, 3) uint8 for the p clips that keep it.
+    NaN-padded, observed (n, frames_max) bool, preview (p, frames_max, H, W, 3) uint8 for the p clips that keep it; with
+    `next_frame` also next_latents (n, 1, C, h, w) f16 and next_time (n, 1) f64, 0 and NaN where there is no such frame.
     """
     made = [work for work in works if work.failure is None]
     arrays: dict[str, np.ndarray] = {}
@@ -269,6 +285,11 @@ def staged_arrays(works: Sequence[ClipWork], frames_max: int) -> dict[str, np.nd
         times = [np.asarray(work.plan.window.frame_time) for work in made]
         arrays["frame_time"] = np.stack([_padded(row, frames_max, np.nan) for row in times])
         arrays["observed"] = np.stack([_padded(np.asarray(work.plan.observed), frames_max, False) for work in made])
+        if next_frame:
+            none = np.zeros((0, *arrays["latents"].shape[2:]), arrays["latents"].dtype)
+            after = [none if work.next_latents is None else work.next_latents for work in made]
+            arrays["next_latents"] = np.stack([_padded(latents, 1, 0) for latents in after])
+            arrays["next_time"] = np.stack([_padded(np.array(work.next_time, float), 1, np.nan) for work in made])
         previews = [_padded(work.frames, frames_max, 0) for work in made if work.plan.preview]
         if previews:
             arrays["preview"] = np.stack(previews)

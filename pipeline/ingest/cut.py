@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ class Span:
     """Seconds since the film's first frame."""
     duration: float
     """Seconds."""
+    shot_end: float = math.inf
+    """Where the film's next shot begins, as far as cuts were looked for; seconds since the film's first frame."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def _split(film: Probe, file: Path, entry: FilmEntry, recipe: DataRecipe) -> Cut
         part = max(begin, entry.start), min(end, last)
         starts = window_starts(film, recipe.duration, *part)
         missing += window_count(film, recipe.duration, *part) - len(starts)
-        spans += [Span(start, recipe.duration) for start in starts]
+        spans += [Span(start, recipe.duration, end) for start in starts]
     return Cut(tuple(spans), missing)
 
 

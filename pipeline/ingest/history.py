@@ -8,16 +8,31 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pipeline.ingest.environment import LASTING, RECIPE_BOUND
 from pipeline.ingest.identity import content, covers
 from pipeline.items import Row
+from pipeline.recipes import AS_BEFORE, NO, YES, DataRecipe
+from storage.fingerprint import fingerprint
 from storage.layout import Lake, LakeError
 from storage.shards import DamagedShard, ShardReader
 from storage.version import Version, read_manifest, readable_versions
 
 OTHER_RECIPE = "other_recipe"
 """Reason of films that have no clips by this recipe yet, because its runs did not include their source."""
+
+
+def as_in_lake(lake: Lake, recipe: DataRecipe) -> DataRecipe:
+    """The recipe with `next_frame` decided: with `auto`, a lake of clips without next frames stays one without.
+
+    Else all of its clips would be made again for a setting that nobody asked for.
+    """
+    if recipe.next_frame != AS_BEFORE:
+        return recipe
+    choices = {fingerprint((made := replace(recipe, next_frame=word)).data_fields()): made for word in (NO, YES)}
+    found = [version.recipe_fingerprint for version in readable_versions(lake)[0]]
+    return next((choices[name] for name in found if name in choices), replace(recipe, next_frame=YES))
 
 
 def newest_of_recipe(lake: Lake, parent: Version | None, recipe_fingerprint: str) -> tuple[Version | None, list[str]]:

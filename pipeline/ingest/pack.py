@@ -19,6 +19,7 @@ from pipeline.ingest.state import IngestPlan
 from pipeline.items import BlockResult, MadeClip, Row
 from pipeline.rows import caption_id
 from pipeline.stages.embed import Texts
+from storage.arrays import NEXT_ARRAYS
 from storage.errors import Kind, VlfmError
 from storage.fingerprint import fingerprint, short_id
 from storage.layout import LakeError
@@ -161,6 +162,7 @@ def publish_version(
             "latent_shape": list(packed.latent_shape),
             "frame_shape": [*recipe.size, 3],
             **({} if shots is None else {"variable": True, "min_frames": shots.min_frames}),
+            **({"next_frame": True} if recipe.uses_next_frame else {}),
         },
         snapshot=packed.snapshot,
         group=short_id(plan.recipe_fingerprint),
@@ -262,6 +264,9 @@ def _samples(clips: Sequence[MadeClip], arrays: Mapping[str, np.ndarray], texts:
         }
         if latents:
             sample["latents.npy"] = arrays["latents"][index, :frames]
+            if "next_time" in arrays:
+                after = int(np.isfinite(arrays["next_time"][index]).sum())
+                sample |= {f"{name}.npy": arrays[name][index, :after] for name in NEXT_ARRAYS}
         if clip.preview:
             sample["preview.npy"] = arrays["preview"][shown, :frames]
             shown += 1
@@ -297,6 +302,7 @@ def _append(
         "clip_id": [row["clip_id"] for row in rows],
         "caption_id": [row["caption_id"] for row in rows],
         **{name: arrays[name] for name in ("coefficients", "latents", "frame_time", "observed")},
+        **{name: arrays[name] for name in NEXT_ARRAYS if name in arrays},
         "clip_start": np.array([row["clip_start"] for row in rows], dtype=np.float64),
         "duration": np.array([row["duration"] for row in rows], dtype=np.float64),
         "order_used": np.array([row["order_used"] for row in rows], dtype=np.int32),

@@ -22,12 +22,12 @@ from pipeline.gates import decide, rejection
 from pipeline.ingest.block import codec_facts, cut_blocks
 from pipeline.ingest.cut import Cut, cut_film
 from pipeline.ingest.environment import LASTING, STOP_FILMS, check_environment, decoder_version
-from pipeline.ingest.history import dataset_clips, dataset_films, newest_of_recipe, older_rows
+from pipeline.ingest.history import as_in_lake, dataset_clips, dataset_films, newest_of_recipe, older_rows
 from pipeline.ingest.identity import Identities, content
 from pipeline.ingest.reuse import with_stored
 from pipeline.ingest.state import PARTIAL, FilmState, IngestPlan, Progress
 from pipeline.items import ClipPlan, CodecFacts, Failure, Row
-from pipeline.media.decode import Probe, ffmpeg_binary, probe, select_frames
+from pipeline.media.decode import Probe, ffmpeg_binary, probe, select_frames, with_next_frame
 from pipeline.media.faults import DecodeError, digest_of
 from pipeline.media.latents import probe_latents
 from pipeline.recipes import DataRecipe, Shots
@@ -70,6 +70,7 @@ def plan_ingest(
     """
     begin = time.perf_counter()
     moment = time.gmtime(time.time() if now is None else now)
+    recipe = as_in_lake(lake, recipe)
     recipe_fingerprint = fingerprint(recipe.data_fields())
     parent = latest(lake)
     base, damage = newest_of_recipe(lake, parent, recipe_fingerprint)
@@ -373,6 +374,8 @@ def _plan_clips(
             shared[clip] = Failure(entry.film, "plan", "duplicate_window", detail, "filtered", clip, start)
             continue
         window = select_frames(film, start, span.duration, recipe.rate)
+        if recipe.uses_next_frame:
+            window = with_next_frame(film, window, span.duration, recipe.rate, span.shot_end)
         observed = observed_frames(len(window.ticks), recipe.observe, clip)
         if shots is not None and not shots.min_frames <= len(window.ticks) <= shots.max_frames:
             few[clip] = _wrong_length(entry.film, clip, start, len(window.ticks), shots)

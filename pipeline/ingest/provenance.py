@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.gates import flags
 from pipeline.items import Row
-from pipeline.recipes import DataRecipe
+from pipeline.recipes import AS_BEFORE, NO, DataRecipe
 from storage.fingerprint import canonical_json, file_digest, fingerprint
 from storage.layout import Lake, LakeError
 from storage.shards import DamagedShard, ShardReader
@@ -18,7 +18,7 @@ from storage.version import Version, list_versions, load, read_manifest
 
 _STAGES = {
     "size": "decode", "rate": "decode", "duration": "decode", "shots": "decode", "codec": "invert",
-    "observe": "project", "order": "project", "method": "project", "text": "embed",
+    "next_frame": "invert", "observe": "project", "order": "project", "method": "project", "text": "embed",
 }  # fmt: skip
 """The first stage whose result depends on a field of the recipe; what comes before it is taken as stored."""
 
@@ -111,11 +111,14 @@ def provenance(lake: Lake, version: Version, clip: Row, recipe: DataRecipe | Non
 def _standing(version: Version, clip: Row, film: Row, recipe: DataRecipe | None) -> tuple[bool, list[str]]:
     again, reasons = False, []
     if recipe is not None:
+        if recipe.next_frame == AS_BEFORE:
+            recipe = dataclasses.replace(recipe, next_frame=version.recipe.get("next_frame", NO))
         own = json.loads(canonical_json(recipe.data_fields()))
         if fingerprint(own) != version.recipe_fingerprint:
             again = True
-            differs = [name for name in sorted(own) if name in version.recipe and version.recipe[name] != own[name]]
-            reasons += [f"{name} is {own[name]!r} now, it was {version.recipe[name]!r}" for name in differs]
+            before, now = ({"next_frame": NO, **fields} for fields in (version.recipe, own))
+            differs = [name for name in sorted(now) if name in before and before[name] != now[name]]
+            reasons += [f"{name} is {now[name]!r} now, it was {before[name]!r}" for name in differs]
             stages = [
                 stage for stage in ("decode", "invert", "project", "embed") for n in differs if _STAGES.get(n) == stage
             ]

@@ -1,7 +1,7 @@
 """What stored clips save a run: each stage is made again only where something that it depends on has changed.
 
     latents         film, window and its frames, size, codec; the caption too where the codec inverts with it
-    coefficients    latents, which frames are observed, order, method
+    coefficients    latents, those of the frame after the window too, which frames are observed, order, method
     text            caption, text encoder (pipeline.stages.embed)
 
 A new projection takes stored latents, a new caption all but the text. What is stored is used bit for bit, as everything
@@ -21,12 +21,12 @@ from model.codecs.text import inverts_with_text
 from pipeline.ingest.block import Block, stage_block, staged_arrays
 from pipeline.items import BlockResult, Certificate, ClipPlan, ClipWork, CodecFacts, MadeClip, Row, StoredClip
 from pipeline.recipes import DataRecipe
-from storage.arrays import read_clips
+from storage.arrays import NEXT_ARRAYS, read_clips
 from storage.layout import Lake, LakeError
 from storage.version import Version, read_manifest, readable_versions
 
 _OF_LATENTS = ("size", "codec")
-_OF_COEFFICIENTS = ("order", "method", "duration")
+_OF_COEFFICIENTS = ("order", "method", "duration", "next_frame")
 
 
 def with_stored(lake: Lake, recipe: DataRecipe, clips: Sequence[ClipPlan]) -> list[ClipPlan]:
@@ -61,7 +61,8 @@ def copy_block(lake: Lake, recipe: DataRecipe, recipe_fingerprint: str, block: B
     for clip in block.clips:
         stored = clip.stored
         assert stored is not None
-        names = ("latents", "coefficients", *(("preview", "preview_row") if clip.preview else ()))
+        names = ["latents", "coefficients", *(("preview", "preview_row") if clip.preview else ())]
+        names += NEXT_ARRAYS if recipe.uses_next_frame else ()
         arrays = read_clips(lake, stored.snapshot, stored.group, [stored.row], names)
         frames = len(clip.window.ticks)
         works.append(
@@ -69,6 +70,7 @@ def copy_block(lake: Lake, recipe: DataRecipe, recipe_fingerprint: str, block: B
                 clip,
                 frames=arrays["preview"][0, :frames] if clip.preview else None,
                 latents=arrays["latents"][0, :frames],
+                next_latents=arrays["next_latents"][0] if clip.window.next_time else None,
                 coefficients=arrays["coefficients"][0],
                 certificate=stored.certificate,
                 frames_id=stored.frames_id,
@@ -77,7 +79,8 @@ def copy_block(lake: Lake, recipe: DataRecipe, recipe_fingerprint: str, block: B
     made = tuple(MadeClip.of(work) for work in works)
     assert block.clips[0].stored is not None
     result = BlockResult(block.block_id, made, (), {"copy": time.perf_counter() - begin}, block.clips[0].stored.codec)
-    stage_block(lake, result, staged_arrays(works, recipe.frames_max), recipe_fingerprint, block.clips)
+    staged = staged_arrays(works, recipe.frames_max, recipe.uses_next_frame)
+    stage_block(lake, result, staged, recipe_fingerprint, block.clips)
     return result
 
 
@@ -106,10 +109,10 @@ def _with_best(lake: Lake, clip: ClipPlan, found: Iterable[tuple[Version, Row, b
     for version, row, whole in found:
         if row["frames"] != len(clip.window.ticks):
             continue
+        next_frame = bool(version.clip.get("next_frame"))
+        names = ["clip_id", "frame_time", "observed", *(("next_time",) if next_frame else ())]
         try:
-            arrays = read_clips(
-                lake, version.snapshot, version.group, [row["array_row"]], ("clip_id", "frame_time", "observed")
-            )
+            arrays = read_clips(lake, version.snapshot, version.group, [row["array_row"]], names)
         except (LakeError, IndexError):
             continue
         frames = len(clip.window.ticks)
@@ -117,6 +120,9 @@ def _with_best(lake: Lake, clip: ClipPlan, found: Iterable[tuple[Version, Row, b
         if arrays["clip_id"][0] != row["clip_id"] or not same_frames:
             continue
         whole = whole and np.array_equal(arrays["observed"][0, :frames], np.asarray(clip.observed))
+        if next_frame:  # a cut may keep it out, or a fault of the film: then it is looked at again
+            stored_time = arrays["next_time"][0]
+            whole = whole and tuple(stored_time[np.isfinite(stored_time)]) == clip.window.next_time
         if whole and not _has_latents(lake, version, row):
             continue
         facts = {**version.codec, "latent_shape": version.clip["latent_shape"]}
@@ -129,6 +135,7 @@ def _with_best(lake: Lake, clip: ClipPlan, found: Iterable[tuple[Version, Row, b
             certificate=Certificate.from_row(row),
             codec=CodecFacts.from_json(facts),
             frames_id=row["frames_id"],
+            next_frame=next_frame,
         )
         if stored.whole:
             return replace(clip, stored=stored)

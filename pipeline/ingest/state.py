@@ -132,7 +132,9 @@ class IngestPlan:
         if imported:
             lines.append(f"{imported} of them are imported latents: they are only projected")
         elif reused:
-            lines.append(f"{reused} of them take stored latents: they are not encoded again")
+            missing = any(clip.window.next_ticks and clip.stored and not clip.stored.next_frame for clip in self.clips)
+            but = ", but for the frame after each window" if missing else ""
+            lines.append(f"{reused} of them take stored latents: they are not encoded again{but}")
         if self.staged:
             lines.append(f"{len(self.staged)} blocks are finished from an interrupted run and are kept")
         if faulty:

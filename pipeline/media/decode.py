@@ -8,11 +8,12 @@ presentation times. A film is untrusted input: the options below close the traps
 from __future__ import annotations
 
 import functools
+import math
 import re
 import time
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -283,10 +284,29 @@ def window_of(film: Probe, kept: Sequence[int] | np.ndarray, start: float = 0.0)
     return Window(start, tuple(int(tick) for tick in ticks), tuple(float(time) for time in frame_time), seek)
 
 
+def with_next_frame(film: Probe, window: Window, duration: float, rate: float, end: float = math.inf) -> Window:
+    """The window with the frame after it: the first one that the window which follows would keep.
+
+    There is none where the film ends, from `end` (seconds since the film's first frame, such as its next cut) on, and
+    where it is farther from the last kept frame than twice the widest gap between kept ones: there the times jump.
+    """
+    following = select_frames(film, window.start + duration, duration, rate).ticks[:1]
+    if not following or len(window.ticks) < 2:
+        return window
+    seconds = float(film.times[np.searchsorted(film.ticks, following[0])])
+    time = max(seconds - window.start, duration)
+    farthest = 2 * max(np.diff(window.frame_time)) + film.tolerance
+    if seconds >= end or following[0] <= window.ticks[-1] or time - window.frame_time[-1] > farthest:
+        return window
+    return replace(window, next_ticks=following, next_time=(time,))
+
+
 def decode(
     path: Path, windows: Sequence[Window], size: tuple[int, int], limits: MediaLimits | None = None
 ) -> Iterator[np.ndarray]:
     """Frames of each window in turn, uint8 (N, H, W, 3) RGB; one ffmpeg process, one window in memory.
+
+    Where a window names the frame after it, that comes last; it may be the first one of the next window.
 
     Frames are chosen first, then cropped at the centre to the shape of `size` (H, W) and scaled to it; a rotation that
     is stored in the film is applied. The times that the decoder reports are checked.
@@ -322,12 +342,13 @@ def _stream(
     if seek is not None:
         options |= {"seek_timestamp": 1, "noaccurate_seek": None, "ss": f"{seek:.6f}"}
     source = ffmpeg.input(f"file:{path}", **options)
-    frames = source["V:0"].filter("select", _selection(windows)).filter("showinfo", checksum=0)
+    fresh = _fresh(windows)
+    frames = source["V:0"].filter("select", _selection(fresh)).filter("showinfo", checksum=0)
     # Cropped before it is scaled: what is cut off costs nothing. `sar` is the shape of the film's pixels.
     across, down = f"min(iw,ih*{width}/{height}/sar)", f"min(ih,iw*sar*{height}/{width})"
     frames = frames.filter("crop", across, down, exact=1).filter("scale", width, height, flags="bilinear")
     frames = frames.filter("format", "rgb24").filter("setsar", 1)
-    total = sum(len(window.ticks) for window in windows)
+    total = sum(len(ticks) for ticks in fresh)
     wanted = {"f": "rawvideo", "pix_fmt": "rgb24", tool.sync_option: "passthrough", "frames:v": total}
     times: list[int] = []
 
@@ -336,25 +357,30 @@ def _stream(
             times.append(int(frame[1]))
 
     with FfmpegProcess(_command(tool, ffmpeg.output(frames, "pipe:", **wanted)), listen) as process:
-        for window in windows:
-            pixels = np.empty((len(window.ticks), height, width, 3), dtype=np.uint8)
+        last = np.empty((height, width, 3), dtype=np.uint8)
+        for window, ticks in zip(windows, fresh, strict=True):
+            pixels = np.empty((len(window.decoded), height, width, 3), dtype=np.uint8)
+            new = pixels[len(window.decoded) - len(ticks) :]
+            if len(new) < len(pixels):
+                pixels[0] = last
             try:
-                filled = process.read_into(pixels.reshape(-1).data, time.monotonic() + limits.timeout)
+                filled = process.read_into(new.reshape(-1).data, time.monotonic() + limits.timeout) if len(new) else 0
             except TimeoutError:
                 detail = f"no frames for {limits.timeout:g} s at {window.start:g} s; raise timeout"
                 raise DecodeError("timeout", detail) from None
-            if filled < pixels.size:
+            if filled < new.size:
                 got = filled // (height * width * 3)
                 status = _status(process)
                 raise diagnosis(path, process.messages, got, limits, tool, status, window.start)
-            _hear_times(process, times, len(window.ticks))
-            heard, times[: len(window.ticks)] = times[: len(window.ticks)], []
-            if len(heard) < len(window.ticks):
-                what = f"{len(window.ticks)} frames came and {len(heard)} times in the window at {window.start:g} s"
+            _hear_times(process, times, len(ticks))
+            heard, times[: len(ticks)] = times[: len(ticks)], []
+            if len(heard) < len(ticks):
+                what = f"{len(ticks)} frames came and {len(heard)} times in the window at {window.start:g} s"
                 raise tool_failed(tool, what)
-            if heard != list(window.ticks):
+            if heard != list(ticks):
                 status = _status(process)
                 raise diagnosis(path, process.messages, len(heard), limits, tool, status, window.start)
+            last = pixels[-1].copy()
             yield pixels
 
 
@@ -374,12 +400,24 @@ def _status(process: FfmpegProcess) -> int | None:
         return None
 
 
-def _selection(windows: Sequence[Window]) -> str:
+def _fresh(windows: Sequence[Window]) -> list[tuple[int, ...]]:
+    """The ticks of each window that the one before has not given: the frame after a window may be the next's first."""
+    fresh = []
+    last = None
+    for window in windows:
+        ticks = window.decoded
+        fresh.append(ticks[1:] if ticks[0] == last else ticks)
+        last = ticks[-1]
+    return fresh
+
+
+def _selection(windows: Iterable[Sequence[int]]) -> str:
     """An ffmpeg expression that is true for exactly the named frames; one comparison per window for the others."""
     parts = []
-    for window in windows:
-        chosen = _sum([f"eq(pts,{tick})" for tick in window.ticks])
-        parts.append(f"if(between(pts,{window.ticks[0]},{window.ticks[-1]}),{chosen})")
+    for ticks in windows:
+        if ticks:
+            chosen = _sum([f"eq(pts,{tick})" for tick in ticks])
+            parts.append(f"if(between(pts,{ticks[0]},{ticks[-1]}),{chosen})")
     return _sum(parts)
 
 

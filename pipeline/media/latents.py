@@ -116,20 +116,20 @@ def probe_latents(path: Path, codec: CodecFacts, limits: MediaLimits | None = No
 
 
 def read_latents(path: Path, window: Window) -> np.ndarray:
-    """The latents (N, C, h, w) of the frames that a window keeps, as they are in the file (bfloat16 as float32).
+    """The latents (N, C, h, w) of a window's frames, the one after it last, as in the file (bfloat16 as float32).
 
     Raises:
         DecodeError: not_latents, truncated: it is not the file any more that was planned.
         OSError: it cannot be read.
     """
-    first, last = window.ticks[0], window.ticks[-1]
+    first, last = window.decoded[0], window.decoded[-1]
     with path.open("rb") as file:
         tensors, _ = _header(file)
         latents = tensors.get("latents")
         if latents is None or latents.shape[0] <= last:
             raise DecodeError(NOT_LATENTS, "its latents are others than when the clips were planned; run again")
         rows = latents.rows(file, first, last + 1)
-    return np.asarray(rows[np.asarray(window.ticks) - first])
+    return np.asarray(rows[np.asarray(window.decoded) - first])
 
 
 def _header(file: IO[bytes]) -> tuple[dict[str, _Tensor], Mapping[str, str]]:

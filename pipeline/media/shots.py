@@ -39,6 +39,11 @@ def shot_starts(frames: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, bool
         yield waiting.popleft(), _is_start(changes, index)
 
 
+def follows_a_cut(before: Sequence[np.ndarray], frame: np.ndarray) -> bool:
+    """Whether `frame` begins a shot, by the frames just `before` it alone."""
+    return list(shot_starts([*before[-AROUND - 1 :], frame]))[-1][1]
+
+
 def _is_start(changes: Sequence[float], index: int) -> bool:
     """changes[k] is how much frame k differs from the one before it."""
     if index == 0:

@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.gates import flags, rejection
 from pipeline.items import ClipWork, Rejected, Resources
-from pipeline.media.shots import shot_starts
+from pipeline.media.shots import follows_a_cut, shot_starts
 from pipeline.stage import isolated
 
 BLACK = 16.0
@@ -31,7 +31,8 @@ _LUMA = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)
 class ContentStage:
     """Fills in the figures of storage.schema.CONTENT, but the duplicates, which only a whole version can tell.
 
-    gates: those that keep clips out. A clip outside one of content is not encoded.
+    A frame after the window that begins another shot is let go. gates: those that keep clips out. A clip outside one of
+    content is not encoded.
     """
 
     name = "content"
@@ -54,11 +55,14 @@ class ContentStage:
         plan = work.plan
         work.certify(**measure(work.frames), short_side=plan.short_side, film_seconds=plan.film_seconds)
         work.frames_id = frames_id(work.frames)
+        after = work.next_frames
+        if after is not None and len(after) and follows_a_cut([*work.frames], after[0]):
+            work.next_frames = after[:0]
         if not flags(work.certificate, self.gates):
             return work
         outside = Rejected(plan.clip_id, plan.film, plan.window.start, work.certificate, work.frames_id)
         failure = replace(rejection(outside, self.gates), certificate=work.certificate, frames_id=work.frames_id)
-        return replace(work, failure=failure, frames=None)
+        return replace(work, failure=failure, frames=None, next_frames=None)
 
 
 def measure(frames: np.ndarray) -> dict[str, float]:

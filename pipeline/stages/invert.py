@@ -94,9 +94,9 @@ class InvertStage:
         self.codec.load()
 
     def process(self, works: Iterable[ClipWork]) -> Iterator[ClipWork]:
-        """Fills in `latents`, where they are not there yet, and the certificate; reasons: not_finite, invert_failed."""
+        """Fills in the latents that are not there yet, and the certificate; reasons: not_finite, invert_failed."""
         for group in groups(works):
-            good = [work for work in group if work.failure is None and work.latents is None]
+            good = [work for work in group if work.failure is None and (work.latents is None or len(_next(work)))]
             new = {id(work) for work in good}
             done = iter(self._isolated(good) if good else [])
             for work in group:
@@ -119,20 +119,29 @@ class InvertStage:
     def _invert(self, group: list[ClipWork]) -> list[ClipWork]:
         import torch
 
-        frames = [to_signed(work.frames, self.codec.device) for work in group]
-        captions = [work.plan.caption for work, shown in zip(group, frames, strict=True) for _ in shown]
+        pixels = [_unencoded(work) for work in group]
+        captions = [work.plan.caption for work, shown in zip(group, pixels, strict=True) for _ in shown]
+        frames = [to_signed(shown, self.codec.device) for shown in pixels]
         found = self.codec.encode(torch.cat(frames), captions)
         counts = [len(shown) for shown in frames]
         latents = [part.numpy() for part in split(found.latents.float().cpu(), counts)]
         unknown = found.latents.new_full((sum(counts),), math.nan)
         measured = [unknown if figure is None else figure for figure in (found.residual, found.round_trip)]
         facts = split(torch.stack(measured, dim=1).cpu(), counts)
-        works = [self._stored(work, own) for work, own in zip(group, latents, strict=True)]
-        self._certify(works, frames)
-        for place, (work, fact) in enumerate(zip(works, facts, strict=True)):
-            if work.failure is not None:
+        kept = [count - len(_next(work)) for work, count in zip(group, counts, strict=True)]  # 0 where they are stored
+        for work, own, count in zip(group, latents, kept, strict=True):
+            if len(own) > count:
+                work.next_latents = next_in_16_bits(own[count:])
+        works = [
+            self._stored(work, own[:count]) if count else work
+            for work, own, count in zip(group, latents, kept, strict=True)
+        ]
+        encoded = [(work, shown[:count]) for work, shown, count in zip(works, frames, kept, strict=True) if count]
+        self._certify([work for work, _ in encoded], [shown for _, shown in encoded])
+        for place, (work, fact, count) in enumerate(zip(works, facts, kept, strict=True)):
+            if work.failure is not None or not count:
                 continue
-            residual, round_trip = fact.unbind(dim=1)
+            residual, round_trip = fact[:count].unbind(dim=1)
             work.certify(residual=float(residual.max()), latent_round_trip=float(round_trip.min()))
             if math.isnan(work.certificate.psnr_codec):
                 detail = "its latents decode to frames that are not finite; run the VAE in float32 or use another one"
@@ -165,6 +174,26 @@ class InvertStage:
             alone = full if plain is None else quality(split(plain, counts)[row], own)
             work.certify(psnr_codec=full[0], ssim_codec=full[1], frames_certified=len(own))
             work.certify(psnr_vae=alone[0], ssim_vae=alone[1])
+
+
+def _next(work: ClipWork) -> np.ndarray:
+    """The frame after a clip's window, (0 or 1, H, W, 3), where it is to be encoded."""
+    assert work.frames is not None
+    none = work.next_frames is None or work.next_latents is not None
+    return work.frames[:0] if none else np.asarray(work.next_frames)
+
+
+def _unencoded(work: ClipWork) -> np.ndarray:
+    """A clip's own frames where they have no latents, then the one after its window."""
+    assert work.frames is not None
+    return np.concatenate([work.frames if work.latents is None else work.frames[:0], _next(work)])
+
+
+def next_in_16_bits(latents: np.ndarray) -> np.ndarray:
+    """Latents (0 or 1, C, h, w) of the frame after a window in float16; none where they are not finite there."""
+    with np.errstate(over="ignore"):
+        stored: np.ndarray = latents.astype(np.float16)
+    return stored if np.isfinite(stored).all() else stored[:0]
 
 
 def in_16_bits(work: ClipWork, latents: np.ndarray, stage: str, remedy: str) -> ClipWork:

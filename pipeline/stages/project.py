@@ -16,6 +16,7 @@ from pipeline.stages.invert import SharedCodec, evenly, to_signed
 class ProjectStage:
     """Coefficients (order, C, h, w) in 16 bits, zero-padded, measured as they are stored.
 
+    The frame after the window bends the path's end; the certificate is of the clip's own frames.
     codec: None where the clips have no frames, whose readout would be compared with them.
     certify_frames: how many of a clip's observed frames are decoded for the PSNR; 0 for all of them.
     """
@@ -51,10 +52,14 @@ class ProjectStage:
         observed = np.asarray(plan.observed, dtype=bool)
         latents = work.latents.astype(np.float32)
         order = min(self.order, 2 * int(observed.sum()))
-        method = clip_method(latents[observed], times[observed], plan.duration, order, self.method)
-        weights = _matrix(tuple(times[observed]), plan.duration, order, method)
+        seen, seen_at, outside = latents[observed], times[observed], bool(work.next_time)
+        if work.next_latents is not None and outside:
+            seen = np.concatenate([seen, work.next_latents.astype(np.float32)])
+            seen_at = np.concatenate([seen_at, work.next_time])
+        method = clip_method(seen, seen_at, plan.duration, order, self.method, outside)
+        weights = _matrix(tuple(seen_at), plan.duration, order, method, outside)
         with np.errstate(over="ignore"):
-            coefficients = np.asarray(project(latents[observed], weights)).astype(np.float16)
+            coefficients = np.asarray(project(seen, weights)).astype(np.float16)
         if not np.isfinite(coefficients).all():
             detail = f"coefficients of order {order} by {method} do not fit 16 bits; use a lower order or method=linear"
             return fail(work, self.name, "not_finite", detail)
@@ -87,11 +92,12 @@ class ProjectStage:
 
 
 @functools.lru_cache(maxsize=256)
-def _matrix(times: tuple[float, ...], duration: float, order: int, method: str) -> np.ndarray:
+def _matrix(times: tuple[float, ...], duration: float, order: int, method: str, outside: bool) -> np.ndarray:
     """W (N, order) of one time grid; most clips of a film share it."""
     from model.legs import projection_matrix
 
-    return np.asarray(projection_matrix(np.asarray(times), duration, order, method), dtype=np.float32)
+    matrix = projection_matrix(np.asarray(times), duration, order, method, outside=outside)
+    return np.asarray(matrix, dtype=np.float32)
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray, squared: bool = False) -> float:

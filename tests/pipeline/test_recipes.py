@@ -50,6 +50,7 @@ def test_sizes_follow_from_the_window() -> None:
         ("observe", "odd"),
         ("order", -1),
         ("method", "spline"),
+        ("next_frame", "true"),
         ("validation_fraction", 1.0),
         ("min_observed", 0),
         ("preview_clips", -1),
@@ -87,6 +88,7 @@ def test_only_what_changes_data_is_fingerprinted() -> None:
     changed |= {
         "score_only": ["cuts"],
         "split_at_cuts": True,
+        "next_frame": "no",
         "gates": {"psnr_codec": 20.0},
         "below_gate": "flag",
         "shots": {"min_frames": 4},

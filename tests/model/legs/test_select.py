@@ -43,6 +43,28 @@ def test_the_cached_operator_gives_the_true_error(method: str) -> None:
     assert residual_operators(times, 2.0, (4,), method) is residual_operators(times.copy(), 2.0, (4,), method)
 
 
+@pytest.mark.parametrize("method", ["hold", "linear", "cubic"])
+def test_a_frame_after_the_window_is_known_to_the_errors(method: str) -> None:
+    """It predicts the others and is not left out itself; where it changes nothing the choice is the same."""
+    times, frames = walk()
+    times[-1] = 2.1
+    errors = []
+    for k in range(1, len(times) - 1):
+        others = np.delete(np.arange(len(times)), k)
+        path = project(frames[others], projection_matrix(times[others], 2.0, 20, method, outside=True))
+        errors.append(np.mean(np.square(evaluate(path, times[k : k + 1], 2.0)[0] - frames[k])))
+    choice = choose(frames, times, 2.0, orders=(20,), methods=(method,), outside=True)
+    assert choice.error == pytest.approx(float(np.mean(errors)), rel=1e-10)
+    even = np.append(np.arange(16) / 8, 2.0)
+    smooth, jumps = np.sin(4 * even)[:, None], np.where(even[:, None] >= [0.5, 1.0, 1.3], 1.0, 0.0)
+    assert [clip_method(latents, even, 2.0, 32, "auto", outside=True) for latents in (smooth, jumps)] == [
+        "cubic",
+        "linear",
+    ]
+    with pytest.raises(ValueError, match="outside the window"):
+        clip_method(frames, times, 2.0, 20, "auto")
+
+
 def test_the_hat_matrix_shortcut_is_wrong_here_and_right_for_least_squares() -> None:
     times = (np.arange(14) + 0.5) / 7
     frames = np.sin(2 * times)[:, None] + 0.1 * np.cos(5 * times)[:, None]

@@ -77,13 +77,15 @@ def codec(films_lake: Path) -> str:
 
 @pytest.fixture
 def exported(films_lake: Path, codec: str, tmp_path: Path) -> Path:
-    """A file of latents for each clip of that lake, with the clip's caption beside it."""
+    """A file of latents for each clip of that lake, the frame after it too, with the clip's caption beside it."""
     folder = tmp_path / "latents"
     for (caption, start), sample in samples(films_lake).items():
-        about = {"codec": codec, "duration": sample["row"]["duration"]}
-        path = write(
-            folder / f"{caption}{start:g}.safetensors", sample["latents.npy"], sample["frame_time.npy"], **about
+        latents, times = (
+            np.concatenate([sample[f"{kept}.npy"], sample[f"{after}.npy"]])
+            for kept, after in (("latents", "next_latents"), ("frame_time", "next_time"))
         )
+        about = {"codec": codec, "duration": max(sample["row"]["duration"], times[-1])}
+        path = write(folder / f"{caption}{start:g}.safetensors", latents, times, **about)
         path.with_suffix(".txt").write_text(f"{caption}{start:g}")
     return folder
 
@@ -100,7 +102,7 @@ def test_what_came_out_of_a_lake_gives_the_same_coefficients(films_lake: Path, e
     made = {caption: sample for (caption, _), sample in samples(tmp_path / "lake").items()}
     for (caption, start), own in samples(films_lake).items():
         other = made[f"{caption}{start:g}"]
-        for name in ("coefficients.npy", "latents.npy", "frame_time.npy", "observed.npy"):
+        for name in ("coefficients.npy", "latents.npy", "frame_time.npy", "observed.npy", "next_latents.npy"):
             assert own[name].tobytes() == other[name].tobytes()
         for name in ("projection_error", "heldout_error", "smoothness", "end_ratio", "order_used"):
             assert own["row"][name] == pytest.approx(other["row"][name], rel=1e-12)
