@@ -173,10 +173,15 @@ def loo_errors(
 
 
 def leave_one_out(
-    latents: NDArray[np.generic] | Tensor, times: ArrayLike, duration: float, order: int, method: str = "cubic"
+    latents: NDArray[np.generic] | Tensor,
+    times: ArrayLike,
+    duration: float,
+    order: int,
+    method: str = "cubic",
+    outside: bool = False,
 ) -> float:
     """Mean square error per latent value of each frame, the ends excepted, as predicted from all the others."""
-    return float(loo_errors(gram(latents), times, duration, (order,), method)[0])
+    return float(loo_errors(gram(latents), times, duration, (order,), method, outside)[0])
 
 
 def residual_operators(

@@ -48,6 +48,8 @@ def test_a_block_as_staged(scene: Film, tmp_path: Path) -> None:
         "coefficients": ((4, 18, 12, 4, 6), "<f2"),
         "frame_time": ((4, 16), "<f8"),
         "observed": ((4, 16), "|b1"),
+        "next_latents": ((4, 1, 12, 4, 6), "<f2"),
+        "next_time": ((4, 1), "<f8"),
         "preview": ((4, 16, 16, 24, 3), "|u1"),
     }
     codec = codec_from_spec(RECIPE.codec)
@@ -93,7 +95,7 @@ def test_fewer_frames_lower_order(scene: Film, tmp_path: Path) -> None:
 
 
 def test_each_clip_has_the_method_of_its_own_frames(scene: Film, tmp_path: Path) -> None:
-    """`auto` looks at the observed frames alone, and what it chose is what was made."""
+    """`auto` looks at the observed frames and the one after them, and what it chose is what was made."""
     lake, clips = planned(tmp_path, scene)
     BlockWorker(lake, RECIPE, "f" * 64).process("b", clips)
     arrays, meta = read_block(lake, "b")
@@ -101,11 +103,13 @@ def test_each_clip_has_the_method_of_its_own_frames(scene: Film, tmp_path: Path)
     for index, row in enumerate(meta["clips"]):
         count = row["frames"]
         seen = arrays["observed"][index][:count]
-        times = arrays["frame_time"][index][:count][seen]
-        latents = arrays["latents"][index][:count][seen].astype(np.float32)
-        errors = {name: leave_one_out(latents, times, 1.0, 18, name) for name in ("cubic", "linear")}
+        after = np.isfinite(arrays["next_time"][index])
+        times = np.append(arrays["frame_time"][index][:count][seen], arrays["next_time"][index][after])
+        latents = np.concatenate([arrays["latents"][index][:count][seen], arrays["next_latents"][index][after]])
+        latents = latents.astype(np.float32)
+        errors = {name: leave_one_out(latents, times, 1.0, 18, name, True) for name in ("cubic", "linear")}
         assert row["method_used"] == min(errors, key=lambda name: errors[name])
-        made = project(latents, projection_matrix(times, 1.0, 18, row["method_used"])).astype(np.float16)
+        made = project(latents, projection_matrix(times, 1.0, 18, row["method_used"], outside=True)).astype(np.float16)
         np.testing.assert_allclose(arrays["coefficients"][index], made, rtol=ROUNDING, atol=2e-3)
     spline = dataclasses.replace(RECIPE, method="cubic")
     BlockWorker(lake, spline, "f" * 64).process("c", clips)

