@@ -44,7 +44,7 @@ def test_a_dataset(films: Path, tmp_path: Path) -> None:
     assert [shard.clips for shard in version.shards] == [3, 3, 3]
     assert version.clip == {
         **{"duration": 1.0, "rate": 8.0, "frames_max": 8, "frames_observed_max": 5, "order": 10, "method": "auto"},
-        **{"latent_shape": [12, 4, 4], "frame_shape": [16, 16, 3]},
+        **{"latent_shape": [12, 4, 4], "frame_shape": [16, 16, 3], "next_frame": True},
     }
     table = rows(tmp_path / "lake")
     assert sorted((row["film"], row["clip_start"]) for row in table) == [
