@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
+from model.ffmpeg import killed_by
 from model.stop import STOPPED, StopSignal, signals_held
 from model.training.processes import LAUNCHER
 
@@ -48,11 +50,16 @@ def launch(command: Sequence[str], count: int) -> int:
             with signals_held():
                 for rank in range(count):
                     ranks.append(subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
-            return _status(ranks, stop)
+            status = _status(ranks, stop)
         finally:
             for process in ranks:
                 process.kill()
                 process.wait()
+        if (name := killed_by(status)) is not None:  # last, below what the others say of a connection that broke
+            reason = " (out of memory?)" if name == "SIGKILL" else ""
+            last = "run it again: it goes on from its newest checkpoint"
+            print(f"error: {name} ended one of the {count} processes{reason}; {last}", file=sys.stderr)
+        return status
 
 
 def _status(ranks: Sequence[subprocess.Popen[bytes]], stop: StopSignal) -> int:

@@ -37,6 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -166,11 +167,17 @@ class Site:
                 os.kill(left, signal.SIGKILL)
 
     def post(self, path: str, body: Any, method: str = "POST") -> Any:
-        """Asks the server."""
+        """Asks the server; again where it answers that it is busy (503: its database is locked)."""
         data, kind = json.dumps(body).encode(), {"content-type": "application/json"}
         request = urllib.request.Request(f"{self.prefect.api}/{path}", data, kind, method=method)
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.loads(answer.read() or b"null")
+        for attempt in range(10):
+            try:
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    return json.loads(answer.read() or b"null")
+            except urllib.error.HTTPError as error:
+                if error.code != 503 or attempt == 9:
+                    raise
+                time.sleep(3)
 
     def begin(self, deployment: str, parameters: dict[str, Any]) -> str:
         """Starts a run of a deployment: its id."""
@@ -219,7 +226,7 @@ def family(run: str) -> dict[int, str]:
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if entry.name.isdigit():
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                parents[int(entry.name)] = parent(int(entry.name))
     while more := {process for process, parent in parents.items() if parent in found and process not in found}:
         for process in more:
             found[process] = ""
@@ -227,6 +234,11 @@ def family(run: str) -> dict[int, str]:
                 line = Path(f"/proc/{process}/cmdline").read_bytes()
                 found[process] = line.replace(b"\0", b" ").decode(errors="replace").strip()
     return found
+
+
+def parent(process: int) -> int:
+    """The number of a process's parent."""
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def identity(process: int) -> tuple[int, int]:
@@ -261,7 +273,7 @@ def kill(site: Site, trial: Trial) -> None:
         marks: dict[str, Callable[[int, str], bool]] = {
             "ray": lambda process, line: "/raylet/raylet " in line,
             "actor": lambda process, line: line.startswith("ray::Actor"),
-            "rank": lambda process, line: process in ranks,
+            "rank": lambda process, line: process in ranks and parent(process) not in ranks,  # no helper of a rank
         }
         marked = sorted(process for process, line in own.items() if marks[trial.target](process, line))
         if not marked:

@@ -207,13 +207,18 @@ def test_nothing_outlives_a_launcher_that_is_killed(lake: Lake, tmp_path: Path, 
         assert running.gone_within(20), running.left()
 
 
-def test_a_process_that_fails_ends_the_others_with_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_fails_ends_the_others_with_its_status(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("model.training.launch.GRACE", 0.5)
     code = "import os, sys, time; time.sleep(0 if os.environ['RANK'] == '1' else 1000); sys.exit(7)"
     began = time.monotonic()
     assert launch([sys.executable, "-c", code], 2) == 7
     assert time.monotonic() - began < 60
+    assert capfd.readouterr().err == ""
     assert launch([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], 1) == 128 + 9
+    said = "error: SIGKILL ended one of the 1 processes (out of memory?); run it again: it goes on from its newest"
+    assert capfd.readouterr().err.startswith(said)
     assert launch([sys.executable, "-c", ""], 2) == 0
 
 
