@@ -322,7 +322,7 @@ def run_experiment(options: argparse.Namespace) -> int:
 
 def demo(sub: argparse.ArgumentParser) -> Run:
     """Options of `vlfm demo`."""
-    sub.add_argument("--source", metavar="DIR", help="your own films (default: a corpus that ffmpeg draws)")
+    sub.add_argument("--source", metavar="DIR", help="your own films (default: a corpus that is drawn)")
     sub.add_argument("--captions", metavar="FILE", help="table of captions with the columns file and caption")
     sub.add_argument("--out", default="demo", metavar="DIR", help="where everything is kept (default: demo)")
     sub.add_argument("--limit", type=int, metavar="N", help="only the first N films")

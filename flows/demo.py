@@ -1,4 +1,7 @@
-"""`make demo`: films to a report, on this machine, each step done once."""
+"""`make demo`: films to a report, on this machine, each step done once.
+
+Without films of the user's own it is a proof: the compositional corpus, and in the end captions that no film had.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,17 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from model.progress import Progress, clock
 from storage.fingerprint import fingerprint
+
+CORPUS_FILMS = 600
+"""Films of the compositional corpus, each with a caption of its own."""
+UNSEEN: dict[str, Any] = {"captions": 12, "seeds": 4, "guidance": 2.0}
+"""How many captions that were held out are judged by the probes, with how many seeds, and the guidance of one row."""
+UNSEEN_STEPS = 1800
+"""Steps of the recipe `combinations` that fit into a quarter of an hour; with all of its steps it follows better."""
 
 
 def demo(
@@ -20,23 +31,29 @@ def demo(
 ) -> int:
     """Corpus (or `source`), ingest, training, samples, report; returns the exit status.
 
+    limit: films, at most.  steps: of the training, in place of the recipe's.
+
     Everything lies in `out`/corpus, or `out`/<name of the source>-<six digits>. What is done is not done again:
     a lake that holds the films already, a run that reached its last step, a report of that checkpoint.
     """
     began = time.monotonic()
     base = Path(out) / (_folder_name(source) if source else "corpus")
+    steps = steps or (None if source else UNSEEN_STEPS)
+    recipe, count = ("demo", 0) if source else ("combinations", min(limit or CORPUS_FILMS, CORPUS_FILMS))
     if source is None:
-        films = base / "films"
-        captions = str(_corpus(films))
-        source = str(films)
+        captions = str(_corpus(base / "films", count))
+        source = str(base / "films")
     lake = base / "lake"
-    number, status = _ingest(source, lake, captions, limit)
+    number, status = _ingest(source, lake, captions, limit, recipe)
     if number is None:
         return status
-    run = _train(lake, base / f"run-{number}", number, steps)
-    report = base / f"report-{number}"
+    run = _train(lake, base / f"run-{number}", number, steps, recipe)
+    report, samples = base / f"report-{number}", base / f"samples-{number}"
     lines = _evaluate(run, lake, report)
-    _samples(run, lake, number, base / f"samples-{number}")
+    if count:
+        lines += _unseen(run, samples, count)
+    else:
+        _samples(run, lake, number, samples)
     print(f"\ndone in {clock(time.monotonic() - began)}")
     print("\n".join(f"  {line}" for line in lines))
     print((report / "report.html").resolve())
@@ -53,8 +70,8 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _corpus(folder: Path) -> Path:
-    from pipeline.corpus import make_corpus
+def _corpus(folder: Path, films: int) -> Path:
+    from pipeline.corpus import make_combinations
 
     progress: list[Progress] = []
 
@@ -63,23 +80,22 @@ def _corpus(folder: Path) -> Path:
             progress.append(Progress("corpus", total, "films", done))
         progress[0].update(done, film)
 
-    return make_corpus(folder, progress=tell)
+    return make_combinations(folder, films=films, films_per_caption=1, progress=tell)
 
 
-def _ingest(source: str, lake: Path, captions: str | None, limit: int | None) -> tuple[int | None, int]:
-    """The version that holds the source's films, and the exit status of the ingest."""
+def _ingest(source: str, lake: Path, captions: str | None, limit: int | None, name: str) -> tuple[int | None, int]:
+    """The version that holds the source's films by the recipe of this name, and the exit status of the ingest."""
     from pipeline.ingest import carry_out, plan_ingest
-    from pipeline.recipes import demo as recipe
+    from pipeline.recipes import recipe_named
     from pipeline.sources.folders import discover
     from storage.layout import Lake
 
-    found = discover(
-        [source], captions, recipe().captions_required
-    )  # a slip of the pen is told before the servers start
+    recipe = recipe_named(name)
+    found = discover([source], captions, recipe.captions_required)  # a slip of the pen is told before the servers start
     if (lake / "versions").is_dir():
         opened = Lake.open(lake)
         with opened.writing():
-            plan = plan_ingest(opened, found, recipe(), limit)
+            plan = plan_ingest(opened, found, recipe, limit)
             if not plan.clips and plan.parent is not None:
                 report = carry_out(plan)
                 _say("ingest     " + report.lines()[-1])
@@ -88,19 +104,19 @@ def _ingest(source: str, lake: Path, captions: str | None, limit: int | None) ->
     from flows.dataset import run_ingest
     from flows.progress import Stages
 
-    told = run_ingest(source, str(lake), captions, "demo", limit=limit, on_progress=Stages(), found=found)
+    told = run_ingest(source, str(lake), captions, name, limit=limit, on_progress=Stages(), found=found)
     _say(f"error: {told['error']}" if "error" in told else "\n".join(told["lines"]))
     return told["version"], int(told["exit_status"])
 
 
-def _train(lake: Path, run: Path, number: int, steps: int | None) -> Path:
-    from model.recipes import demo as recipe
+def _train(lake: Path, run: Path, number: int, steps: int | None, name: str) -> Path:
+    from model.recipes import train_recipe
     from model.settings import override
     from model.train import train
     from model.training.checkpoint import Run
     from model.training.record import RunRecord
 
-    chosen = override(recipe(), {} if steps is None else {"steps": steps})
+    chosen = override(train_recipe(name), {} if steps is None else {"steps": steps})
     if Run(run).file.is_file():
         try:
             other = RunRecord.read(Run(run)).differences(chosen)
@@ -141,3 +157,43 @@ def _samples(run: Path, lake: Path, number: int, folder: Path) -> None:
         write_video(folder / f"{index + 1}-{Path(about['film']).stem}.mp4", frames, 24)
         progress.advance()
     done.write_text(json.dumps({"step": sampler.step, "captions": [clip.about["caption"] for clip in chosen]}))
+
+
+def _unseen(run: Path, folder: Path, films: int) -> list[str]:
+    """What the probes say of captions that were held out, and videos of some: seeds, a picture continued, a long one.
+
+    films: of the corpus that the run was trained on.
+    """
+    from model.methods.base import SampleSettings
+    from model.sample import Sampler
+    from model.spread import spread_evenly
+    from model.video import from_frames, write_video
+    from pipeline.corpus.combinations import plan_film
+    from pipeline.corpus.drawing import draw_frames
+    from pipeline.corpus.grammar import OPEN_SPEED, combinations
+    from pipeline.experiments.combinations import experiment, table
+
+    done = folder / "unseen.json"
+    sampler = Sampler(run)
+    if done.is_file() and (found := json.loads(done.read_text())).get("step") == sampler.step:
+        return ["", "captions that were held out, read by the probes:", *table(found).splitlines()]
+    held = combinations(held_out=True)
+    shown = spread_evenly([one for one in held if one.speed == OPEN_SPEED], 3)
+    progress = Progress("sample", 3 * len(shown), "videos")
+    settings = SampleSettings(guidance=UNSEEN["guidance"])
+
+    def write(name: str, prompt: str, duration: float, **how: Any) -> None:
+        write_video(folder / name, sampler.videos([prompt], 24, duration, settings, **how)[0], 24)
+        progress.advance()
+
+    for number, one in enumerate(shown, 1):
+        slug = one.caption.replace(" ", "-")
+        for seed in range(2):
+            write(f"{number}-{slug}-seed-{seed}.mp4", one.caption, sampler.window, seeds=[seed])
+        picture = from_frames(draw_frames(one, plan_film(one, seed=1).path, [0.0]))[0]
+        write(f"{number}-{slug}-from-a-picture-long.mp4", one.caption, 3 * sampler.window, image=picture)
+    progress = Progress("judge", 1, "experiment")
+    found = experiment(run, films=films, films_per_caption=1, **UNSEEN)
+    progress.advance()
+    done.write_text(json.dumps(found))
+    return ["", "captions that were held out, read by the probes:", *table(found).splitlines()]

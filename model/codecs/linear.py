@@ -33,6 +33,9 @@ class LinearSettings:
     """Kept coefficients, 1 to `3 * factor**2`."""
     scale: float | None = None
     """Latents are scale * coefficients. None means `natural_scale`."""
+    grey: float = 0.0
+    """The pixel value, -1 to 1, whose flat frame has latents of zero. A flow from noise carries what all frames share
+    too: dark films are learned sooner from the mean of their own than from mid-grey."""
 
     def __post_init__(self) -> None:
         if self.factor < 1:
@@ -44,6 +47,8 @@ class LinearSettings:
             raise ValueError(
                 f"scale is {self.scale}, it must be positive and finite; leave it out for {self.natural_scale:.6g}"
             )
+        if not -1 <= self.grey <= 1:
+            raise ValueError(f"grey is {self.grey}, a pixel lies in [-1, 1]; leave it out for 0")
 
     @property
     def natural_scale(self) -> float:
@@ -57,7 +62,7 @@ class LinearCodec:
 
     The colours are grey `(1,1,1)/sqrt 3`, red-blue `(1,0,-1)/sqrt 2`, green-magenta `(1,-2,1)/sqrt 6` (the rotation of
     Ohta, Kanade and Sakai 1980, close to the principal axes of natural images). See `basis_order` for which vectors are
-    kept. `factor=1, channels=3` is the identity: latents are the RGB frames times `scale`.
+    kept. `factor=1, channels=3` is the identity: latents are the RGB frames, less `grey`, times `scale`.
     """
 
     wants_gpu: ClassVar[bool] = False
@@ -68,7 +73,9 @@ class LinearCodec:
         self.factor = factor
         self.channels = channels
         self.scale = natural if settings.scale is None else float(settings.scale)
+        self.grey = float(settings.grey)
         self.id = f"linear-f{factor}-c{channels}" + ("" if self.scale == natural else f"-scale{self.scale:.9g}")
+        self.id += f"-grey{self.grey:.9g}" if self.grey else ""
         self._identity = factor == 1 and channels == 3
         basis = np.eye(3) if self._identity else block_basis(factor)
         self._kept = torch.from_numpy(basis[:channels]).float()
@@ -84,7 +91,7 @@ class LinearCodec:
         Raises TypeError or ValueError as `check_frames` does.
         """
         check_frames(frames, self.factor)
-        frames = frames.float()
+        frames = frames.float() - self.grey if self.grey else frames.float()
         if self._identity:
             return Encoded(frames * self.scale)
         if len(frames) == 0:  # pixel_unshuffle refuses no frames
@@ -106,19 +113,21 @@ class LinearCodec:
         else:
             kept = self._kept.to(latents.device)
             frames = functional.pixel_shuffle(torch.einsum("kc,nkhw->nchw", kept, coefficients), self.factor)
+        frames = frames + self.grey if self.grey else frames
         return frames.clamp(-1, 1) if clamp else frames
 
     def without_inversion(self, frames: Tensor) -> None:
         """None: this codec does not invert."""
 
     def spec(self) -> dict[str, object]:
-        """JSON from which `codec_from_spec` rebuilds this codec."""
+        """JSON from which `codec_from_spec` rebuilds this codec; as older versions wrote it where `grey` is 0."""
         return {
             "kind": "linear",
             "factor": self.factor,
             "channels": self.channels,
             "scale": self.scale,
             "basis": self._basis_digest(),
+            **({"grey": self.grey} if self.grey else {}),
         }
 
     @classmethod
@@ -127,11 +136,19 @@ class LinearCodec:
 
         Raises ValueError where the spec was written by another basis order, or is no such spec.
         """
-        check_spec_keys(spec, ("kind", "factor", "channels", "scale", "basis"))
+        check_spec_keys(spec, ("kind", "factor", "channels", "scale", "grey", "basis"))
         factor, channels, scale = spec.get("factor", 4), spec.get("channels", 12), spec.get("scale")
-        if not (isinstance(factor, int) and isinstance(channels, int) and isinstance(scale, int | float | None)):
-            raise ValueError(f"codec spec {dict(spec)}: factor and channels are integers, scale a number or absent")
-        codec = cls(LinearSettings(factor, channels, scale))
+        grey = spec.get("grey", 0.0)
+        if not (
+            isinstance(factor, int)
+            and isinstance(channels, int)
+            and isinstance(scale, int | float | None)
+            and isinstance(grey, int | float)
+        ):
+            raise ValueError(
+                f"codec spec {dict(spec)}: factor and channels are integers, scale a number or absent, grey a number"
+            )
+        codec = cls(LinearSettings(factor, channels, scale, grey))
         if spec.get("basis", codec._basis_digest()) != codec._basis_digest():
             raise ValueError(
                 f"the latents were made with basis {spec['basis']}, here {codec.id} has {codec._basis_digest()}: read "

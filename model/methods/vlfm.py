@@ -23,14 +23,11 @@ from model.flow.times import TIME_LAWS, time_at
 from model.methods.base import Batch, Clip, Request, SampleSettings, drop_captions
 from model.methods.curves import curve, curve_scales
 from model.methods.draws import Draws
-from model.settings import AT_LEAST_0, AT_LEAST_1, SHARE, SHARE_BELOW_1, check_settings, one_of
+from model.settings import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, SHARE_BELOW_1, check_settings, one_of
 
 END_SHARE, END_FROM = 0.06, 0.9
 """Share of the clip's training times that fall on its end, from END_FROM on, beside the even spread: the end has
 neighbours on one side only. The beginning needs none, the warm-up trains it."""
-LEAST_SIGNAL = 0.1
-"""Norm of the signal over the noise's along it from which on the warm-up's times are spread evenly: at 1 two frames can
-just be told apart."""
 ANCHORS: Mapping[str, int] = {"none": 0, "first": 1, "ends": 2}
 """What a state can be shown of its clip: how many frames, the first of them and the last."""
 FIRST_GIVEN = 0.25
@@ -69,6 +66,10 @@ class VLFMOptions:
     """How the warm-up's times are drawn: `signal`, evenly over the logarithm of signal to noise, as the sampler's steps
     are; or by a law of model/flow/times.py on the straight line from noise to the frame: `uniform`, `logit_normal`,
     `mode`, `beta`."""
+    least_signal: float = 0.1
+    """Norm of the signal over the noise's along it from which on `signal` spreads the times, in training and sampling:
+    at 1 two frames can just be told apart. What all frames share counts in that norm: where it is little, as in latents
+    whose mean is near zero, 1 spends no time on noise."""
     warmup_focus: float = 0.0
     """Above 0 the power that draws even flow times of the warm-up towards the noise instead (`warmup_law=signal`)."""
     state_jitter: float = 0.3
@@ -106,7 +107,9 @@ class VLFMOptions:
         )
         shares = ("anchor_dropout", "start_anywhere", "caption_dropout", "clip_start_dropout", "context_dropout")
         rules = dict.fromkeys(not_negative, AT_LEAST_0) | dict.fromkeys(shares, SHARE)
-        check_settings(self, {**rules, "times_per_clip": AT_LEAST_1, "warmup_share": SHARE_BELOW_1})
+        check_settings(
+            self, {**rules, "times_per_clip": AT_LEAST_1, "warmup_share": SHARE_BELOW_1, "least_signal": ABOVE_0}
+        )
         if self.anchor not in ANCHORS:
             raise ValueError(f"anchor is {self.anchor!r}; it must be one of {', '.join(ANCHORS)}")
         if self.path == "paper" and self.anchor != "none":
@@ -152,9 +155,9 @@ class VLFM:
     """Values d of a frame's latents."""
 
     @property
-    def least_signal(self) -> float:
+    def least_ratio(self) -> float:
         """Ratio of signal to noise from which on the warm-up's times are spread (WarmupPath.warmup_times)."""
-        return LEAST_SIGNAL / (self.mean_scale * math.sqrt(self.values))
+        return self.options.least_signal / (self.mean_scale * math.sqrt(self.values))
 
     @property
     def states_per_clip(self) -> int:
@@ -229,6 +232,9 @@ class VLFM:
         errors = (predicted - mean).square().mean(dim=(2, 3, 4, 5)) / self.mean_scale**2  # (B, K)
         slope_errors = (slope - derivative).square().mean(dim=(2, 3, 4, 5)) / self.derivative_scale**2  # (B, K)
         weights, focus = self.signal_weights(flow_time), self.focus(errors, draws)
+        if self.path.start < 0:
+            # Nothing reads a slope on the warm-up, where noise hides which clip it is of: half the gradient's noise.
+            slope_errors = slope_errors * on_clip[:, :, 0]
         slope_loss = (slope_errors * weights).mean()
         with torch.no_grad():
             target = self.path.velocity(latents, wide, mean, derivative)
@@ -277,7 +283,7 @@ class VLFM:
             return self.path.time_of(time_at(law, place.double())).to(place.dtype)
         if focus or not isinstance(self.path, WarmupPath):
             return self.path.start * (1 - place**focus)
-        return self.path.warmup_times(place, self.least_signal)
+        return self.path.warmup_times(place, self.least_ratio)
 
     def warmup_grid(self, steps: int) -> Tensor:
         """(steps + 1,) float64 flow times from pure noise to r = 0, even over the logarithm of signal to noise."""
@@ -285,7 +291,7 @@ class VLFM:
         # Runs of before spread them evenly over flow time, whatever the training's focus was.
         if self.options.warmup_focus or not isinstance(self.path, WarmupPath):
             return self.path.start * (1 - place)
-        return self.path.warmup_times(place, self.least_signal)
+        return self.path.warmup_times(place, self.least_ratio)
 
     def conditioning(self, batch: Batch, flow_time: Tensor, draws: Draws) -> Conditioning:
         """What the network is told of each state (B * K) in training, with captions and anchors dropped.

@@ -117,11 +117,14 @@ def experiment(
     films: int = 900,
     films_per_caption: int = 3,
     guidance: float = 3.0,
+    diverse: int = 16,
+    longest: int = 8,
 ) -> dict[str, Any]:
     """Everything that the experiment measures, ready for JSON.
 
     captions: how many that are held out. corpus_seed, films, films_per_caption: of `make_combinations`, which drew the
-    training films. guidance: of the rows that are guided.
+    training films. guidance: of the rows that are guided. diverse: seeds of each caption whose spread is measured.
+    longest: long films that are continued, at most.
     """
     judge = Judge(run)
     held = spread_evenly(combinations(held_out=True), captions)
@@ -162,9 +165,9 @@ def experiment(
         "run": str(run),
         "step": judge.sampler.step,
         "rows": [vars(row) | {"right": dict(row.right)} for row in rows],
-        "diversity": diversity(judge),
+        "diversity": diversity(judge, seeds=diverse),
         "between": between(judge, held[:8]),
-        "long": long_videos(judge, held),
+        "long": long_videos(judge, held, longest),
     }
 
 

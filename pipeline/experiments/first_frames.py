@@ -42,8 +42,9 @@ from pipeline.corpus.grammar import Attributes, combinations
 from pipeline.corpus.probes import read_attributes
 from pipeline.recipes import combinations as data_recipe
 
-LEFT_OUT = (("green", "ring"), ("blue", "cross"))
-"""Colours and objects that are not trained on together, of the combinations that the corpus trains on."""
+LEFT_OUT = (("green", "wide bar"), ("blue", "tall bar"))
+"""Colours and objects that are not trained on together, of the combinations that the corpus trains on: of those objects
+that it holds out no colour of, so that four of five colours of each are seen, as of those that it holds out."""
 JUDGED = ("background", "colour", "object", "size")
 """What a still frame shows."""
 WINDOW = 2.0
@@ -206,7 +207,7 @@ def arguments(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
     parser.add_argument("--captions", type=int, default=80, metavar="N", help="captions of each kind (default 80)")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0], help="(default 1 2 3)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    add_settings_option(parser, "steps=300")
+    add_settings_option(parser, "steps=600")
     return run_arguments
 
 

@@ -14,7 +14,8 @@ import pytest
 from flows.cli import main
 from model.evaluation.headline import GROUPS
 from model.video import ffmpeg_binary
-from pipeline.corpus import make_corpus
+from pipeline.corpus import make_corpus, read_combinations
+from pipeline.corpus.grammar import attributes_of
 from pipeline.runner import Runner
 from storage.layout import Lake
 from storage.verify import verify
@@ -152,3 +153,24 @@ def test_real_films(vlfm: Say, real_films: Path, tmp_path: Path) -> None:
     status, out, _ = vlfm("inspect", "--lake", lake.root)
     assert status == 0
     assert "Two people arm wrestle across a kitchen table." in out
+
+
+def test_the_demo_ends_with_captions_that_no_film_had(
+    vlfm: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"captions": 3, "seeds": 1, "guidance": 2.0, "diverse": 2, "longest": 1}
+    monkeypatch.setattr("flows.demo.UNSEEN", few)
+    command = ["demo", "--out", tmp_path, "--limit", "4", "--steps", "2"]
+    status, out, told = vlfm(*command)
+    assert status == 0, out + told
+    base = tmp_path / "corpus"
+    assert len(read_combinations(base / "films" / "captions.csv")) == 4
+    asked = sorted((base / "samples-1").glob("*.mp4"))
+    assert len(asked) == 9
+    captions = [path.stem.partition("-")[2].partition("-background")[0].replace("-", " ") for path in asked]
+    assert all(attributes_of(f"{caption} background").held_out for caption in captions)
+    assert video(asked[0])[:3] == (64, 64, 24.0)
+    assert "| true films through the codec (ceiling) | 100 |" in out
+    assert "Diversity, samples over data" in out
+    status, again, told = vlfm(*command)
+    assert (status, again.splitlines()[2:]) == (0, out.splitlines()[2:]), "nothing is done twice"

@@ -103,13 +103,37 @@ def test_twelve_channels_keep_real_films_above_27_db(real_films: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "codec", [LinearCodec(), LinearCodec(LinearSettings(1, 3)), LinearCodec(LinearSettings(2, 5, scale=0.7))]
+    "codec",
+    [
+        LinearCodec(),
+        LinearCodec(LinearSettings(1, 3)),
+        LinearCodec(LinearSettings(2, 5, scale=0.7)),
+        LinearCodec(LinearSettings(4, 12, grey=-0.65)),
+        LinearCodec(LinearSettings(1, 3, grey=0.25)),
+    ],
 )
 def test_a_linear_spec_rebuilds_the_codec(codec: LinearCodec) -> None:
     rebuilt = codec_from_spec(json.loads(json.dumps(codec.spec())))
     assert rebuilt.id == codec.id
     frames = picture()
     torch.testing.assert_close(rebuilt.encode(frames).latents, codec.encode(frames).latents, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("factor", "channels"), [(1, 3), (4, 1), (8, 12)])
+def test_latents_of_zero_are_the_grey_that_is_named(factor: int, channels: int) -> None:
+    """Nothing else changes: what is lost, and all latents but by a constant; 0 is the codec of before."""
+    plain, dark = (LinearCodec(LinearSettings(factor, channels, 0.5, grey)) for grey in (0.0, -0.65))
+    frames = picture()
+    torch.testing.assert_close(
+        dark.decode(torch.zeros(1, channels, 2, 2)), torch.full((1, 3, 2 * factor, 2 * factor), -0.65)
+    )
+    moved = dark.encode(frames).latents - plain.encode(frames).latents
+    torch.testing.assert_close(moved, plain.encode(torch.full_like(frames, 0.65)).latents, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        dark.decode(dark.encode(frames).latents), plain.decode(plain.encode(frames).latents), rtol=0, atol=1e-5
+    )
+    assert "grey" not in plain.spec()
+    assert dark.id == f"{plain.id}-grey-0.65"
 
 
 def test_the_order_of_the_basis_hangs_on_no_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +154,10 @@ def test_wrong_specs_and_settings_are_refused() -> None:
         codec_from_spec({"kind": "linear", "chanels": 12})
     with pytest.raises(ValueError, match="integers"):
         codec_from_spec({"kind": "linear", "channels": "12"})
+    with pytest.raises(ValueError, match="grey a number"):
+        codec_from_spec({"kind": "linear", "grey": "dark"})
+    with pytest.raises(ValueError, match=r"grey is 2.0, a pixel lies in \[-1, 1\]"):
+        codec_from_spec({"kind": "linear", "grey": 2.0})
     with pytest.raises(ValueError, match=r"made with basis 0000.*ingest again"):
         codec_from_spec({"kind": "linear", "basis": "0000"})
     with pytest.raises(ValueError, match="offers 1 to 48"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -247,6 +248,31 @@ def test_states_count_by_their_signal_up_to_a_limit(most: float) -> None:
     place = losses["place"]
     weights = method.signal_weights(torch.where(place < 0, 0.25 * place, place))
     torch.testing.assert_close(losses["loss"], (losses["errors"] * weights).mean())
+
+
+def test_no_slope_is_asked_of_the_warm_up() -> None:
+    """With all states on it but a few, the derivative counts there alone where it is read: on the clip."""
+    method = replace(METHOD, options=VLFMOptions(warmup_share=0.9, times_per_clip=10, anchor_noise=0.0))
+    losses = method.loss(Silent(), batch_of(2), Draws(0, 2))
+    on_clip = losses["place"] > 0
+    assert 0 < int(on_clip.sum()) < 5
+    slopes = curve(batch_of(2).part("coefficients"), losses["place"].clamp(min=0))[1]
+    errors = slopes.square().mean((2, 3, 4)) / DERIVATIVE_SCALE**2
+    torch.testing.assert_close(losses["derivative"], (errors * on_clip).mean())
+
+
+def test_times_begin_where_the_signal_has_the_size_that_is_asked_for() -> None:
+    """`least_signal` is the norm of the signal over the noise's along it, at the first step out of pure noise."""
+    for least in (0.1, 1.5):
+        method = VLFM(VLFMOptions(least_signal=least), WarmupPath(0.25, 0.1), MEAN_SCALE, DERIVATIVE_SCALE, 48)
+        grid = method.warmup_grid(1000)
+        mean, sigma = method.path.evaluate(grid, torch.full_like(grid, MEAN_SCALE))
+        norm = math.sqrt(48) * mean / sigma
+        assert float(norm[0]) == 0
+        steps = (norm[500:-1] / least + 1).log().diff()
+        torch.testing.assert_close(steps, steps[:1].expand(len(steps)), rtol=1e-3, atol=0)
+    with pytest.raises(ValueError, match="least_signal is 0"):
+        VLFMOptions(least_signal=0.0)
 
 
 # --- anchors ---
