@@ -14,7 +14,7 @@ from typing import Any
 from model.progress import Progress, clock
 from storage.fingerprint import fingerprint
 
-CORPUS_FILMS = 600
+CORPUS_FILMS = 900
 """Films of the compositional corpus, each with a caption of its own."""
 UNSEEN: dict[str, Any] = {"captions": 12, "seeds": 4, "guidance": 2.0}
 """How many captions that were held out are judged by the probes, with how many seeds, and the guidance of one row."""

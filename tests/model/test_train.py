@@ -272,7 +272,7 @@ def test_every_field_of_the_recipe_changes_something(lake: Lake, tmp_path: Path)
         "stem": 8, "stem_depth": 1,
         "activation_checkpointing": None, "path": "paper", "warmup": 0.5, "sigma_end": 0.3,
         "warmup_share": 0.6, "warmup_focus": 1.5, "signal_weight": 5.0, "warmup_law": "mode", "anchor": "none",
-        "anchor_noise": 0.5,
+        "anchor_noise": 0.5, "least_signal": 1.0,
         "anchor_dropout": 0.9, "start_anywhere": 0.5, "clip_start_dropout": 0.0,
         "state_jitter": 0.0, "error_focus": 1.0, "derivative_weight": 1.0, "caption_dropout": 0.9,
         "context_dropout": 0.1, "batch": 2, "times_per_clip": 1, "steps": 4, "learning_rate": 1e-4,
