@@ -158,7 +158,7 @@ class LocalStore:
             file = open(path, "a+", encoding="ascii")  # noqa: SIM115 (closed below; a full disk is named for it only)
         with file:
             try:
-                with turn(self.root, name) if wait else contextlib.nullcontext():
+                with naming_full_disk(path), turn(self.root, name) if wait else contextlib.nullcontext():
                     fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError as error:
                 file.seek(0)

@@ -152,6 +152,17 @@ def test_a_full_device_is_named() -> None:
     assert caught.value.errno == errno.ENOSPC
 
 
+def test_a_disk_that_is_full_when_a_turn_is_drawn_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by `tests.bench.chaos --matrix`: it was told as a bare error of the system's."""
+
+    def none_left(root: Path, name: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(root))
+
+    monkeypatch.setattr("storage.local.turn", none_left)
+    with pytest.raises(DiskFull, match="arrays"), LocalStore(tmp_path).lease("arrays", wait=True):
+        pass
+
+
 def test_a_full_disk_leaves_no_half_file_and_no_temporary(small_disk: Path) -> None:
     write_atomic(small_disk / "a", b"old")
     with pytest.raises(DiskFull) as caught:
