@@ -173,10 +173,13 @@ def _unseen(run: Path, folder: Path, films: int) -> list[str]:
     from pipeline.corpus.grammar import OPEN_SPEED, combinations
     from pipeline.experiments.combinations import experiment, table
 
+    def lines(found: dict[str, Any]) -> list[str]:
+        return ["", "captions that were held out, read by the probes:", *table(found).splitlines()]
+
     done = folder / "unseen.json"
     sampler = Sampler(run)
     if done.is_file() and (found := json.loads(done.read_text())).get("step") == sampler.step:
-        return ["", "captions that were held out, read by the probes:", *table(found).splitlines()]
+        return lines(found)
     held = combinations(held_out=True)
     shown = spread_evenly([one for one in held if one.speed == OPEN_SPEED], 3)
     progress = Progress("sample", 3 * len(shown), "videos")
@@ -196,4 +199,4 @@ def _unseen(run: Path, folder: Path, films: int) -> list[str]:
     found = experiment(run, films=films, films_per_caption=1, **UNSEEN)
     progress.advance()
     done.write_text(json.dumps(found))
-    return ["", "captions that were held out, read by the probes:", *table(found).splitlines()]
+    return lines(found)
